@@ -1,0 +1,8 @@
+"""Convert a checkpoint: python convert.py --model owner/name --output DIR"""
+
+import sys
+
+from mlx_deepcache.cli import main_convert
+
+if __name__ == "__main__":
+    sys.exit(main_convert())

@@ -1,0 +1,8 @@
+"""Draw a picture: python generate.py --prompt "a red apple" --cache-interval 3"""
+
+import sys
+
+from mlx_deepcache.cli import main_generate
+
+if __name__ == "__main__":
+    sys.exit(main_generate())

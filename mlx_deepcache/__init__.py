@@ -1,0 +1,20 @@
+"""Stable Diffusion 1.x, 2.x and XL in MLX, with DeepCache in the sampling loop."""
+
+from .blas import load_fast_blas
+
+__version__ = "0.1.0"
+__all__ = ["CacheSchedule", "StableDiffusion", "__version__"]
+
+FAST_BLAS = load_fast_blas()  # before anything imports mlx
+
+
+def __getattr__(name: str):
+    if name == "StableDiffusion":
+        from .pipeline import StableDiffusion
+
+        return StableDiffusion
+    if name == "CacheSchedule":
+        from .cache import CacheSchedule
+
+        return CacheSchedule
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

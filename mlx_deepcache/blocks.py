@@ -1,0 +1,201 @@
+"""The blocks that the U-Net and the VAE are made of, named as in diffusers' checkpoints.
+
+Arrays are channels-last: B pictures, H x W positions, C channels, S tokens. A 1x1 convolution is a linear layer here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+def timestep_embedding(t: mx.array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> mx.array:
+    """Sinusoidal embedding in float32 (Ho et al. 2020, section B).
+
+    t: (B,) training timesteps, 0-999, possibly fractional -> (B, dim), cosines first if `flip_sin_to_cos`.
+    """
+    half = dim // 2
+    frequencies = mx.exp(-math.log(10000) / (half - freq_shift) * mx.arange(half, dtype=mx.float32))
+    angles = t.astype(mx.float32)[:, None] * frequencies
+    sin, cos = mx.sin(angles), mx.cos(angles)
+    return mx.concatenate([cos, sin] if flip_sin_to_cos else [sin, cos], axis=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers over an embedding; `cond_proj` adds a second input before them (LCM's guidance scale)."""
+
+    def __init__(self, dim_in: int, dim: int, cond_dim: int | None = None):
+        super().__init__()
+        self.linear_1 = nn.Linear(dim_in, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+        if cond_dim is not None:
+            self.cond_proj = nn.Linear(cond_dim, dim_in, bias=False)
+
+    def __call__(self, x: mx.array, cond: mx.array | None = None) -> mx.array:
+        if cond is not None:
+            x = x + self.cond_proj(cond)
+        return self.linear_2(nn.silu(self.linear_1(x)))
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation (Wu and He 2018) over (B, H, W, C), with statistics in float32."""
+
+    def __init__(self, groups: int, dims: int, eps: float):
+        super().__init__()
+        self.groups, self.eps = groups, eps
+        self.weight = mx.ones((dims,))
+        self.bias = mx.zeros((dims,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        B, H, W, C = x.shape
+        grouped = x.reshape(B, H * W, self.groups, C // self.groups).swapaxes(1, 2).reshape(B, self.groups, -1)
+        normed = mx.fast.layer_norm(grouped, None, None, self.eps)
+        normed = normed.reshape(B, self.groups, H * W, -1).swapaxes(1, 2).reshape(B, H, W, C)
+        return normed * self.weight + self.bias
+
+
+class ResnetBlock2D(nn.Module):
+    """Two convolutions with the time embedding added between them."""
+
+    def __init__(self, c_in: int, c_out: int, temb_dim: int | None, groups: int, eps: float):
+        super().__init__()
+        self.norm1 = GroupNorm(groups, c_in, eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        if temb_dim is not None:
+            self.time_emb_proj = nn.Linear(temb_dim, c_out)
+        self.norm2 = GroupNorm(groups, c_out, eps)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.conv_shortcut = nn.Linear(c_in, c_out)
+
+    def __call__(self, x: mx.array, temb: mx.array | None = None) -> mx.array:
+        """x: (B, H, W, C_in), temb: (B, temb_dim) after its activation -> (B, H, W, C_out)."""
+        h = self.conv1(nn.silu(self.norm1(x)))
+        if temb is not None:
+            h = h + self.time_emb_proj(temb)[:, None, None, :]
+        h = self.conv2(nn.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if "conv_shortcut" in self else x)
+
+
+class Downsample2D(nn.Module):
+    """Halve the sides with a stride-2 convolution. The U-Net pads all round, the VAE bottom and right only."""
+
+    def __init__(self, dims: int, *, pad_all_round: bool = True):
+        super().__init__()
+        self.conv = nn.Conv2d(dims, dims, 3, stride=2, padding=1 if pad_all_round else 0)
+        self.pad_all_round = pad_all_round
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.conv(x if self.pad_all_round else mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]))
+
+
+class Upsample2D(nn.Module):
+    """Nearest-neighbour upsampling, then a convolution."""
+
+    def __init__(self, dims: int):
+        super().__init__()
+        self.conv = nn.Conv2d(dims, dims, 3, padding=1)
+
+    def __call__(self, x: mx.array, size: tuple[int, int] | None = None) -> mx.array:
+        """(B, H, W, C) -> (B, 2H, 2W, C), or to `size` where a halving was not exact."""
+        B, H, W, C = x.shape
+        if size is None or size == (2 * H, 2 * W):
+            x = mx.broadcast_to(x[:, :, None, :, None], (B, H, 2, W, 2, C)).reshape(B, 2 * H, 2 * W, C)
+        else:  # the source of pixel i is floor(i * H / size), as in torch's interpolate
+            rows, columns = (mx.arange(n) * source // n for n, source in zip(size, (H, W), strict=True))
+            x = x[:, rows][:, :, columns]
+        return self.conv(x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017). `to_out` is a list because diffusers' is."""
+
+    def __init__(self, dims: int, heads: int, context_dims: int | None = None, *, bias: bool = False):
+        super().__init__()
+        self.heads = heads
+        context_dims = dims if context_dims is None else context_dims
+        self.to_q = nn.Linear(dims, dims, bias=bias)
+        self.to_k = nn.Linear(context_dims, dims, bias=bias)
+        self.to_v = nn.Linear(context_dims, dims, bias=bias)
+        self.to_out = [nn.Linear(dims, dims)]
+
+    def keys_values(self, context: mx.array) -> tuple[mx.array, mx.array]:
+        """context: (B, S, context_dims) -> keys and values, (B, heads, S, dims / heads) each."""
+        return self._split(self.to_k(context)), self._split(self.to_v(context))
+
+    def __call__(self, x: mx.array, keys_values: tuple[mx.array, mx.array] | None = None) -> mx.array:
+        """x: (B, S, dims) attends to `keys_values`, or to itself."""
+        k, v = self.keys_values(x) if keys_values is None else keys_values
+        q = self._split(self.to_q(x))
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+        return self.to_out[0](out.swapaxes(1, 2).reshape(x.shape))
+
+    def _split(self, x: mx.array) -> mx.array:
+        B, S, _ = x.shape
+        return x.reshape(B, S, self.heads, -1).swapaxes(1, 2)
+
+
+class GEGLU(nn.Module):
+    """A linear layer gated by its own second half (Shazeer 2020)."""
+
+    def __init__(self, dims: int, inner: int):
+        super().__init__()
+        self.proj = nn.Linear(dims, 2 * inner)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        value, gate = mx.split(self.proj(x), 2, axis=-1)
+        return value * nn.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dims: int):
+        super().__init__()
+        # diffusers has a dropout between the two, which keeps its place in the names
+        self.net = [GEGLU(dims, 4 * dims), nn.Identity(), nn.Linear(4 * dims, dims)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.net[2](self.net[0](x))
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the prompt, feed-forward; each on a normalised copy and added back."""
+
+    def __init__(self, dims: int, heads: int, context_dims: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dims)
+        self.attn1 = Attention(dims, heads)
+        self.norm2 = nn.LayerNorm(dims)
+        self.attn2 = Attention(dims, heads, context_dims)
+        self.norm3 = nn.LayerNorm(dims)
+        self.ff = FeedForward(dims)
+
+    def __call__(self, x: mx.array, prompt: tuple[mx.array, mx.array]) -> mx.array:
+        """x: (B, S, dims); prompt: keys and values of `attn2`."""
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), prompt)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nn.Module):
+    """Transformer blocks over the positions of a feature map."""
+
+    def __init__(self, dims: int, heads: int, context_dims: int, layers: int, groups: int):
+        super().__init__()
+        self.norm = GroupNorm(groups, dims, eps=1e-6)
+        self.proj_in = nn.Linear(dims, dims)
+        self.transformer_blocks = [BasicTransformerBlock(dims, heads, context_dims) for _ in range(layers)]
+        self.proj_out = nn.Linear(dims, dims)
+
+    def keys_values(self, context: mx.array) -> list[tuple[mx.array, mx.array]]:
+        """The prompt's keys and values for each transformer block, the same at every step; context: (B, S, dims)."""
+        return [block.attn2.keys_values(context) for block in self.transformer_blocks]
+
+    def __call__(self, x: mx.array, prompt: list[tuple[mx.array, mx.array]]) -> mx.array:
+        """x: (B, H, W, C); prompt: what `keys_values` returned."""
+        B, H, W, C = x.shape
+        h = self.proj_in(self.norm(x).reshape(B, H * W, C))
+        for block, keys_values in zip(self.transformer_blocks, prompt, strict=True):
+            h = block(h, keys_values)
+        return x + self.proj_out(h).reshape(B, H, W, C)

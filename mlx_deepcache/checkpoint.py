@@ -1,0 +1,222 @@
+"""A checkpoint folder: which components it has, loading them, and writing it anew in MLX's layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from . import weights
+from .clip import CLIPTextModel
+from .config import CLIPConfig, UNetConfig, VAEConfig, read_json
+from .errors import CheckpointError, Failure, UsageError
+from .hub import find
+from .schedulers import NoiseSchedule
+from .unet import UNet2DConditionModel
+from .vae import AutoencoderKL
+
+BUNDLED = Path(__file__).parent / "models" / "emoji"
+_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder in the diffusers layout, or as `convert` wrote it: the same, with the weights laid out for MLX."""
+
+    folder: Path
+    index: dict
+    unet_config: UNetConfig
+    vae_config: VAEConfig
+
+    @classmethod
+    def open(cls, model: str | None, *, half: bool = False) -> Checkpoint:
+        """Find a model (see `hub.find`; None is the bundled one) and read what it is, without its weights.
+
+        Raises:
+            CheckpointError: it cannot be found, is no checkpoint, or is of a kind that is not supported.
+        """
+        if model is None:
+            if not (BUNDLED / "model_index.json").is_file():
+                raise CheckpointError("the bundled model is not installed; name another with --model, such as sd15")
+            folder = BUNDLED
+        else:
+            folder = find(model, half=half)
+        if not (folder / "model_index.json").is_file():
+            raise CheckpointError(
+                f"{folder} is no checkpoint: expected a folder in the diffusers layout, with model_index.json in it"
+            )
+        index = read_json(folder / "model_index.json")
+        kind = index.get("_class_name", _PIPELINES[0])
+        if kind not in _PIPELINES:
+            raise CheckpointError(f"{folder} holds a {kind}, which is not supported, only {', '.join(_PIPELINES)}")
+        for name in ("unet", "vae", "text_encoder"):
+            if not (folder / name).is_dir():
+                raise CheckpointError(f"{folder} is no whole checkpoint: it lacks the folder {name}")
+        unet = UNetConfig.from_dict(read_json(folder / "unet" / "config.json"))
+        vae = VAEConfig.from_dict(read_json(folder / "vae" / "config.json"))
+        if unet.in_channels != vae.latent_channels:
+            raise CheckpointError(
+                f"the U-Net reads {unet.in_channels} channels where the VAE's latents have {vae.latent_channels}; "
+                "inpainting and other variants with further inputs are not supported"
+            )
+        return cls(folder, index, unet, vae)
+
+    @property
+    def xl(self) -> bool:
+        """Whether this is SDXL: two text encoders, and a U-Net that is told sizes."""
+        return self.unet_config.addition_embed_type == "text_time"
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """Folder names of the text encoders; each has a tokenizer of the same ending."""
+        return ("text_encoder", "text_encoder_2") if self.xl else ("text_encoder",)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Folder names of all that has weights."""
+        return (*self.text_encoders, "unet", "vae")
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the U-Net was trained for."""
+        size = self.unet_config.sample_size
+        height, width = size if isinstance(size, tuple) else (size, size)
+        return height * self.vae_config.factor, width * self.vae_config.factor
+
+    @property
+    def guidance_scale(self) -> float:
+        """The default: what the checkpoint says, or its family's usual one."""
+        return float(self.index.get("default_guidance_scale", 5.0 if self.xl else 7.5))
+
+    def schedule(self, name: str | None) -> NoiseSchedule:
+        """The noise schedule of one of `SCHEDULERS`, or of the checkpoint's own scheduler.
+
+        SD's published configs had two mistakes, which diffusers' pipeline corrects as it loads them; so does this. It
+        leaves SDXL's as they are.
+        """
+        config = read_json(self.folder / "scheduler" / "scheduler_config.json")
+        corrections = {} if self.xl else {"steps_offset": 1, "clip_sample": False}
+        config |= {key: value for key, value in corrections.items() if name is None or key in config}
+        return NoiseSchedule(config, name)
+
+    def module(self, name: str) -> nn.Module:
+        """A component with weights yet to be loaded."""
+        if name == "unet":
+            return UNet2DConditionModel(self.unet_config)
+        if name == "vae":
+            return AutoencoderKL(self.vae_config)
+        return CLIPTextModel(CLIPConfig.from_dict(read_json(self.folder / name / "config.json")))
+
+    def load(self, name: str, dtype: mx.Dtype | None) -> nn.Module:
+        """A component with its weights, strictly loaded; dtype None keeps the file's types.
+
+        Raises:
+            CheckpointError: see `weights.load`.
+        """
+        return weights.load(self.module(name), self.folder / name, dtype)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What became of one component: parameters, bytes on disk, type, and linear layers quantized and left."""
+
+    name: str
+    parameters: int
+    bytes: int
+    dtype: str
+    quantized: int
+    left: int
+
+
+def convert(
+    model: str,
+    output: Path,
+    *,
+    dtype: mx.Dtype | None = None,
+    bits: int | None = None,
+    force: bool = False,
+    progress: Callable[[str], None] = lambda name: None,
+) -> list[Converted]:
+    """Write a checkpoint anew with MLX's layout: all that drawing needs and nothing else, whole or not at all.
+
+    dtype: None keeps the types of the files; bits: 4 or 8 quantizes the linear layers of the U-Net and the text
+    encoders; force: replace an `output` that exists; progress: called with each component's name before it starts.
+
+    Raises:
+        UsageError: `output` exists, and `force` is not given.
+        CheckpointError: the model cannot be had, or is damaged or not supported.
+        Failure: `output` cannot be written.
+    """
+    if output.exists() and not force:
+        raise UsageError(f"{output} exists; pass --force to replace it")
+    if output.exists() and not (output / "model_index.json").is_file():
+        raise UsageError(f"{output} exists and is no checkpoint, so it is not replaced; remove it yourself")
+    checkpoint = Checkpoint.open(model, half=dtype == mx.float16)
+    if output.exists() and output.resolve() == checkpoint.folder.resolve():
+        raise UsageError(f"{output} is the model itself; name another folder")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except OSError as error:
+        raise Failure(f"cannot write {output}: {error.strerror}") from None
+    try:
+        report = [_convert_one(checkpoint, name, temporary, dtype, bits, progress) for name in checkpoint.components]
+        _copy_settings(checkpoint, temporary)
+        temporary.chmod(0o755)
+        if output.exists():
+            shutil.rmtree(output)
+        temporary.rename(output)
+    except OSError as error:
+        raise Failure(f"cannot write {output}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return report
+
+
+def _convert_one(checkpoint, name, target, dtype, bits, progress) -> Converted:
+    progress(name)
+    module = checkpoint.load(name, dtype)
+    parameters = sum(p.size for _, p in tree_flatten(module.parameters()))
+    kind = str(next(p.dtype for _, p in tree_flatten(module.parameters()))).removeprefix("mlx.core.")
+    was = next((m.bits for m in module.modules() if isinstance(m, nn.QuantizedLinear)), None)
+    quantized = left = 0
+    if bits is not None and name != "vae":
+        if was is not None:
+            raise CheckpointError(
+                f"{checkpoint.folder / name} is already quantized, to {was} bits; start from the original"
+            )
+        quantized, left = weights.quantize(module, bits)
+        was = bits
+    size = weights.save(module, target / name, bits=was)
+    shutil.copyfile(checkpoint.folder / name / "config.json", target / name / "config.json")
+    return Converted(name, parameters, size, kind, quantized, left)
+
+
+def _copy_settings(checkpoint: Checkpoint, target: Path) -> None:
+    """model_index.json, the scheduler's config and the tokenizers."""
+    keep = {k: v for k, v in checkpoint.index.items() if not isinstance(v, list)}
+    names = (
+        *checkpoint.components,
+        "scheduler",
+        *(n.replace("text_encoder", "tokenizer") for n in checkpoint.text_encoders),
+    )
+    keep |= {name: checkpoint.index[name] for name in names if name in checkpoint.index}
+    (target / "model_index.json").write_text(json.dumps(keep, indent=2, sort_keys=True) + "\n")
+    (target / "scheduler").mkdir()
+    shutil.copyfile(*(folder / "scheduler" / "scheduler_config.json" for folder in (checkpoint.folder, target)))
+    for name in checkpoint.text_encoders:
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        source = checkpoint.folder / tokenizer
+        if not source.is_dir():
+            raise CheckpointError(f"{checkpoint.folder} is no whole checkpoint: it lacks the folder {tokenizer}")
+        (target / tokenizer).mkdir()
+        for file in source.iterdir():
+            if file.suffix in (".json", ".txt"):
+                shutil.copyfile(file, target / tokenizer / file.name)

@@ -1,0 +1,326 @@
+"""The two commands: `generate.py` draws, `convert.py` writes a checkpoint in MLX's layout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from . import FAST_BLAS, __version__
+from .blas import HINT
+from .errors import Failure, UsageError
+from .noise import GENERATORS
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+def generate_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="generate.py",
+        description="Draw pictures with Stable Diffusion on Apple Silicon, with DeepCache.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    what = parser.add_argument_group("what to draw")
+    what.add_argument("--prompt", required=True, help="what the picture should show")
+    what.add_argument("--negative-prompt", metavar="TEXT", help="what it should not show")
+    what.add_argument(
+        "--model",
+        metavar="M",
+        help="a folder from convert.py or in the diffusers layout, a hub id (owner/name[@revision]), or sd15, sd21, "
+        "sdxl, sdxl-turbo; default: the small model that comes with the package",
+    )
+    what.add_argument("--num-images", type=positive, metavar="N", help="pictures, with seeds S, S+1, ... (1)")
+    what.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
+    what.add_argument("--height", type=positive, metavar="PX", help="default: the model's native size")
+    what.add_argument("--width", type=positive, metavar="PX")
+
+    how = parser.add_argument_group("how")
+    how.add_argument("--steps", type=positive, metavar="N", help="default 50")
+    how.add_argument(
+        "--guidance-scale", type=number, metavar="G", help="default 7.5 for SD, 5 for SDXL; 1 turns it off"
+    )
+    how.add_argument(
+        "--scheduler", metavar="NAME", help="default: the model's own; one of " + ", ".join(scheduler_names())
+    )
+    how.add_argument(
+        "--rng",
+        choices=list(GENERATORS),
+        default="torch",
+        help="whose random numbers: PyTorch's on a CPU (the default) or on CUDA (not yet verified on one), or MLX's",
+    )
+    how.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: float16 on a GPU, else float32")
+
+    cache = parser.add_argument_group("DeepCache")
+    cache.add_argument(
+        "--cache-interval",
+        type=positive,
+        metavar="N",
+        help="run the deep part of the U-Net every N-th step; 1: always. Default 3, and 1 below 10 steps",
+    )
+    cache.add_argument(
+        "--cache-branch",
+        type=natural,
+        default=0,
+        metavar="B",
+        help="how much of the U-Net a cached step runs: 0 (the default) is least, up to 11 for SD and 8 for SDXL",
+    )
+
+    files = parser.add_argument_group("files")
+    files.add_argument("--output", type=Path, default=Path("out.png"), metavar="FILE", help="default out.png")
+    files.add_argument("--no-metadata", action="store_true", help="leave prompt and settings out of the PNG")
+    files.add_argument("--latents", type=Path, metavar="FILE", help="start from this noise: safetensors, `latents`")
+    files.add_argument("--save-latents", type=Path, metavar="FILE", help="write the final latents")
+    files.add_argument("--stats", type=Path, metavar="FILE.json", help="write times, steps, multiply-adds and memory")
+    files.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    add("--version", action="version", version=f"mlx_deepcache {__version__}")
+    return parser
+
+
+def convert_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="convert.py",
+        description="Write a Hugging Face checkpoint with weights laid out for MLX: all that generate.py needs.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        required=True,
+        metavar="SRC",
+        help="a folder in the diffusers layout, or a hub id owner/name[@revision]",
+    )
+    add("--output", required=True, type=Path, metavar="DIR", help="the folder to write, whole or not at all")
+    add("--dtype", choices=DTYPES, help="default: the types that the files have")
+    add(
+        "--quantize",
+        type=int,
+        choices=(4, 8),
+        metavar="4|8",
+        help="bits of the U-Net's and text encoders' linear layers",
+    )
+    add("--force", action="store_true", help="replace DIR if it exists")
+    add("--version", action="version", version=f"mlx_deepcache {__version__}")
+    return parser
+
+
+def positive(text: str) -> int:
+    return _whole(text, 1)
+
+
+def natural(text: str) -> int:
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number, {least} or more, got {text!r}")
+    return value
+
+
+def number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not abs(value) < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
+    return value
+
+
+def scheduler_names() -> list[str]:
+    from .schedulers import SCHEDULERS
+
+    return list(SCHEDULERS)
+
+
+def main_generate(argv: list[str] | None = None) -> int:
+    """generate.py; returns its exit code."""
+    return _run(_generate, generate_parser().parse_args(argv))
+
+
+def main_convert(argv: list[str] | None = None) -> int:
+    """convert.py; returns its exit code."""
+    return _run(_convert, convert_parser().parse_args(argv))
+
+
+def _run(command: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+    """A command's exit code: 0, 1 for a failure, 2 for a usage error, 130 for Ctrl-C; errors take one line."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.showwarning = lambda message, *rest, **kw: print(f"warning: {message}", file=sys.stderr)
+    if not FAST_BLAS:
+        print(f"note: {HINT}", file=sys.stderr)
+    try:
+        command(args)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Failure as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ncancelled; no picture was written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from .images import save_png
+    from .pipeline import FEWEST_STEPS_TO_CACHE, StableDiffusion
+    from .schedulers import SCHEDULERS
+    from .weights import read_latents, write_latents
+
+    def say(text: str) -> None:
+        if not args.quiet:
+            print(text)
+
+    if args.scheduler is not None and args.scheduler not in SCHEDULERS:
+        raise UsageError(f"--scheduler should be one of {', '.join(SCHEDULERS)}, got {args.scheduler!r}")
+    if args.output.suffix.lower() != ".png":
+        raise UsageError(f"--output should end in .png, got {str(args.output)!r}")
+    for file in filter(None, (args.output, args.save_latents, args.stats)):
+        _check_writable(file)
+    if args.model is None:
+        say("model: the bundled text-to-emoji model; --model sd15 or --model sdxl draws anything, after a download")
+    pipe = StableDiffusion.from_pretrained(args.model, args.dtype, keep=False)
+
+    latents, n, height, width = None, args.num_images or 1, args.height, args.width
+    if args.latents is not None:
+        latents = read_latents(args.latents)
+        factor = pipe.checkpoint.vae_config.factor
+        n = args.num_images or len(latents)
+        height = height or latents.shape[1] * factor
+        width = width or latents.shape[2] * factor
+    settings = pipe.settings(
+        args.prompt,
+        negative_prompt=args.negative_prompt,
+        steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        height=height,
+        width=width,
+        seeds=range(args.seed, args.seed + n),
+        scheduler=args.scheduler,
+        rng=args.rng,
+        cache_interval=args.cache_interval,
+        cache_branch=args.cache_branch,
+    )
+    if args.cache_interval is None and settings.steps < FEWEST_STEPS_TO_CACHE:
+        say(f"cache: off below {FEWEST_STEPS_TO_CACHE} steps; --cache-interval turns it on")
+
+    steps = []
+    full_steps = settings.full_steps
+    with tqdm(total=len(full_steps), disable=args.quiet, unit="step") as bar:
+        bar.set_postfix_str("full")
+        for progress in pipe.denoise(settings, latents):
+            steps.append(progress)
+            bar.update()
+            if progress.index + 1 < len(full_steps):
+                bar.set_postfix_str("full" if full_steps[progress.index + 1] else "cached")
+    final = steps[-1].latents
+    images = pipe.decode(final)
+
+    if args.save_latents is not None:
+        write_latents(args.save_latents, final)
+    files = [args.output] if n == 1 else [args.output.with_stem(f"{args.output.stem}-{i}") for i in range(1, n + 1)]
+    for file, image, seed in zip(files, images, settings.seeds, strict=True):
+        save_png(file, image, None if args.no_metadata else _metadata(args, settings, pipe, seed))
+        say(f"wrote {file}")
+    stats = pipe.stats(settings, steps)
+    if args.stats is not None:
+        _write_text(args.stats, json.dumps(stats, indent=2) + "\n")
+    seconds = stats["seconds"]
+    say(
+        f"{stats['full_steps']} full and {stats['cached_steps']} cached steps, "
+        f"{stats['unet_macs'] / 1e9:,.1f} of {stats['unet_macs_uncached'] / 1e9:,.1f} G multiply-adds in the U-Net, "
+        f"{stats['device']}, {stats['dtype']}"
+    )
+    say(
+        ", ".join(f"{phase} {seconds[phase]:.2f} s" for phase in seconds)
+        + f", peak memory {stats['peak_memory_bytes'] / 2**20:,.0f} MiB"
+    )
+
+
+def _metadata(args: argparse.Namespace, settings, pipe, seed: int) -> dict:
+    """All settings of one picture."""
+    return {
+        "prompt": args.prompt,
+        "negative_prompt": settings.negative_prompt,
+        "model": args.model or "emoji",
+        "seed": seed,
+        "steps": settings.steps,
+        "guidance_scale": settings.guidance_scale,
+        "height": settings.height,
+        "width": settings.width,
+        "scheduler": settings.scheduler,
+        "rng": settings.rng,
+        "cache_interval": settings.cache.interval,
+        "cache_branch": settings.cache.branch,
+        "dtype": str(pipe.dtype).removeprefix("mlx.core."),
+        "latents": args.latents.name if args.latents else None,
+        "version": f"mlx_deepcache {__version__}",
+    }
+
+
+def _check_writable(file: Path) -> None:
+    """Fail before the work rather than after it."""
+    if file.is_dir():
+        raise Failure(f"cannot write {file}: it is a folder")
+    if not file.parent.is_dir():
+        raise Failure(f"cannot write {file}: there is no folder {file.parent}")
+    if not os.access(file.parent, os.W_OK) or (file.exists() and not os.access(file, os.W_OK)):
+        raise Failure(f"cannot write {file}: permission denied")
+
+
+def _write_text(file: Path, text: str) -> None:
+    temporary = file.with_name(f".{file.name}.part")
+    try:
+        temporary.write_text(text)
+        temporary.replace(file)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise Failure(f"cannot write {file}: {error.strerror or error}") from None
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from .checkpoint import convert
+    from .weights import dtype_of
+
+    with tqdm(unit="component", bar_format="{desc} {n_fmt} done, {elapsed}") as bar:
+
+        def progress(name: str) -> None:
+            bar.set_description(f"converting {name}")
+            bar.update()
+
+        report = convert(
+            args.model,
+            args.output,
+            dtype=None if args.dtype is None else dtype_of(args.dtype),
+            bits=args.quantize,
+            force=args.force,
+            progress=progress,
+        )
+    print(f"{'component':16}{'parameters':>16}{'bytes':>16}  type")
+    for row in report:
+        note = (
+            f", {row.quantized} linear layers in {args.quantize} bits, {row.left} left"
+            if row.quantized or row.left
+            else ""
+        )
+        print(f"{row.name:16}{row.parameters:>16,}{row.bytes:>16,}  {row.dtype}{note}")
+    print(f"{'together':16}{sum(r.parameters for r in report):>16,}{sum(r.bytes for r in report):>16,}")
+    print(f"wrote {args.output}")

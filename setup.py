@@ -1,0 +1,33 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+root = Path(__file__).parent
+setup(
+    name="mlx_deepcache",
+    version="0.1.0",
+    description="Stable Diffusion 1.x, 2.x and XL on Apple Silicon (MLX), with DeepCache built into the sampler",
+    long_description=(root / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["mlx_deepcache", "mlx_deepcache.*"]),
+    package_data={"mlx_deepcache": ["models/**/*"]},
+    install_requires=[
+        "mlx>=0.30; sys_platform == 'darwin'",
+        "mlx[cpu]>=0.30; sys_platform == 'linux'",
+        # MLX's Linux wheel comes with a BLAS that is 100 times slower; see mlx_deepcache/blas.py
+        "mkl; sys_platform == 'linux' and platform_machine == 'x86_64'",
+        "numpy",
+        "huggingface_hub",
+        "safetensors",
+        "transformers",
+        "pillow",
+        "tqdm",
+    ],
+    extras_require={
+        "cuda": ["mlx[cuda]>=0.30; sys_platform == 'linux'"],
+        "test": ["torch==2.13.0", "diffusers", "DeepCache", "pytest", "ruff==0.17.5"],
+    },
+)

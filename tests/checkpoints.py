@@ -1,0 +1,309 @@
+"""Tiny random checkpoints in the diffusers layout, one a family, for tests that hold our code against diffusers.
+
+`build(kind, folder)` writes one. The weights are random but lively: every layer keeps about unit variance, so that a
+skip, the prompt or the timestep left out shows in the output, and an epsilon model's last convolution is fitted to
+predict the noise, so that fifty steps end at latents of ordinary size. Nothing here comes from outside this file.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers.utils import logging
+
+logging.disable_progress_bar()
+
+CROSS, DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
+UP = {CROSS: "CrossAttnUpBlock2D", DOWN: "UpBlock2D"}
+WORDS = [
+    "a",
+    "photo",
+    "of",
+    "the",
+    "cat",
+    "dog",
+    "red",
+    "house",
+    "with",
+    "small",
+    "bird",
+    "in",
+    "rain",
+    "an",
+    "old",
+    "tree",
+    "blue",
+    "flower",
+    "painting",
+    "and",
+    "at",
+    "night",
+]
+PNDM = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.6.0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+EULER = PNDM | {
+    "_class_name": "EulerDiscreteScheduler",
+    "_diffusers_version": "0.19.0.dev0",
+    "interpolation_type": "linear",
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "timestep_spacing": "leading",
+    "use_karras_sigmas": False,
+}
+SD1 = {
+    "down_block_types": (CROSS, CROSS, CROSS, DOWN),
+    "block_out_channels": (32, 40, 48, 48),
+    "norm_num_groups": 8,
+    "attention_head_dim": 4,
+    "cross_attention_dim": 32,
+    "sample_size": 16,
+}
+SD2 = SD1 | {"attention_head_dim": (2, 4, 4, 6), "cross_attention_dim": 48, "use_linear_projection": True}
+UNETS = {
+    "sd15": SD1,
+    "sd21-base": SD2 | {"upcast_attention": False},
+    "sd21": SD2 | {"sample_size": 8},
+    "sdxl": {
+        "down_block_types": (DOWN, CROSS, CROSS),
+        "block_out_channels": (32, 40, 48),
+        "norm_num_groups": 8,
+        "attention_head_dim": (2, 4, 6),
+        "transformer_layers_per_block": (1, 2, 3),
+        "cross_attention_dim": 32 + 48,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 40 + 6 * 8,
+        "sample_size": 16,
+    },
+    "bk-base": SD1 | {"layers_per_block": 1},
+    "bk-small": SD1 | {"layers_per_block": 1, "mid_block_type": None},
+    "bk-tiny": SD1
+    | {
+        "layers_per_block": 1,
+        "mid_block_type": None,
+        "down_block_types": (CROSS, CROSS, CROSS),
+        "block_out_channels": (32, 40, 48),
+    },
+}
+SCHEDULERS = {
+    "sd21-base": PNDM | {"prediction_type": "epsilon"},
+    "sd21": PNDM | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
+    "sdxl": EULER,
+}
+KINDS = tuple(UNETS)
+
+
+def build(kind: str, folder: Path) -> Path:
+    """Write the tiny checkpoint `kind` (one of KINDS) to `folder`, in float32, and return the folder."""
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1000 + KINDS.index(kind))
+        write_unet(kind, folder / "unet")
+        write_vae(kind, folder / "vae")
+        write_text(kind, folder)
+    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULERS.get(kind, PNDM))
+    write_json(folder / "model_index.json", model_index(kind))
+    return folder
+
+
+def write_json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def model_index(kind):
+    """model_index.json's content: pipeline class and the class of each component."""
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.42.1",
+        "scheduler": ["diffusers", SCHEDULERS.get(kind, PNDM)["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    if kind == "sdxl":
+        return index | {
+            "_class_name": "StableDiffusionXLPipeline",
+            "force_zeros_for_empty_prompt": True,
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        }
+    absent = {"feature_extractor": [None, None], "safety_checker": [None, None]}
+    return index | absent | {"requires_safety_checker": False}
+
+
+# ---------------------------------------------------------------------------------------------------------- weights
+
+
+def gain(name):
+    """Factor on 1/sqrt(fan_in): attention sharper than unit logits make it, what SiLU and averages lost made good, and
+    x carried to the output well enough for `fit_noise`."""
+    if name.endswith(("to_q", "to_k", "q_proj", "k_proj")):
+        return 1.6
+    if name.endswith(("to_out.0", "conv_in", "conv1", "conv2", "time_emb_proj", "linear_2", "net.2")):
+        return 1.5
+    return 0.5 if name.endswith("proj_out") else 1.0
+
+
+def enliven(model):
+    """Variance-preserving normal weights, norms with weights 1 + 0.3 n and biases 0.3 n; draws from torch's seed."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            module.weight.normal_(std=0.3 if "position" in name else 1.0)
+        elif isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            module.weight.normal_(1.0, 0.3)
+            module.bias.normal_(std=0.3)
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            module.weight.normal_(std=gain(name) * module.weight[0].numel() ** -0.5)
+            if module.bias is not None:
+                module.bias.normal_(std=0.2)
+    return model.eval()
+
+
+def write_unet(kind, folder):
+    """A lively U-Net; epsilon models predict the noise to some degree (see `fit_noise`)."""
+    config = {"layers_per_block": 2} | UNETS[kind]
+    ups = tuple(UP[block] for block in reversed(config["down_block_types"]))
+    unet = enliven(UNet2DConditionModel(up_block_types=ups, **config))
+    if kind != "sd21":
+        fit_noise(unet)
+    unet.save_pretrained(folder)
+
+
+def fit_noise(unet, images=32, side=16, wild=0.35):
+    """conv_out := the least-squares fit of the noise in x from what enters conv_out, plus `wild` times itself."""
+    config, seen = unet.config, []
+    t = torch.randint(0, 1000, (images,))
+    alpha = torch.linspace(0.00085**0.5, 0.012**0.5, 1000).square().neg().add(1).cumprod(0)[t].view(-1, 1, 1, 1)
+    noise = torch.randn(images, 4, side, side)
+    x = alpha.sqrt() * 0.7 * torch.randn_like(noise) + (1 - alpha).sqrt() * noise
+    added = None
+    if config.addition_embed_type is not None:
+        pooled = torch.randn(images, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
+        added = {"text_embeds": pooled, "time_ids": torch.tensor([[128.0, 128, 0, 0, 128, 128]]).repeat(images, 1)}
+    hook = unet.conv_out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    unet(x, t, torch.randn(images, 77, config.cross_attention_dim), added_cond_kwargs=added)
+    hook.remove()
+    patches = nn.functional.unfold(seen[0], 3, padding=1).mT.flatten(0, 1).double()
+    patches = torch.cat([patches, torch.ones(len(patches), 1)], 1)
+    fit = torch.linalg.lstsq(patches, noise.flatten(2).mT.flatten(0, 1).double()).solution.mT.float()
+    unet.conv_out.weight.mul_(wild).add_(fit[:, :-1].reshape(unet.conv_out.weight.shape))
+    unet.conv_out.bias.mul_(wild).add_(fit[:, -1])
+
+
+def write_vae(kind, folder):
+    """A lively autoencoder of factor 8. That of "sd15" has the old attention names, as the published file has."""
+    scale = 0.13025 if kind == "sdxl" else 0.18215
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 16, 24, 32),
+        layers_per_block=2 if kind == "sd15" else 1,
+        norm_num_groups=8,
+        latent_channels=4,
+        sample_size=8 * UNETS[kind]["sample_size"],
+        scaling_factor=scale,
+        force_upcast=kind == "sdxl",
+    )
+    enliven(vae).post_quant_conv.weight.mul_(scale)  # so that sampler latents have about unit variance
+    vae.quant_conv.weight.div_(scale)
+    vae.save_pretrained(folder)
+    if kind == "sd15":
+        old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+        rename(folder / "diffusion_pytorch_model.safetensors", old)
+
+
+def rename(file, table):
+    """Replace parts of the tensor names in one safetensors file."""
+    tensors = load_file(file)
+    for old, new in table.items():
+        tensors = {name.replace(old, new): value for name, value in tensors.items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+# ------------------------------------------------------------------------------------------------------------- text
+
+
+def write_text(kind, folder):
+    """Tokenizers and text encoders. config's eos_token_id is the legacy 2 in sd15, bk-* and both of sdxl's encoders."""
+    if kind == "sdxl":
+        write_encoder(folder, "", CLIPTextModel, 32, 3, "quick_gelu", 2)
+        write_encoder(folder, "_2", CLIPTextModelWithProjection, 48, 4, "gelu", 2, projection_dim=40)
+    elif kind in ("sd21-base", "sd21"):
+        write_encoder(folder, "", CLIPTextModel, 48, 3, "gelu", None)
+    else:
+        write_encoder(folder, "", CLIPTextModel, 32, 2, "quick_gelu", 2)
+    if kind == "sd15":  # names as in the published file, which also has this buffer
+        file = folder / "text_encoder" / "model.safetensors"
+        tensors = {"text_model." + name.removeprefix("text_model."): v for name, v in load_file(file).items()}
+        tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+        save_file(tensors, file, metadata={"format": "pt"})
+
+
+def write_encoder(folder, suffix, cls, width, layers, act, eos, projection_dim=512):
+    """One text encoder and its tokenizer: 4 heads, 77 positions; eos None stands for the tokenizer's own id."""
+    last = write_tokenizer(folder / f"tokenizer{suffix}", "<|endoftext|>" if act == "quick_gelu" else "!")
+    config = CLIPTextConfig(
+        vocab_size=last + 1,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        hidden_act=act,
+        projection_dim=projection_dim,
+        bos_token_id=0 if eos == 2 else last - 1,
+        eos_token_id=eos or last,
+        pad_token_id=1,
+    )
+    enliven(cls(config)).save_pretrained(folder / f"text_encoder{suffix}")
+
+
+def byte_alphabet():
+    """CLIP's 256 characters, one a byte, printable ones first: "!" has id 0."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
+
+
+def word_merges(words):
+    """The merges, in order, that build each word from its letters, left to right."""
+    merges = {}
+    for word in words:
+        left, *rest = [*word[:-1], word[-1] + "</w>"]
+        for right in rest:
+            merges[left, right] = True
+            left += right
+    return list(merges)
+
+
+def write_tokenizer(folder, pad):
+    """vocab.json, merges.txt and the two small configs. Returns the id of the end token, the largest."""
+    alphabet, merges = byte_alphabet(), word_merges(WORDS)
+    tokens = alphabet + [c + "</w>" for c in alphabet] + ["".join(pair) for pair in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
+    lines = ["#version: 0.2", *map(" ".join, merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    special["pad_token"] = pad
+    write_json(folder / "special_tokens_map.json", special)
+    options = {"add_prefix_space": False, "do_lower_case": True, "errors": "replace", "model_max_length": 77}
+    write_json(folder / "tokenizer_config.json", special | options | {"tokenizer_class": "CLIPTokenizer"})
+    return len(tokens) - 1
