@@ -161,19 +161,16 @@ def _unipc_update(x, before, m0, here: Level, there: Level, order: int, bh1: boo
     growth = math.expm1(-h)
     b = -h if bh1 else growth
     phi1 = growth / -h - 1
-    correction = 0
-    if order == 2:
-        m1, level = before[-1]
-        r = (level.snr - here.snr) / h
-        slope = (m1 - m0) / r
-        if end is None:
-            correction = 0.5 * slope
-        else:
-            rho = np.linalg.solve([[1, 1], [r, 1]], [phi1 / b, 2 * (phi1 / -h - 0.5) / b])
-            correction = float(rho[0]) * slope + float(rho[1]) * (end - m0)
-    elif end is not None:
-        correction = 0.5 * (end - m0)
-    return there.sigma / here.sigma * x - there.alpha * growth * m0 - there.alpha * b * correction
+    x = there.sigma / here.sigma * x - there.alpha * growth * m0
+    if order == 1:
+        return x if end is None else x - there.alpha * b * 0.5 * (end - m0)
+    m1, level = before[-1]
+    r = (level.snr - here.snr) / h
+    correction = 0.5 / r * (m1 - m0)
+    if end is not None:
+        rho = np.linalg.solve([[1, 1], [r, 1]], [phi1 / b, 2 * (phi1 / -h - 0.5) / b])
+        correction = float(rho[0]) / r * (m1 - m0) + float(rho[1]) * (end - m0)
+    return x - there.alpha * b * correction
 
 
 def lcm(denoise, x, step: Step, history, noise, *, scaling: float):

@@ -19,30 +19,9 @@ logging.disable_progress_bar()
 
 CROSS, DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
 UP = {CROSS: "CrossAttnUpBlock2D", DOWN: "UpBlock2D"}
-WORDS = [
-    "a",
-    "photo",
-    "of",
-    "the",
-    "cat",
-    "dog",
-    "red",
-    "house",
-    "with",
-    "small",
-    "bird",
-    "in",
-    "rain",
-    "an",
-    "old",
-    "tree",
-    "blue",
-    "flower",
-    "painting",
-    "and",
-    "at",
-    "night",
-]
+WORDS = (
+    "a photo of the cat dog red house with small bird in rain an old tree blue flower painting and at night"
+).split()
 PNDM = {
     "_class_name": "PNDMScheduler",
     "_diffusers_version": "0.6.0",

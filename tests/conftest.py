@@ -1,0 +1,34 @@
+"""Shared fixtures. mlx_deepcache comes first: it loads a fast BLAS before anything imports MLX."""
+
+import mlx_deepcache  # noqa: I001
+import checkpoints
+import pytest
+import torch
+
+torch.set_num_threads(1)  # the nets are tiny: threads would only wait for each other
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """checkpoint(kind): the folder of a tiny diffusers checkpoint, built once; copy it before changing it."""
+    built = {}
+
+    def folder(kind):
+        if kind not in built:
+            built[kind] = checkpoints.build(kind, tmp_path_factory.mktemp(kind))
+        return built[kind]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipeline(checkpoint):
+    """pipeline(kind): our pipeline over that checkpoint in float32, kept loaded."""
+    pipes = {}
+
+    def loaded(kind):
+        if kind not in pipes:
+            pipes[kind] = mlx_deepcache.StableDiffusion.from_pretrained(str(checkpoint(kind)), "float32")
+        return pipes[kind]
+
+    return loaded

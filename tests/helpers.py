@@ -1,0 +1,45 @@
+"""What several tests share: layouts, one measure of error, and U-Net inputs."""
+
+import mlx.core as mx
+import numpy as np
+
+
+def error(ours, reference) -> float:
+    """Relative L2 distance."""
+    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
+    assert ours.shape == reference.shape
+    return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))
+
+
+def to_mlx(channels_first) -> mx.array:
+    """(N, C, H, W) -> (N, H, W, C)."""
+    return mx.array(np.asarray(channels_first, np.float32).transpose(0, 2, 3, 1))
+
+
+def to_torch_layout(channels_last) -> np.ndarray:
+    """(N, H, W, C) -> (N, C, H, W)."""
+    return np.array(channels_last).transpose(0, 3, 1, 2)
+
+
+def unet_inputs(config, size=(16, 16), batch=2, seed=0):
+    """Random x, context and, for SDXL, text_embeds and time_ids, as numpy in PyTorch's layout."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((batch, config.in_channels, *size), dtype=np.float32)
+    context = rng.standard_normal((batch, 77, config.cross_attention_dim), dtype=np.float32)
+    added = None
+    if config.addition_embed_type is not None:
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        added = {
+            "text_embeds": rng.standard_normal((batch, pooled), dtype=np.float32),
+            "time_ids": rng.integers(0, 1024, (batch, 6)).astype(np.float32),
+        }
+    return x, context, added
+
+
+def conditioning(context, added):
+    """The same as our U-Net's Conditioning."""
+    from mlx_deepcache.unet import Conditioning
+
+    if added is None:
+        return Conditioning(mx.array(context))
+    return Conditioning(mx.array(context), mx.array(added["text_embeds"]), mx.array(added["time_ids"]))

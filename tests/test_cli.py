@@ -1,0 +1,651 @@
+"""The two commands, each flag doing what it says, and bad input ending in one clear line."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import oracle
+import pytest
+import tqdm
+from helpers import error
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+import mlx_deepcache
+from mlx_deepcache.cli import main_convert, main_generate
+
+REPOSITORY = Path(__file__).parent.parent
+UNET = "unet/diffusion_pytorch_model.safetensors"
+VAE = "vae/diffusion_pytorch_model.safetensors"
+SMALL = ["--height", "64", "--width", "64", "--steps", "3"]
+
+
+@pytest.fixture
+def draw(checkpoint, tmp_path, monkeypatch):
+    """draw(*flags): generate.py in this process and an empty folder; a later flag overrides an earlier one."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+    def run(*flags, model=None):
+        model = checkpoint("sd15") if model is None else model
+        return exit_code(main_generate, ["--model", model, "--prompt", "a cat", *SMALL, *flags])
+
+    return run
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    """copy(kind): a checkpoint to damage."""
+    return lambda kind="sd15": shutil.copytree(checkpoint(kind), tmp_path / f"copy-of-{kind}")
+
+
+def exit_code(main, flags):
+    try:
+        return main([str(flag) for flag in flags])
+    except SystemExit as stop:  # argparse's own way out
+        return stop.code
+
+
+def left():
+    """All that lies in the working folder, hidden files too."""
+    return sorted(os.listdir())
+
+
+def pixels(file="out.png"):
+    return np.asarray(Image.open(file)).astype(int)
+
+
+def assert_fails(capfd, code, expected, *words):
+    """One line says what went wrong, and nothing was written."""
+    out, err = capfd.readouterr()
+    assert code == expected, err
+    assert "Traceback" not in out + err
+    errors = [line for line in err.splitlines() if re.match(r"((generate|convert)\.py: )?error: ", line)]
+    assert len(errors) == 1, err
+    assert err.rstrip().endswith(errors[0])
+    for word in words:
+        assert word in errors[0], err
+    assert left() == []
+
+
+def edit(file, **values):
+    """Set values in a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def edit_tensors(file, change):
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+# ----------------------------------------------------------------------------------------------------------- output
+
+
+def test_default_output(draw, capfd):
+    assert draw("--steps", 2) == 0
+    assert left() == ["out.png"]
+    with Image.open("out.png") as image:
+        assert (image.format, image.mode, image.size) == ("PNG", "RGB", (64, 64))
+    out, err = capfd.readouterr()
+    assert "wrote out.png" in out
+    assert re.search(r"3 full and 0 cached steps, [\d.]+ of [\d.]+ G multiply-adds", out)  # PLMS takes one more
+    assert re.search(r"load [\d.]+ s, encode [\d.]+ s, denoise [\d.]+ s, decode [\d.]+ s, peak memory \d+ MiB", out)
+    assert "full" in err  # the bar
+
+
+def test_output_in_another_folder(draw, tmp_path):
+    folder = tmp_path / "pictures of mine"
+    folder.mkdir()
+    assert draw("--steps", 1, "--output", folder / "cat.png") == 0
+    assert os.listdir(folder) == ["cat.png"]
+    assert left() == []
+
+
+def test_long_name(draw):
+    name = "x" * 251 + ".png"  # as long as a file's name may be
+    assert draw("--steps", 1, "--output", name) == 0
+    assert left() == [name]
+
+
+def test_output_replaces_a_file(draw):
+    Path("out.png").write_text("old")
+    assert draw("--steps", 1) == 0
+    assert pixels().shape == (64, 64, 3)
+
+
+def test_native_size(draw, checkpoint):
+    assert exit_code(main_generate, ["--model", checkpoint("sd15"), "--prompt", "a cat", "--steps", 1]) == 0
+    assert pixels().shape == (128, 128, 3)
+
+
+def test_height_and_width(draw):
+    assert draw("--steps", 1, "--height", 56, "--width", 72) == 0
+    assert pixels().shape == (56, 72, 3)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_picture_is_that_of_diffusers(draw, checkpoint, kind):
+    flags = ["--steps", 11, "--seed", 7, "--negative-prompt", "a dog", "--guidance-scale", 4, "--cache-branch", 1]
+    assert draw(*flags, "--dtype", "float32", model=checkpoint(kind)) == 0
+    reference = oracle.generate(
+        checkpoint(kind), "a cat", "a dog", 11, 4.0, 64, 64, interval=3, branch=1, seed=7
+    )  # three is the default interval from ten steps on
+    difference = np.abs(pixels() - reference["image"][0])
+    assert difference.mean() < 1
+    assert reference["image"].std() > 10  # there is something in the picture
+
+
+@pytest.mark.parametrize("scheduler", ["pndm", "euler-a"])
+def test_num_images(draw, scheduler):
+    flags = ["--scheduler", scheduler, "--dtype", "float32"]
+    assert draw(*flags, "--num-images", 3, "--seed", 5) == 0
+    assert left() == ["out-1.png", "out-2.png", "out-3.png"]
+    for i in range(3):
+        assert draw(*flags, "--seed", 5 + i, "--output", "alone.png") == 0
+        difference = np.abs(pixels("alone.png") - pixels(f"out-{i + 1}.png"))
+        assert difference.max() <= 1  # the order of additions depends on the batch
+    assert np.abs(pixels("out-1.png") - pixels("out-2.png")).mean() > 5
+
+
+def test_quiet(draw, capfd):
+    assert draw("--steps", 2, "--quiet") == 0
+    assert capfd.readouterr() == ("", "")
+    assert left() == ["out.png"]
+
+
+def test_metadata(draw):
+    assert draw("--negative-prompt", "a dog", "--seed", 3, "--num-images", 2, "--cache-interval", 2) == 0
+    with Image.open("out-2.png") as image:
+        text, settings = image.text["parameters"], json.loads(image.text["mlx_deepcache"])
+    first, second, last = text.split("\n")
+    assert (first, second) == ("a cat", "Negative prompt: a dog")
+    assert last.startswith("Steps: 3, Sampler: PLMS, CFG scale: 7.5, Seed: 4, Size: 64x64, Model: ")
+    assert "DeepCache interval: 2, DeepCache branch: 0" in last
+    expected = {
+        "prompt": "a cat",
+        "negative_prompt": "a dog",
+        "seed": 4,
+        "steps": 3,
+        "guidance_scale": 7.5,
+        "height": 64,
+        "width": 64,
+        "scheduler": "pndm",
+        "rng": "torch",
+        "cache_interval": 2,
+        "cache_branch": 0,
+    }
+    assert expected.items() <= settings.items()
+
+
+def test_no_metadata(draw):
+    assert draw("--steps", 1, "--no-metadata") == 0
+    with Image.open("out.png") as image:
+        assert not image.text
+    assert b"a cat" not in Path("out.png").read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------- latents
+
+
+def test_latents_round_trip(draw, checkpoint):
+    noise = np.random.default_rng(0).standard_normal((2, 4, 8, 6), dtype=np.float32)
+    save_file({"latents": noise}, "noise.safetensors")
+    flags = ["--latents", "noise.safetensors", "--save-latents", "final.safetensors", "--dtype", "float32"]
+    model = ["--model", checkpoint("sd15"), "--prompt", "a cat", "--steps", 3]
+    assert exit_code(main_generate, [*model, *flags, "--cache-interval", 2]) == 0  # number and size are the file's
+    assert left() == ["final.safetensors", "noise.safetensors", "out-1.png", "out-2.png"]
+    assert pixels("out-1.png").shape == (64, 48, 3)
+
+    final = load_file("final.safetensors")
+    assert {name: (t.dtype, t.shape) for name, t in final.items()} == {"latents": (np.float32, (2, 4, 8, 6))}
+    reference = oracle.generate(checkpoint("sd15"), "a cat", steps=3, height=64, width=48, interval=2, latents=noise)
+    assert error(final["latents"], reference["latents"]) < 1e-3
+    for i in range(2):
+        assert np.abs(pixels(f"out-{i + 1}.png") - reference["image"][i]).mean() < 1
+
+
+@pytest.mark.parametrize("scheduler", ["heun", "unipc", "lcm"])
+def test_save_latents_from_a_seed(draw, checkpoint, scheduler):
+    flags = ["--scheduler", scheduler, "--seed", 9, "--guidance-scale", 3]
+    assert draw(*flags, "--dtype", "float32", "--save-latents", "final.safetensors", "--quiet") == 0
+    reference = oracle.generate(checkpoint("sd15"), "a cat", None, 3, 3.0, 64, 64, scheduler, seed=9)
+    assert error(load_file("final.safetensors")["latents"], reference["latents"]) < 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------------ stats
+
+
+@pytest.mark.parametrize(("scheduler", "steps", "interval"), [("pndm", 12, 3), ("heun", 5, 2), ("ddim", 4, 1)])
+def test_stats(draw, checkpoint, scheduler, steps, interval):
+    flags = ["--scheduler", scheduler, "--steps", steps, "--cache-interval", interval, "--guidance-scale", 1]
+    assert draw(*flags, "--stats", "stats.json") == 0
+    stats = json.loads(Path("stats.json").read_text())
+    calls = oracle.full_calls(checkpoint("sd15"), steps, interval, scheduler)
+    per_step = calls[::2] if scheduler == "heun" else calls  # Heun calls the U-Net twice a step, decided once
+    assert stats["steps"] == ["full" if full else "cached" for full in per_step]
+    assert (stats["full_steps"], stats["cached_steps"]) == (per_step.count(True), per_step.count(False))
+    if interval == 1:
+        assert stats["unet_macs"] == stats["unet_macs_uncached"] > 0
+    else:
+        share = calls.count(True) / len(calls)
+        assert share < stats["unet_macs"] / stats["unet_macs_uncached"] < 1
+    assert list(stats["seconds"]) == ["load", "encode", "denoise", "decode"]
+    assert all(0 < seconds < 600 for seconds in stats["seconds"].values())
+    assert 2**20 < stats["peak_memory_bytes"] < 2**33
+    assert "(cpu)" in stats["device"] or "(gpu)" in stats["device"]
+    assert stats["dtype"] == ("float16" if mx.default_device() == mx.gpu else "float32")
+    assert stats["versions"].keys() == {"mlx_deepcache", "mlx", "python", "system"}
+    assert stats["versions"]["mlx_deepcache"] == mlx_deepcache.__version__
+
+
+def test_stats_count_batch_and_guidance(draw):
+    macs = []
+    for flags in (["--guidance-scale", 1], ["--guidance-scale", 2], ["--guidance-scale", 2, "--num-images", 2]):
+        assert draw("--scheduler", "ddim", "--steps", 1, "--stats", "s.json", *flags) == 0
+        macs.append(json.loads(Path("s.json").read_text())["unet_macs"])
+    assert macs == [macs[0], 2 * macs[0], 4 * macs[0]]
+
+
+# --------------------------------------------------------------------------------------------------- the other dials
+
+
+def final_latents(draw, *flags):
+    assert draw("--quiet", "--dtype", "float32", "--save-latents", "final.safetensors", *flags) == 0
+    return load_file("final.safetensors")["latents"]
+
+
+def test_rng(draw):
+    drawn = {rng: final_latents(draw, "--steps", 1, "--rng", rng) for rng in ("torch", "torch-cuda", "mlx")}
+    again = {rng: final_latents(draw, "--steps", 1, "--rng", rng) for rng in drawn}
+    assert all(np.array_equal(drawn[rng], again[rng]) for rng in drawn)
+    assert np.array_equal(drawn["torch"], final_latents(draw, "--steps", 1))
+    assert min(error(drawn["mlx"], drawn["torch"]), error(drawn["torch-cuda"], drawn["torch"])) > 0.1
+
+
+@pytest.mark.parametrize("rng", ["torch", "torch-cuda", "mlx"])
+@pytest.mark.parametrize("seed", [-1, 2**32 - 1, 2**64 - 1, 2**80 + 7])
+def test_any_seed(draw, rng, seed):
+    assert draw("--steps", 1, "--rng", rng, "--seed", seed) == 0
+
+
+def test_seed(draw):
+    assert np.array_equal(final_latents(draw, "--steps", 1), final_latents(draw, "--steps", 1, "--seed", 0))
+    assert error(final_latents(draw, "--steps", 1, "--seed", 1), final_latents(draw, "--steps", 1)) > 0.1
+
+
+@pytest.mark.parametrize("flags", [("--negative-prompt", "dog"), ("--guidance-scale", 2), ("--prompt", "a red house")])
+def test_flag_changes_the_picture(draw, flags):
+    assert error(final_latents(draw, *flags), final_latents(draw)) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_dtype(draw, dtype):
+    exact = final_latents(draw)
+    rough = final_latents(draw, "--dtype", dtype, "--stats", "s.json")
+    assert json.loads(Path("s.json").read_text())["dtype"] == dtype
+    assert 1e-5 < error(rough, exact) < (0.05 if dtype == "float16" else 0.4)
+
+
+def test_cache_turns_off_below_ten_steps(draw, capfd):
+    assert draw("--steps", 9, "--stats", "s.json") == 0
+    assert "cache: off below 10 steps; --cache-interval turns it on" in capfd.readouterr().out
+    assert json.loads(Path("s.json").read_text())["cached_steps"] == 0
+    assert draw("--steps", 9, "--stats", "s.json", "--cache-interval", 3) == 0
+    assert "cache:" not in capfd.readouterr().out
+    assert json.loads(Path("s.json").read_text())["cached_steps"] == 6
+    assert draw("--steps", 10, "--stats", "s.json") == 0
+    assert "cache:" not in capfd.readouterr().out
+    assert json.loads(Path("s.json").read_text())["steps"][:4] == ["full", "cached", "cached", "full"]
+
+
+def test_cache_branch(draw):
+    flags = ["--steps", 4, "--cache-interval", 2, "--stats", "s.json"]
+    macs = []
+    for branch in (0, 5, 11):
+        assert draw(*flags, "--cache-branch", branch) == 0
+        macs.append(json.loads(Path("s.json").read_text())["unet_macs"])
+    assert macs[0] < macs[1] < macs[2]
+
+
+def test_long_prompt_warns(draw, capfd):
+    assert draw("--steps", 1, "--prompt", " ".join(["cat"] * 80)) == 0
+    warnings = [line for line in capfd.readouterr().err.splitlines() if "warning: " in line]
+    assert len(warnings) == 1
+    assert "75 tokens" in warnings[0]
+    assert "'cat cat cat cat cat'" in warnings[0]
+
+
+@pytest.mark.parametrize("prompt", ["", " ", "猫 🐱 naïve café\u202e", '"quoted", \\ and {braces}\nover two lines'])
+def test_odd_prompts(draw, prompt):
+    assert draw("--steps", 1, "--prompt", prompt) == 0
+    with Image.open("out.png") as image:
+        assert json.loads(image.text["mlx_deepcache"])["prompt"] == prompt
+
+
+# -------------------------------------------------------------------------------------------- the scripts themselves
+
+
+def script(name, *flags, folder):
+    command = [sys.executable, REPOSITORY / name, *map(str, flags)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def test_scripts(checkpoint, tmp_path):
+    done = script("convert.py", "--model", checkpoint("sd15"), "--output", "model", folder=tmp_path)
+    assert (done.returncode, os.listdir(tmp_path)) == (0, ["model"]), done.stderr
+    assert "wrote model" in done.stdout
+    done = script("generate.py", "--model", "model", "--prompt", "a cat", *SMALL, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["model", "out.png"]
+
+
+def test_script_fails_clearly(tmp_path):
+    done = script("generate.py", "--model", "no such model", "--prompt", "a cat", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"(note: .*\n)?error: no model 'no such model': .*\n", done.stderr)
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--height", 60], "height should be a positive multiple of 8"),
+        (["--width", 4], "width should be a positive multiple of 8"),
+        (["--height", 8, "--width", 8], "16 values or more"),
+        (["--height", -64], "--height"),
+        (["--steps", 0], "--steps"),
+        (["--steps", -3], "--steps"),
+        (["--steps", 1001], "from 1 to 1000"),
+        (["--steps", "many"], "--steps"),
+        (["--num-images", 0], "--num-images"),
+        (["--cache-interval", 0], "--cache-interval"),
+        (["--cache-interval", -3], "--cache-interval"),
+        (["--cache-branch", 12], "[0, 12)"),
+        (["--cache-branch", -1], "--cache-branch"),
+        (["--scheduler", "dpm++3m"], "dpm++2m-karras"),
+        (["--rng", "dice"], "torch-cuda"),
+        (["--dtype", "int8"], "bfloat16"),
+        (["--guidance-scale", "nan"], "--guidance-scale"),
+        (["--output", "out.jpg"], ".png"),
+        (["--output", ""], ".png"),
+        (["--output", "out.png", "--stats", "out.png"], "--stats"),
+        (["--output", "out.png", "--save-latents", "./out.png"], "--save-latents"),
+        (["--prompt", "a \udcff cat"], "prompt"),
+        (["--num", 2], "--num"),
+    ],
+)
+def test_usage_errors(draw, capfd, flags, word):
+    assert_fails(capfd, draw(*flags), 2, word)
+
+
+def test_branch_range_is_the_models(draw, checkpoint, capfd):
+    assert_fails(capfd, draw("--cache-branch", 9, model=checkpoint("sdxl")), 2, "[0, 9)", "9")
+
+
+@pytest.mark.parametrize("flag", ["--output", "--stats", "--save-latents"])
+@pytest.mark.parametrize(
+    ("file", "word"),
+    [
+        ("missing/out.png", "no folder"),
+        ("{folder}", "is a folder"),
+        ("x" * 300 + ".png", "name too long"),
+    ],
+)
+def test_unwritable(draw, capfd, tmp_path, flag, file, word):
+    folder = tmp_path / "folder.png"
+    folder.mkdir()
+    assert_fails(capfd, draw(flag, file.format(folder=folder)), 1, "cannot write", word)
+
+
+def test_one_of_several_is_unwritable(draw, capfd, monkeypatch):
+    Path("out-2.png").mkdir()
+    monkeypatch.setattr(tqdm.tqdm, "update", None)  # found before the first step
+    code = draw("--num-images", 2)
+    assert "cannot write out-2.png: it is a folder" in capfd.readouterr().err
+    assert (code, left()) == (1, ["out-2.png"])
+
+
+def test_out_of_memory(draw, capfd):
+    size = 8 * 10**12
+    assert_fails(capfd, draw("--quiet", "--height", size, "--width", size), 1, "memory")
+
+
+def test_read_only_folder(draw, capfd, tmp_path, monkeypatch):
+    (tmp_path / "locked").mkdir(mode=0o555)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked")  # root may write anywhere
+    assert_fails(capfd, draw("--output", tmp_path / "locked" / "out.png"), 1, "permission denied", "locked")
+
+
+def test_disk_full(draw, capfd, monkeypatch):
+    def save(self, file, **options):
+        Path(file).write_text("half a pict")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    assert_fails(capfd, draw("--steps", 1), 1, "cannot write out.png", "No space left")
+
+
+@pytest.mark.parametrize("name", ["no such model", "", "./nowhere", "x" * 5000, "nobody/nothing"])
+def test_no_such_model(draw, capfd, monkeypatch, name):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert_fails(capfd, draw(model=name), 1, "model" if "nobody" not in name else "nobody/nothing is no folder")
+
+
+@pytest.mark.parametrize("kind", ["empty", "file", "other"])
+def test_no_checkpoint(draw, capfd, tmp_path, kind):
+    model = tmp_path / "model"
+    if kind == "file":
+        model.write_text("")
+    else:
+        model.mkdir()
+    if kind == "other":
+        (model / "config.json").write_text("{}")
+    assert_fails(capfd, draw(model=model), 1, "is no checkpoint", "model_index.json")
+
+
+@pytest.mark.parametrize("name", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_missing_folder(draw, copy, capfd, name):
+    model = copy()
+    shutil.rmtree(model / name)
+    assert_fails(capfd, draw("--quiet", model=model), 1, name)
+
+
+@pytest.mark.parametrize("file", [UNET, VAE, "text_encoder/model.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "header", "empty", "html"])
+def test_damaged_weights(draw, copy, capfd, file, damage):
+    model = copy()
+    whole = (model / file).read_bytes()
+    (model / file).write_bytes(
+        {
+            "cut": whole[: len(whole) // 2],
+            "header": whole[:8] + b"\0" * 64 + whole[72:],
+            "empty": b"",
+            "html": b"<!doctype html><title>404</title>",
+        }[damage]
+    )
+    assert_fails(capfd, draw("--quiet", model=model), 1, str(Path(file).parent), "damaged")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("conv_in.bias"), ["lacks conv_in.bias"]),
+        (lambda t: t.update({"lora.up": np.zeros(3, "f")}), ["holds lora.up"]),
+        (lambda t: t.update({"conv_in.bias": np.zeros(5, "f")}), ["conv_in.bias", "(32,)", "(5,)"]),
+        (lambda t: t.update({"conv_in.weight": np.zeros((32, 9, 3, 3), "f")}), ["conv_in.weight"]),
+        (lambda t: t.update({"conv_in.bias": np.zeros(32, "int32")}), ["conv_in.bias", "floating point"]),
+    ],
+    ids=["missing", "surplus", "misshapen", "inpainting", "integers"],
+)
+def test_wrong_tensors(draw, copy, capfd, change, words):
+    model = copy()
+    edit_tensors(model / UNET, change)
+    assert_fails(capfd, draw(model=model), 1, "unet", *words)
+
+
+def test_pickle_only(draw, copy, capfd):
+    model = copy()
+    (model / UNET).rename((model / UNET).with_suffix(".bin"))
+    assert_fails(capfd, draw(model=model), 1, "diffusion_pytorch_model.bin", "pickle")
+
+
+def test_no_weights(draw, copy, capfd):
+    model = copy()
+    (model / UNET).unlink()
+    assert_fails(capfd, draw(model=model), 1, "unet", "no weights")
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "words"),
+    [
+        ("unet/config.json", {"class_embed_type": "timestep"}, ["class_embed_type", "timestep"]),
+        ("unet/config.json", {"mid_block_type": "UNetMidBlock2D"}, ["mid_block_type"]),
+        ("unet/config.json", {"in_channels": 9}, ["9 channels", "inpainting"]),
+        ("unet/config.json", {"cross_attention_dim": "wide"}, ["cross_attention_dim"]),
+        ("unet/config.json", {"block_out_channels": 32}, ["block_out_channels"]),
+        ("unet/config.json", {"norm_num_groups": 0}, ["norm_num_groups"]),
+        ("unet/config.json", {"attention_head_dim": [1, 2]}, ["attention_head_dim"]),
+        ("vae/config.json", {"act_fn": "relu"}, ["act_fn", "relu"]),
+        ("vae/config.json", {"scaling_factor": "large"}, ["scaling_factor"]),
+        ("text_encoder/config.json", {"hidden_act": "relu"}, ["hidden_act", "relu"]),
+        ("text_encoder/config.json", {"num_attention_heads": 7}, ["num_attention_heads"]),
+        ("scheduler/scheduler_config.json", {"_class_name": "FlowScheduler"}, ["FlowScheduler"]),
+        ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, ["prediction_type", "flow"]),
+        ("scheduler/scheduler_config.json", {"beta_start": "low"}, ["beta_start"]),
+        ("model_index.json", {"_class_name": "FluxPipeline"}, ["FluxPipeline"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_unsupported_config(draw, copy, capfd, file, values, words):
+    model = copy()
+    edit(model / file, **values)
+    assert_fails(capfd, draw("--quiet", model=model), 1, *words)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "model_index.json",
+        "unet/config.json",
+        "vae/config.json",
+        "text_encoder/config.json",
+        "scheduler/scheduler_config.json",
+        "tokenizer/vocab.json",
+    ],
+)
+def test_damaged_json(draw, copy, capfd, file, text):
+    model = copy()
+    (model / file).write_text(text)
+    assert_fails(capfd, draw("--quiet", model=model), 1, "tokenizer" if "vocab" in file else file)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "code", "words"),
+    [
+        ({"latents": np.zeros((1, 4, 8, 7), "f")}, 2, ["(1, 4, 8, 8)", "(1, 4, 8, 7)"]),
+        ({"latents": np.zeros((1, 3, 8, 8), "f")}, 2, ["(1, 4, 8, 8)", "(1, 3, 8, 8)"]),
+        ({"latents": np.zeros((4, 8, 8), "f")}, 1, ["(4, 8, 8)"]),
+        ({"latents": np.full((1, 4, 8, 8), np.nan, "f")}, 1, ["NaN"]),
+        ({"latents": np.full((1, 4, 8, 8), np.inf, "f")}, 1, ["infinite"]),
+        ({"latents": np.zeros((0, 4, 8, 8), "f")}, 1, ["latents"]),
+        ({"noise": np.zeros((1, 4, 8, 8), "f")}, 1, ["`latents`", "noise"]),
+        ({}, 1, ["`latents`", "none"]),
+        (None, 1, ["missing"]),
+        ("text", 1, ["no safetensors file"]),
+    ],
+    ids=["width", "channels", "dimensions", "nan", "inf", "none", "name", "empty", "no-file", "text"],
+)
+def test_bad_latents(draw, capfd, tmp_path, tensors, code, words):
+    file = tmp_path / "noise.safetensors"
+    if isinstance(tensors, dict):
+        save_file(tensors, file)
+    elif tensors is not None:
+        file.write_text(tensors)
+    assert_fails(capfd, draw("--quiet", "--latents", file), code, *words)
+
+
+def test_latents_and_num_images_differ(draw, capfd, tmp_path):
+    save_file({"latents": np.zeros((2, 4, 8, 8), "f")}, tmp_path / "noise.safetensors")
+    code = draw("--quiet", "--latents", tmp_path / "noise.safetensors", "--num-images", 3)
+    assert_fails(capfd, code, 2, "(3, 4, 8, 8)", "(2, 4, 8, 8)")
+
+
+def nan_weights(name):
+    return lambda tensors: tensors[name].fill(np.nan)
+
+
+def test_nan_in_the_unet(draw, copy, capfd):
+    model = copy()
+    edit_tensors(model / UNET, nan_weights("conv_in.weight"))
+    code = draw("--save-latents", "l.safetensors", "--stats", "s.json", "--quiet", model=model)
+    assert_fails(capfd, code, 1, "latents", "NaN")
+
+
+def test_nan_in_the_vae(draw, copy, capfd):
+    model = copy()
+    edit_tensors(model / VAE, nan_weights("decoder.conv_in.weight"))
+    assert_fails(capfd, draw("--quiet", "--save-latents", "l.safetensors", model=model), 1, "VAE", "NaN")
+
+
+@pytest.mark.parametrize("quiet", [[], ["--quiet"]])
+def test_ctrl_c(draw, capfd, monkeypatch, quiet):
+    steps = []
+
+    def update(bar, n=1):
+        steps.append(n)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tqdm.tqdm, "update", update)
+    assert draw("--save-latents", "l.safetensors", "--stats", "s.json", *quiet) == 130
+    out, err = capfd.readouterr()
+    assert len(steps) == 2
+    assert "cancelled" in err
+    assert "Traceback" not in out + err
+    assert left() == []
+
+
+def test_closed_pipe(checkpoint, tmp_path):
+    """`generate.py | head -0` ends without a traceback."""
+    flags = ["--model", checkpoint("sd15"), "--prompt", "a cat", *SMALL]
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        command = [sys.executable, REPOSITORY / "generate.py", *map(str, flags)]
+        done = subprocess.run(command, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    finally:
+        os.close(write)
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "word"),
+    [
+        (["--model", "no such model", "--output", "d"], 1, "no model"),
+        (["--output", "d"], 2, "--model"),
+        (["--model", "{sd15}", "--output", "d", "--quantize", "5"], 2, "--quantize"),
+        (["--model", "{sd15}", "--output", "d", "--dtype", "int8"], 2, "--dtype"),
+        (["--model", "{sd15}", "--output", "{sd15}"], 2, "exists"),
+        (["--model", "{sd15}", "--output", "{sd15}", "--force"], 2, "the model itself"),
+        (["--model", "{sd15}", "--output", "x" * 300], 1, "cannot write"),
+        (["--model", "{sd15}", "--output", "{sd15}/model_index.json/d"], 1, "cannot write"),
+    ],
+)
+def test_convert_errors(checkpoint, tmp_path, monkeypatch, capfd, flags, code, word):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    flags = [flag.format(sd15=checkpoint("sd15")) for flag in flags]
+    assert_fails(capfd, exit_code(main_convert, flags), code, word)
+    assert (checkpoint("sd15") / UNET).is_file()

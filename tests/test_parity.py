@@ -1,0 +1,114 @@
+"""Whole pictures against diffusers with the pip package DeepCache: every kind of model, schedulers and branches."""
+
+import numpy as np
+import pytest
+from checkpoints import KINDS
+from helpers import error, to_torch_layout
+from oracle import SCHEDULERS, generate
+
+from mlx_deepcache import StableDiffusion
+
+
+def cases():
+    """Every kind x interval x at least four branches; schedulers (None is the own one), guidance and negative prompts
+    take turns, so that each meets several kinds and intervals."""
+    names, count = [None, *SCHEDULERS], 0
+    for kind in KINDS:
+        last = 8 if kind in ("sdxl", "bk-tiny") else 11
+        for interval in (1, 2, 3, 5):
+            for branch in (0, 1, 2, last // 2, last):
+                name = names[count % len(names)]
+                guidance = 1.5 if name == "lcm" else (7.5, 1.0, 3.0)[count % 3]
+                yield kind, interval, branch, name, guidance, (None, "blurry", "")[count // 2 % 3]
+                count += 1
+
+
+@pytest.mark.parametrize(("kind", "interval", "branch", "scheduler", "guidance", "negative"), cases())
+def test_picture_is_that_of_diffusers_and_deepcache(
+    checkpoint, pipeline, kind, interval, branch, scheduler, guidance, negative
+):
+    """Two pictures of 104 x 72 pixels, whose latents do not halve exactly."""
+    options = {"steps": 6, "guidance_scale": guidance, "height": 72, "width": 104, "scheduler": scheduler}
+    expected = generate(
+        checkpoint(kind),
+        "a small red cat",
+        negative_prompt=negative,
+        interval=interval,
+        branch=branch,
+        seed=[3, 4],
+        num_images=2,
+        **options,
+    )
+    steps = []
+    result = pipeline(kind)(
+        "a small red cat",
+        negative_prompt=negative,
+        cache_interval=interval,
+        cache_branch=branch,
+        seeds=[3, 4],
+        on_step=steps.append,
+        **options,
+    )
+    assert error(to_torch_layout(result.latents), expected["latents"]) < 1e-4
+    images = np.stack([np.asarray(image) for image in result.images]).astype(float)
+    assert np.abs(images - expected["image"]).mean() < 0.1  # grey levels
+    assert [step.full for step in steps for _ in range(step.calls)] == expected["full"]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("kind", ["sd15", "sd21"])
+def test_twenty_steps_with_every_scheduler(checkpoint, pipeline, kind, name):
+    options = {"steps": 20, "guidance_scale": 2.0, "height": 64, "width": 64, "scheduler": name}
+    expected = generate(checkpoint(kind), "a bird", interval=3, branch=1, seed=[5], **options)
+    result = pipeline(kind)("a bird", seeds=[5], cache_interval=3, cache_branch=1, **options)
+    assert error(to_torch_layout(result.latents), expected["latents"]) < 1e-3
+
+
+def test_interval_1_is_bit_equal_to_a_loop_without_cache_code(pipeline):
+    """The plain loop below knows nothing of features, branches or schedules."""
+    import mlx.core as mx
+
+    from mlx_deepcache.solvers import Prediction, split
+
+    pipe = pipeline("sd15")
+    settings = pipe.settings("a cat", steps=5, height=64, width=64, seeds=[1, 2], cache_interval=1, scheduler="ddim")
+    *_, last = pipe.denoise(settings)
+
+    noise, _ = pipe._noise(settings)
+    cond, scale = pipe._encode(settings)
+    unet = pipe._part("unet")
+    prompt, x = unet.prepare(cond), noise()
+    for step in settings.plan.steps:
+
+        def denoise(x, level):
+            out, _ = unet(mx.concatenate([x, x]), mx.array([level.t]), prompt)
+            without, given = mx.split(out, 2)
+            out = without + scale * (given - without)
+            return Prediction(out, *split("epsilon", out, x, level))
+
+        x, _ = settings.plan.solver(denoise, x, step, None, noise)
+    assert mx.array_equal(x, last.latents)
+
+
+def test_nothing_survives_a_generation(pipeline):
+    """After a picture of another size, interval and branch, a pipeline draws what a fresh one draws."""
+    pipe = pipeline("sd15")
+    first = pipe("a cat", steps=5, height=64, width=64, seeds=[7], cache_interval=5)
+    pipe("a dog", steps=4, height=128, width=64, seeds=[8], cache_interval=3, cache_branch=7)
+    steps = pipe.denoise(pipe.settings("a dog", steps=4, height=64, width=64, cache_interval=4))
+    next(steps), next(steps), steps.close()  # cancelled on a cached step
+    again = pipe("a cat", steps=5, height=64, width=64, seeds=[7], cache_interval=5)
+    fresh = StableDiffusion(pipe.checkpoint, "float32")(
+        "a cat", steps=5, height=64, width=64, seeds=[7], cache_interval=5
+    )
+    assert np.array_equal(first.latents, again.latents)
+    assert np.array_equal(first.latents, fresh.latents)
+
+
+def test_float16_stays_close_to_float32(pipeline, checkpoint):
+    """Half precision end to end: closer to the float32 picture than another seed's by far."""
+    options = {"steps": 6, "height": 64, "width": 64, "guidance_scale": 3.0}
+    exact = pipeline("sd15")("a cat", **options)
+    half = StableDiffusion.from_pretrained(str(checkpoint("sd15")), "float16")("a cat", **options)
+    assert error(half.latents, exact.latents) < 0.05
+    assert error(pipeline("sd15")("a cat", seeds=[1], **options).latents, exact.latents) > 0.5

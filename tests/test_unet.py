@@ -1,0 +1,85 @@
+"""The U-Net against diffusers, call by call, and the cut that DeepCache makes in it."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from checkpoints import KINDS
+from helpers import conditioning, error, to_mlx, to_torch_layout, unet_inputs
+from oracle import unet_cached_call, unet_call
+
+from mlx_deepcache import unet as unet_module
+from mlx_deepcache.cache import CacheSchedule
+from mlx_deepcache.errors import UsageError
+
+
+def prepared(pipeline, kind, size=(16, 16), seed=0):
+    unet = pipeline(kind)._part("unet")
+    x, context, added = unet_inputs(unet.config, size, seed=seed)
+    return unet, unet.prepare(conditioning(context, added)), x, context, added
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [(16, 16), (9, 13), (8, 24)])
+def test_a_call_is_that_of_diffusers(checkpoint, pipeline, kind, size):
+    unet, prompt, x, context, added = prepared(pipeline, kind, size)
+    for t in (1, 500, 981):
+        out, _ = unet(to_mlx(x), mx.array([t]), prompt)
+        assert error(to_torch_layout(out), unet_call(checkpoint(kind), x, t, context, added)) < 1e-5
+
+
+def branches(kind):
+    return range(9 if kind in ("sdxl", "bk-tiny") else 12)
+
+
+@pytest.mark.parametrize(("kind", "branch"), [(kind, branch) for kind in KINDS for branch in branches(kind)])
+def test_a_cached_call_is_that_of_deepcache(checkpoint, pipeline, kind, branch):
+    """The full call before it is on other latents at another time, so that stale and fresh layers differ."""
+    unet, prompt, x, context, added = prepared(pipeline, kind, (9, 13))
+    later = np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
+    expected = unet_cached_call(checkpoint(kind), branch, (x, 901), (later, 501), context, added)
+    _, features = unet(to_mlx(x), mx.array([901]), prompt, branch=branch)
+    cached, same = unet(to_mlx(later), mx.array([501]), prompt, branch=branch, features=features)
+    assert same is features
+    assert error(to_torch_layout(cached), expected) < 1e-5
+    full, _ = unet(to_mlx(later), mx.array([501]), prompt, branch=branch)
+    assert error(to_torch_layout(full), expected) > 1e-3  # or the test could not tell them apart
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_a_cached_step_equals_a_full_one_on_the_same_input(pipeline, kind):
+    unet, prompt, x, *_ = prepared(pipeline, kind)
+    for branch in branches(kind):
+        full, features = unet(to_mlx(x), mx.array([500]), prompt, branch=branch)
+        cached, _ = unet(to_mlx(x), mx.array([500]), prompt, branch=branch, features=features)
+        assert mx.allclose(full, cached, atol=1e-5)
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3, 5])
+def test_the_deep_part_runs_on_full_steps_only(pipeline, monkeypatch, interval):
+    """Counted at the middle block's first resnet."""
+    pipe = pipeline("sd15")
+    deep, count = pipe._part("unet").mid_block.resnets[0], 0
+    plain = unet_module.ResnetBlock2D.__call__
+
+    def counted(self, *args, **kwargs):
+        nonlocal count
+        count += self is deep
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(unet_module.ResnetBlock2D, "__call__", counted)
+    pipe("a cat", steps=11, height=64, width=64, scheduler="ddim", cache_interval=interval)
+    assert count == sum(CacheSchedule(interval).full_steps(11)) == -(-11 // interval)
+
+
+@pytest.mark.parametrize("interval", range(1, 13))
+@pytest.mark.parametrize("n", [1, 2, 7, 50])
+def test_first_step_is_full_whatever_the_interval(interval, n):
+    full = CacheSchedule(interval).full_steps(n)
+    assert full[0] and len(full) == n and [i for i, f in enumerate(full) if f] == list(range(0, n, interval))
+
+
+@pytest.mark.parametrize(("kind", "branch"), [("sd15", 12), ("sd15", -1), ("sdxl", 9), ("bk-tiny", 9)])
+def test_no_such_branch(pipeline, kind, branch):
+    unet, prompt, x, *_ = prepared(pipeline, kind)
+    with pytest.raises(UsageError, match=r"cache branch must be in \[0, (12|9)\)"):
+        unet(to_mlx(x), mx.array([1]), prompt, branch=branch)

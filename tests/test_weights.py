@@ -1,0 +1,494 @@
+"""convert.py, the files that a checkpoint may consist of, and which of them are asked of the hub."""
+
+import fnmatch
+import json
+import os
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import mlx.core as mx
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from mlx_deepcache import StableDiffusion, hub
+from mlx_deepcache import checkpoint as checkpoint_module
+from mlx_deepcache.cli import main_convert
+from mlx_deepcache.errors import CheckpointError
+
+COMPONENTS = {"sd15": ("text_encoder", "unet", "vae"), "sdxl": ("text_encoder", "text_encoder_2", "unet", "vae")}
+TYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    """copy(kind): a checkpoint to change."""
+    return lambda kind="sd15": shutil.copytree(checkpoint(kind), tmp_path / f"copy-of-{kind}")
+
+
+@pytest.fixture
+def output(tmp_path):
+    """The folder to convert to, the only thing in the folder that it is in."""
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out" / "model"
+
+
+def convert(source, output, *flags):
+    return main_convert([str(flag) for flag in ("--model", source, "--output", output, *flags)])
+
+
+def draw(model):
+    """Final latents and the picture, in float32."""
+    pipe = StableDiffusion.from_pretrained(str(model), "float32", keep=False)
+    result = pipe("a cat", steps=2, height=32, width=32, seeds=[3], cache_interval=2)
+    return np.array(result.latents), np.array(result.images[0])
+
+
+def assert_same_picture(model, reference):
+    for ours, theirs in zip(draw(model), draw(reference), strict=True):
+        assert np.array_equal(ours, theirs)
+
+
+def files(folder):
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def content(folder):
+    return {name: (folder / name).read_bytes() for name in files(folder)}
+
+
+def only_weights(folder):
+    (file,) = folder.glob("*.safetensors")
+    return file
+
+
+def header(file):
+    """Metadata, and each tensor's type and shape."""
+    with safe_open(file, framework="numpy") as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        return opened.metadata(), {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+
+
+def to_half(file):
+    """Rewrite a file as its fp16 variant."""
+    tensors = {name: t.astype(np.float16) if t.dtype == np.float32 else t for name, t in load_file(file).items()}
+    save_file(tensors, file.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
+    file.unlink()
+
+
+def shard(file, variant=""):
+    """Split a file in two, as diffusers and transformers do."""
+    tensors = load_file(file)
+    names = sorted(tensors)
+    parts, weight_map = (names[::2], names[1::2]), {}
+    for i, part in enumerate(parts, 1):
+        name = f"{file.stem}{variant}-{i:05}-of-00002.safetensors"
+        save_file({n: tensors[n] for n in part}, file.with_name(name), metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, name)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    file.with_name(f"{file.stem}.safetensors.index{variant}.json").write_text(json.dumps(index))
+    file.unlink()
+
+
+def fails(capfd, code, *words):
+    """One line on stderr that says what went wrong."""
+    err = capfd.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    return code == 1 and len(lines) == 1 and "Traceback" not in err and all(word in lines[0] for word in words)
+
+
+# ---------------------------------------------------------------------------------------------------------- convert
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_convert(checkpoint, output, capfd, kind):
+    source = checkpoint(kind)
+    (output.parent / "other").write_text("left alone")
+    assert convert(source, output) == 0
+    tokenizers = [name.replace("text_encoder", "tokenizer") for name in COMPONENTS[kind] if "text" in name]
+    expected = {"model_index.json", "scheduler/scheduler_config.json"}
+    expected |= {f"{name}/{file}" for name in COMPONENTS[kind] for file in ("config.json", "weights.safetensors")}
+    expected |= {f"{name}/{file}" for name in tokenizers for file in files(source / name)}
+    assert files(output) == expected
+    assert sorted(os.listdir(output.parent)) == ["model", "other"]
+    for name in COMPONENTS[kind]:
+        metadata, _ = header(output / name / "weights.safetensors")
+        assert metadata["layout"] == "channels_last"
+    assert_same_picture(output, source)
+
+    out, err = capfd.readouterr()
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
+    total = 0
+    for name in COMPONENTS[kind]:
+        tensors = load_file(only_weights(source / name))
+        numbers = sum(t.size for n, t in tensors.items() if not n.endswith("position_ids"))
+        total += numbers
+        size = (output / name / "weights.safetensors").stat().st_size
+        assert rows[name] == [f"{numbers:,}", f"{size:,}", "float32"]
+    assert rows["together"][0] == f"{total:,}"
+    assert "converting vae" in err  # the bar
+
+
+def test_convert_needs_only_what_it_writes(copy, output):
+    """Nothing of the source is used afterwards, and converting once more changes nothing."""
+    source = copy()
+    assert convert(source, output) == 0
+    reference = draw(source)
+    shutil.rmtree(source)
+    assert all(map(np.array_equal, draw(output), reference))
+    again = output.with_name("again")
+    assert convert(output, again) == 0
+    assert content(again) == content(output)
+
+
+def test_convert_leaves_out_what_is_not_needed(copy, output):
+    source = copy()
+    for name in ("safety_checker/model.safetensors", "unet/diffusion_pytorch_model.bin", "v1-5.ckpt", "README.md"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("not needed")
+    index = json.loads((source / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (source / "model_index.json").write_text(json.dumps(index))
+    assert convert(source, output) == 0
+    assert {Path(name).parts[0] for name in files(output)} == {
+        *COMPONENTS["sd15"],
+        "tokenizer",
+        "scheduler",
+        "model_index.json",
+    }
+    assert "safety_checker" not in json.loads((output / "model_index.json").read_text())
+    assert not [name for name in files(output) if name.endswith(".bin")]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_dtype(checkpoint, output, dtype):
+    assert convert(checkpoint("sd15"), output, "--dtype", dtype) == 0
+    for name in COMPONENTS["sd15"]:
+        _, tensors = header(output / name / "weights.safetensors")
+        assert {kind for kind, _ in tensors.values()} == {TYPES[dtype]}
+    if dtype == "float32":
+        assert_same_picture(output, checkpoint("sd15"))
+    else:
+        ours, exact = draw(output)[0], draw(checkpoint("sd15"))[0]
+        assert 0 < np.linalg.norm(ours - exact) / np.linalg.norm(exact) < 0.2
+
+
+def test_values_and_layout(checkpoint, output):
+    """Every number of the source is in the output once, convolutions transposed, nothing else touched."""
+    assert convert(checkpoint("sdxl"), output) == 0
+    for name in COMPONENTS["sdxl"]:
+        source = load_file(only_weights(checkpoint("sdxl") / name))
+        made = load_file(output / name / "weights.safetensors")
+        assert {n.removeprefix("text_model.") for n in source} == made.keys()
+        for full_name, tensor in source.items():
+            if tensor.ndim == 4:
+                tensor = tensor.transpose(0, 2, 3, 1)
+            ours = made[full_name.removeprefix("text_model.")]
+            assert np.array_equal(ours.reshape(tensor.shape), tensor)
+
+
+@pytest.mark.parametrize("variant", ["one file", "fp16", "sharded", "sharded fp16"])
+def test_variants(copy, output, variant):
+    """A variant draws what the same numbers in one plain file draw, as it is and converted; types are kept."""
+    source = copy()
+    plain = shutil.copytree(source, source.with_name("plain"))
+    for name in COMPONENTS["sd15"]:
+        file = only_weights(source / name)
+        if "fp16" in variant:
+            to_half(file)
+            half = only_weights(source / name)
+            shutil.copyfile(half, plain / name / file.name)
+            half.rename(file)
+        if "sharded" in variant:
+            shard(file, ".fp16" if "fp16" in variant else "")
+        elif "fp16" in variant:
+            file.rename(file.with_suffix(".fp16.safetensors"))
+    assert_same_picture(source, plain)
+    assert convert(source, output) == 0
+    assert_same_picture(output, plain)
+    _, tensors = header(output / "unet" / "weights.safetensors")
+    assert {kind for kind, _ in tensors.values()} == {"F16" if "fp16" in variant else "F32"}
+
+
+def test_plain_files_come_before_fp16(copy, checkpoint):
+    source = copy()
+    file = only_weights(source / "unet")
+    whole = file.read_bytes()
+    to_half(file)
+    file.write_bytes(whole)
+    assert_same_picture(source, checkpoint("sd15"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda index, unet: sorted(unet.glob("*.safetensors"))[0].unlink(), ["00001-of-00002.safetensors is missing"]),
+        (lambda index, unet: index.pop("weight_map"), ["weight_map"]),
+        (lambda index, unet: index.update(weight_map=["a"]), ["weight_map"]),
+        (lambda index, unet: index.update(weight_map={}), ["unet"]),
+        (lambda index, unet: index["weight_map"].update(a="../vae/diffusion_pytorch_model.safetensors"), ["outside"]),
+        (lambda index, unet: index["weight_map"].update(a=7), ["weight_map"]),
+        (
+            lambda index, unet: index["weight_map"].update(extra="diffusion_pytorch_model-00001-of-00002.safetensors"),
+            ["lacks extra"],
+        ),
+        (lambda index, unet: index["weight_map"].pop("conv_in.bias"), []),
+    ],
+    ids=["missing", "no-map", "list", "empty", "outside", "number", "lacking", "unlisted"],
+)
+def test_damaged_shards(copy, output, capfd, damage, words):
+    source = copy()
+    shard(only_weights(source / "unet"))
+    (file,) = (source / "unet").glob("*.index.json")
+    index = json.loads(file.read_text())
+    damage(index, source / "unet")
+    file.write_text(json.dumps(index))
+    code = convert(source, output)
+    if words:
+        assert fails(capfd, code, *words)
+        assert os.listdir(output.parent) == []
+    else:  # the shards hold it all, whatever the index forgets
+        assert code == 0
+
+
+# ------------------------------------------------------------------------------------------------- whole or not at all
+
+
+def test_existing_folder_needs_force(checkpoint, output, capfd):
+    assert convert(checkpoint("sd15"), output) == 0
+    before = content(output)
+    assert convert(checkpoint("sdxl"), output) == 2
+    assert "--force" in capfd.readouterr().err.splitlines()[-1]
+    assert content(output) == before
+    assert convert(checkpoint("sdxl"), output, "--force") == 0
+    assert (output / "text_encoder_2").is_dir()
+    assert_same_picture(output, checkpoint("sdxl"))
+    assert os.listdir(output.parent) == ["model"]
+
+
+def test_force_does_not_remove_what_is_no_checkpoint(checkpoint, output, capfd):
+    output.mkdir()
+    (output / "thesis.tex").write_text("years of work")
+    assert convert(checkpoint("sd15"), output, "--force") == 2
+    assert "no checkpoint" in capfd.readouterr().err.splitlines()[-1]
+    assert content(output.parent) == {"model/thesis.tex": b"years of work"}
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("damage", ["vae cut", "no tokenizer", "no scheduler", "scheduler no JSON", "NaN config"])
+def test_failure_leaves_all_as_it_was(checkpoint, copy, output, capfd, damage, force):
+    source = copy()
+    if force:
+        assert convert(checkpoint("sd15"), output) == 0
+    before = content(output.parent)
+    word = damage.split()[0]
+    if damage == "vae cut":
+        file = only_weights(source / "vae")
+        file.write_bytes(file.read_bytes()[:-100])
+        word = "damaged"
+    elif damage == "no tokenizer":
+        shutil.rmtree(source / "tokenizer")
+        word = "tokenizer"
+    elif damage == "no scheduler":
+        shutil.rmtree(source / "scheduler")
+        word = "scheduler"
+    elif damage == "scheduler no JSON":
+        (source / "scheduler" / "scheduler_config.json").write_text("{")
+    else:
+        (source / "text_encoder" / "config.json").write_text('{"hidden_size": NaN}')
+        word = "CLIPConfig"
+    assert fails(capfd, convert(source, output, *["--force"][:force]), word)
+    assert content(output.parent) == before
+    assert os.listdir(output.parent) == ["model"][:force]
+
+
+def test_ctrl_c_leaves_nothing(checkpoint, output, capfd, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint_module, "_copy_settings", interrupted)
+    assert convert(checkpoint("sd15"), output) == 130
+    assert "cancelled" in capfd.readouterr().err
+    assert os.listdir(output.parent) == []
+
+
+# --------------------------------------------------------------------------------------------------------- quantize
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantize(copy, output, capfd, bits):
+    source = copy("sdxl")
+    assert convert(source, output, "--quantize", bits) == 0
+    out = capfd.readouterr().out
+    for name in COMPONENTS["sdxl"]:
+        tensors = {n.removeprefix("text_model."): t for n, t in load_file(only_weights(source / name)).items()}
+        made, metadata = mx.load(str(output / name / "weights.safetensors"), return_metadata=True)
+        linear = {n for n, t in tensors.items() if t.ndim == 2 and "embeddings" not in n} if name != "vae" else set()
+        fits = {n for n in linear if tensors[n].shape[1] % 64 == 0}
+        assert {n for n, t in made.items() if t.dtype == mx.uint32} == fits
+        if name == "vae":
+            assert "bits" not in metadata
+            continue
+        assert fits  # so that something is quantized, and
+        assert linear - fits  # something left
+        assert f"{len(fits)} linear layers in {bits} bits, {len(linear - fits)} left" in out
+        for weight in fits:
+            packed, stem = made[weight], weight.removesuffix("weight")
+            assert packed.shape[1] == tensors[weight].shape[1] * bits // 32
+            again = mx.dequantize(packed, made[f"{stem}scales"], made[f"{stem}biases"], group_size=64, bits=bits)
+            groups = tensors[weight].reshape(-1, 64)
+            step = (groups.max(1) - groups.min(1)) / (2**bits - 1)
+            off = np.abs(np.array(again).reshape(-1, 64) - groups) / step[:, None]
+            assert off.max() < 1.2  # half a step, and the far end of a group may be cut by one
+            assert off.mean() < 0.35
+    exact, rough = draw(source)[0], draw(output)[0]
+    assert 1e-6 < np.linalg.norm(rough - exact) / np.linalg.norm(exact) < (0.6 if bits == 4 else 0.05)
+
+
+def test_quantize_reads_back_in_half(checkpoint, output):
+    assert convert(checkpoint("sd15"), output, "--quantize", 8, "--dtype", "float16") == 0
+    _, tensors = header(output / "unet" / "weights.safetensors")
+    assert {kind for kind, _ in tensors.values()} == {"U32", "F16"}
+    assert np.isfinite(draw(output)[0]).all()
+    small, plain = (output / "unet" / "weights.safetensors").stat().st_size, output.with_name("plain")
+    assert convert(checkpoint("sd15"), plain, "--dtype", "float16") == 0
+    assert small < (plain / "unet" / "weights.safetensors").stat().st_size
+
+
+def test_quantize_twice_is_refused(checkpoint, output, capfd):
+    assert convert(checkpoint("sd15"), output, "--quantize", 8) == 0
+    code = convert(output, output.with_name("twice"), "--quantize", 4)
+    assert fails(capfd, code, "already quantized, to 8 bits")
+    assert os.listdir(output.parent) == ["model"]
+
+
+# -------------------------------------------------------------------------------------------------------------- hub
+
+
+class Hub:
+    """A stand-in for the hub: repositories are folders, and a download copies what the patterns ask for."""
+
+    def __init__(self, monkeypatch, cache):
+        self.repositories, self.calls, self.cache = {}, [], cache
+        monkeypatch.setattr(huggingface_hub, "list_repo_files", self.list_repo_files)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+    def folder(self, repository):
+        if repository not in self.repositories:
+            raise RuntimeError(f"404 Client Error\nRepository Not Found for url {repository}\nand so on")
+        return self.repositories[repository]
+
+    def list_repo_files(self, repo_id, *, revision=None, **_):
+        self.calls.append(("list", repo_id, revision))
+        return sorted(files(self.folder(repo_id)))
+
+    def snapshot_download(self, repo_id, *, revision=None, allow_patterns=None, local_files_only=False, **_):
+        self.calls.append(("offline" if local_files_only else "download", repo_id, revision))
+        folder, target = self.folder(repo_id), self.cache / repo_id
+        for name in files(folder):
+            if allow_patterns is None or any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / name, target / name)
+        return str(target)
+
+
+@pytest.fixture
+def fake_hub(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    return Hub(monkeypatch, tmp_path / "cache")
+
+
+def publish(source):
+    """Add what published repositories also hold, and fp16 twins."""
+    for component in COMPONENTS["sd15"]:
+        file = only_weights(source / component)
+        whole = file.read_bytes()
+        to_half(file)
+        file.write_bytes(whole)
+        file.with_suffix(".bin").write_bytes(b"pickle")
+        file.with_suffix(".non_ema.safetensors").write_bytes(b"another variant")
+        (source / component / "model.onnx").write_bytes(b"onnx")
+    for name in ("safety_checker/model.safetensors", "feature_extractor/preprocessor_config.json", "v1-5.safetensors"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(b"not needed")
+    return source
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_only_needed_files_are_downloaded(copy, checkpoint, fake_hub, half):
+    fake_hub.repositories["somebody/model"] = publish(copy())
+    folder = hub.find("somebody/model", half=half)
+    needed = files(checkpoint("sd15"))
+    if half:
+        needed = {name.replace(".safetensors", ".fp16.safetensors") for name in needed}
+    assert files(folder) == needed
+    assert fake_hub.calls == [("list", "somebody/model", None), ("download", "somebody/model", None)]
+    assert np.isfinite(draw(folder)[0]).all()
+
+
+@pytest.mark.parametrize("variant", ["", ".fp16"])
+def test_shards_are_downloaded(copy, fake_hub, variant):
+    source = copy()
+    shard(only_weights(source / "unet"), variant)
+    fake_hub.repositories["somebody/model"] = source
+    folder = hub.find("somebody/model", half=bool(variant))
+    assert files(folder) == files(source)
+    assert_same_picture(folder, source)
+
+
+def test_convert_from_the_hub(copy, checkpoint, fake_hub, output):
+    fake_hub.repositories["somebody/model"] = publish(copy())
+    assert convert("somebody/model@v1.0", output) == 0
+    assert [revision for _, _, revision in fake_hub.calls] == ["v1.0", "v1.0"]
+    assert_same_picture(output, checkpoint("sd15"))
+
+
+def test_pickles_only_on_the_hub(copy, fake_hub):
+    source = copy()
+    only_weights(source / "unet").rename(source / "unet" / "diffusion_pytorch_model.bin")
+    fake_hub.repositories["somebody/model"] = source
+    with pytest.raises(CheckpointError, match="pickle file, diffusion_pytorch_model.bin"):
+        hub.find("somebody/model")
+    assert fake_hub.calls == [("list", "somebody/model", None)]  # and nothing was downloaded
+
+
+def test_offline(checkpoint, fake_hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    fake_hub.repositories["somebody/model"] = checkpoint("sd15")
+    assert files(hub.find("somebody/model@abc")) == files(checkpoint("sd15"))
+    assert fake_hub.calls == [("offline", "somebody/model", "abc")]
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "sdxl-turbo"])
+def test_short_names_try_mirrors_in_order(checkpoint, fake_hub, capfd, output, name):
+    mirrors = hub.SHORT_NAMES[name]
+    assert fails(capfd, convert(name, output), *mirrors, "Hugging Face hub")
+    assert [repository for _, repository, _ in fake_hub.calls] == list(mirrors)
+    fake_hub.repositories[mirrors[-1]] = checkpoint("sd15")
+    fake_hub.calls.clear()
+    assert hub.find(name).is_dir()
+    assert [call[:2] for call in fake_hub.calls[-2:]] == [("list", mirrors[-1]), ("download", mirrors[-1])]
+    assert len(fake_hub.calls) == len(mirrors) + 1
+
+
+def test_a_folder_comes_before_a_repository(checkpoint, fake_hub, tmp_path):
+    (tmp_path / "somebody").mkdir()
+    (tmp_path / "somebody" / "model").symlink_to(checkpoint("sd15"))
+    assert hub.find("somebody/model").samefile(checkpoint("sd15"))
+    assert fake_hub.calls == []
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "nobody/nothing@main"])
+def test_no_such_repository(fake_hub, output, capfd, name):
+    assert fails(capfd, convert(name, output), "nobody/nothing", "404 Client Error", "HF_TOKEN")
+    assert os.listdir(output.parent) == []
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "../x/y", "a b/c", "nothing", "owner/name@", "@main", ""])
+def test_no_repository_name(fake_hub, name):
+    with pytest.raises(CheckpointError, match="model"):
+        hub.find(name)
+    assert fake_hub.calls == []
