@@ -416,7 +416,7 @@ def test_one_of_several_is_unwritable(draw, capfd, monkeypatch):
 
 
 def test_out_of_memory(draw, capfd):
-    size = 8 * 10**12
+    size = 8 * 10**7
     assert_fails(capfd, draw("--quiet", "--height", size, "--width", size), 1, "memory")
 
 
@@ -614,6 +614,28 @@ def test_ctrl_c(draw, capfd, monkeypatch, quiet):
     assert "cancelled" in err
     assert "Traceback" not in out + err
     assert left() == []
+
+
+@pytest.mark.parametrize("main", [main_generate, main_convert])
+def test_ctrl_c_at_once(monkeypatch, capfd, main):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("argparse.ArgumentParser.parse_args", interrupted)
+    assert main(["--help"]) == 130
+    assert "cancelled" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["whole", "vae-only"])
+def test_all_parts_are_looked_for_before_drawing(draw, copy, capfd, monkeypatch, model):
+    """A damaged VAE is not found out after an hour of denoising."""
+    folder = copy()
+    if model == "vae-only":
+        (folder / VAE).write_bytes(b"damaged")
+    steps = []
+    monkeypatch.setattr(tqdm.tqdm, "update", lambda bar, n=1: steps.append(n))
+    assert draw("--quiet", model=folder) == (0 if model == "whole" else 1)
+    assert len(steps) == (4 if model == "whole" else 0)
 
 
 def test_closed_pipe(checkpoint, tmp_path):

@@ -276,6 +276,35 @@ def test_force_does_not_remove_what_is_no_checkpoint(checkpoint, output, capfd):
     assert content(output.parent) == {"model/thesis.tex": b"years of work"}
 
 
+def test_force_replaces_the_working_folder(checkpoint, output, monkeypatch):
+    assert convert(checkpoint("sd15"), output) == 0
+    monkeypatch.chdir(output)
+    assert convert(checkpoint("sdxl"), ".", "--force") == 0
+    assert os.listdir(output.parent) == ["model"]
+    assert_same_picture(output, checkpoint("sdxl"))
+
+
+def test_force_through_a_link(checkpoint, output):
+    assert convert(checkpoint("sd15"), output) == 0
+    link = output.with_name("link")
+    link.symlink_to("model")
+    assert convert(checkpoint("sdxl"), link, "--force") == 0
+    assert sorted(os.listdir(output.parent)) == ["link", "model"]
+    assert link.is_symlink()
+    assert_same_picture(output, checkpoint("sdxl"))
+
+
+def test_disk_full(checkpoint, output, capfd, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    assert convert(checkpoint("sd15"), output) == 0
+    before = content(output.parent)
+    monkeypatch.setattr(checkpoint_module, "_copy_settings", full)
+    assert fails(capfd, convert(checkpoint("sdxl"), output, "--force"), "cannot write", "No space left")
+    assert content(output.parent) == before
+
+
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("damage", ["vae cut", "no tokenizer", "no scheduler", "scheduler no JSON", "NaN config"])
 def test_failure_leaves_all_as_it_was(checkpoint, copy, output, capfd, damage, force):

@@ -1,0 +1,119 @@
+"""Full-size nets with shared random weights: the real architectures, for shapes, parity, memory and speed.
+
+The weights are drawn tensor by tensor from their names, so that PyTorch and MLX can each hold the same net without
+both being in memory at once. They are lively: every layer keeps about unit variance, norms and biases are not trivial.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+_CROSS, _DOWN, _UP, _UP_CROSS = "CrossAttnDownBlock2D", "DownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"
+
+# What the published config.json files say, where it differs from diffusers' defaults
+SD15 = {
+    "sample_size": 64,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "down_block_types": [_CROSS, _CROSS, _CROSS, _DOWN],
+    "up_block_types": [_UP, _UP_CROSS, _UP_CROSS, _UP_CROSS],
+    "attention_head_dim": 8,
+    "cross_attention_dim": 768,
+}
+SD21 = SD15 | {
+    "sample_size": 96,
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+}
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": [_DOWN, _CROSS, _CROSS],
+    "up_block_types": [_UP_CROSS, _UP_CROSS, _UP],
+    "attention_head_dim": [5, 10, 20],
+    "transformer_layers_per_block": [1, 2, 10],
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+UNETS = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL}
+VAE = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+    "hidden_act": "quick_gelu",
+    "eos_token_id": 49407,
+    "vocab_size": 49408,
+}
+
+
+def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The weights called `name`, in PyTorch's layout, float32."""
+    values = np.random.default_rng(zlib.crc32(name.encode())).random(shape, dtype=np.float32)
+    values *= 2
+    values -= 1  # uniform in [-1, 1], deviation 1 / sqrt(3)
+    if len(shape) == 1:
+        values *= 0.3
+        return values + 1 if "norm" in name and name.endswith("weight") else values
+    fan_in = int(np.prod(shape[1:])) if "embedding." not in name else 3
+    values *= np.float32((3 / fan_in) ** 0.5)
+    return values
+
+
+def torch_unet(config: dict):
+    """diffusers' U-Net with these weights, float32, on the CPU."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config)
+    return fill_torch(unet)
+
+
+def fill_torch(module):
+    """A PyTorch module made on the meta device, filled."""
+    import torch
+
+    module.load_state_dict(
+        {name: torch.from_numpy(tensor(name, tuple(p.shape))) for name, p in module.state_dict().items()}, assign=True
+    )
+    return module.eval().requires_grad_(False)
+
+
+def mlx_unet(config: dict, dtype=None):
+    """Our U-Net with these weights."""
+    from mlx_deepcache.config import UNetConfig
+    from mlx_deepcache.unet import UNet2DConditionModel
+
+    return fill_mlx(UNet2DConditionModel(UNetConfig.from_dict(config)), dtype)
+
+
+def fill_mlx(module, dtype=None):
+    """One of our modules, filled; a matrix that is a 1x1 convolution in PyTorch holds the same numbers there."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    for name, parameter in tree_flatten(module.parameters()):
+        shape = parameter.shape
+        if len(shape) == 4:
+            values = np.ascontiguousarray(tensor(name, (shape[0], shape[3], *shape[1:3])).transpose(0, 2, 3, 1))
+        else:
+            values = tensor(name, shape)
+        array = mx.array(values) if dtype is None else mx.array(values).astype(dtype)
+        mx.eval(array)
+        module.load_weights([(name, array)], strict=False)
+    module.eval()
+    return module
