@@ -93,7 +93,10 @@ class Checkpoint:
     @property
     def guidance_scale(self) -> float:
         """The default: what the checkpoint says, or its family's usual one."""
-        return float(self.index.get("default_guidance_scale", 5.0 if self.xl else 7.5))
+        scale = self.index.get("default_guidance_scale", 5.0 if self.xl else 7.5)
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise CheckpointError(f"model_index.json: default_guidance_scale should be a number, got {scale!r}")
+        return float(scale)
 
     def schedule(self, name: str | None) -> NoiseSchedule:
         """The noise schedule of one of `SCHEDULERS`, or of the checkpoint's own scheduler.
@@ -154,12 +157,18 @@ def convert(
         CheckpointError: the model cannot be had, or is damaged or not supported.
         Failure: `output` cannot be written.
     """
+    try:
+        output = output.resolve()  # "." and links would not survive being renamed
+        output.exists()
+    except OSError as error:  # a name that is too long
+        raise Failure(f"cannot write {output}: {error.strerror or error}") from None
     if output.exists() and not force:
         raise UsageError(f"{output} exists; pass --force to replace it")
     if output.exists() and not (output / "model_index.json").is_file():
         raise UsageError(f"{output} exists and is no checkpoint, so it is not replaced; remove it yourself")
-    checkpoint = Checkpoint.open(model, half=dtype == mx.float16)
-    if output.exists() and output.resolve() == checkpoint.folder.resolve():
+    checkpoint = Checkpoint.open(model, half=dtype is not None and dtype == mx.float16)
+    read_json(checkpoint.folder / "scheduler" / "scheduler_config.json")
+    if output.exists() and output == checkpoint.folder.resolve():
         raise UsageError(f"{output} is the model itself; name another folder")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -167,12 +176,13 @@ def convert(
     except OSError as error:
         raise Failure(f"cannot write {output}: {error.strerror}") from None
     try:
-        report = [_convert_one(checkpoint, name, temporary, dtype, bits, progress) for name in checkpoint.components]
-        _copy_settings(checkpoint, temporary)
-        temporary.chmod(0o755)
-        if output.exists():
-            shutil.rmtree(output)
-        temporary.rename(output)
+        new = temporary / "new"
+        new.mkdir()
+        report = [_convert_one(checkpoint, name, new, dtype, bits, progress) for name in checkpoint.components]
+        _copy_settings(checkpoint, new)
+        if output.exists():  # set the old one aside, so that there is no moment without either
+            output.rename(temporary / "old")
+        new.rename(output)
     except OSError as error:
         raise Failure(f"cannot write {output}: {error.strerror or error}") from None
     finally:

@@ -26,8 +26,8 @@ def generate_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     what = parser.add_argument_group("what to draw")
-    what.add_argument("--prompt", required=True, help="what the picture should show")
-    what.add_argument("--negative-prompt", metavar="TEXT", help="what it should not show")
+    what.add_argument("--prompt", type=unicode_text, required=True, help="what the picture should show")
+    what.add_argument("--negative-prompt", type=unicode_text, metavar="TEXT", help="what it should not show")
     what.add_argument(
         "--model",
         metavar="M",
@@ -108,6 +108,14 @@ def convert_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def unicode_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("expected text in UTF-8") from None
+    return text
+
+
 def positive(text: str) -> int:
     return _whole(text, 1)
 
@@ -144,22 +152,28 @@ def scheduler_names() -> list[str]:
 
 def main_generate(argv: list[str] | None = None) -> int:
     """generate.py; returns its exit code."""
-    return _run(_generate, generate_parser().parse_args(argv))
+    return _run(_generate, generate_parser, argv)
 
 
 def main_convert(argv: list[str] | None = None) -> int:
     """convert.py; returns its exit code."""
-    return _run(_convert, convert_parser().parse_args(argv))
+    return _run(_convert, convert_parser, argv)
 
 
-def _run(command: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+def _run(
+    command: Callable[[argparse.Namespace], None], parser: Callable[[], argparse.ArgumentParser], argv: list[str] | None
+) -> int:
     """A command's exit code: 0, 1 for a failure, 2 for a usage error, 130 for Ctrl-C; errors take one line."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a file's name need not be text
     warnings.showwarning = lambda message, *rest, **kw: print(f"warning: {message}", file=sys.stderr)
     if not FAST_BLAS:
         print(f"note: {HINT}", file=sys.stderr)
     try:
-        command(args)
+        command(parser().parse_args(argv))
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -167,10 +181,16 @@ def _run(command: Callable[[argparse.Namespace], None], args: argparse.Namespace
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ncancelled; no picture was written", file=sys.stderr)
+        print("\ncancelled; nothing was written", file=sys.stderr)
         return 130
+    except MemoryError:
+        print("error: there is not enough memory; try a smaller --height and --width or fewer images", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # what no one expected, such as a full disk behind stdout
+        print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -181,7 +201,7 @@ def _generate(args: argparse.Namespace) -> None:
     from .images import save_png
     from .pipeline import FEWEST_STEPS_TO_CACHE, StableDiffusion
     from .schedulers import SCHEDULERS
-    from .weights import read_latents, write_latents
+    from .weights import read_component, read_latents, write_latents
 
     def say(text: str) -> None:
         if not args.quiet:
@@ -191,8 +211,12 @@ def _generate(args: argparse.Namespace) -> None:
         raise UsageError(f"--scheduler should be one of {', '.join(SCHEDULERS)}, got {args.scheduler!r}")
     if args.output.suffix.lower() != ".png":
         raise UsageError(f"--output should end in .png, got {str(args.output)!r}")
-    for file in filter(None, (args.output, args.save_latents, args.stats)):
-        _check_writable(file)
+    written = {}
+    for flag, file in (("--output", args.output), ("--save-latents", args.save_latents), ("--stats", args.stats)):
+        if file is not None:
+            _check_writable(file)
+            if (other := written.setdefault(file.resolve(), flag)) != flag:
+                raise UsageError(f"{flag} and {other} name the same file, {file}")
     if args.model is None:
         say("model: the bundled text-to-emoji model; --model sd15 or --model sdxl draws anything, after a download")
     pipe = StableDiffusion.from_pretrained(args.model, args.dtype, keep=False)
@@ -220,6 +244,12 @@ def _generate(args: argparse.Namespace) -> None:
     if args.cache_interval is None and settings.steps < FEWEST_STEPS_TO_CACHE:
         say(f"cache: off below {FEWEST_STEPS_TO_CACHE} steps; --cache-interval turns it on")
 
+    files = [args.output] if n == 1 else [args.output.with_stem(f"{args.output.stem}-{i}") for i in range(1, n + 1)]
+    for file in files:
+        _check_writable(file)
+    for name in pipe.checkpoint.components:
+        read_component(pipe.checkpoint.folder / name)  # headers only: a damaged VAE is better found now than at the end
+
     steps = []
     full_steps = settings.full_steps
     with tqdm(total=len(full_steps), disable=args.quiet, unit="step") as bar:
@@ -234,7 +264,6 @@ def _generate(args: argparse.Namespace) -> None:
 
     if args.save_latents is not None:
         write_latents(args.save_latents, final)
-    files = [args.output] if n == 1 else [args.output.with_stem(f"{args.output.stem}-{i}") for i in range(1, n + 1)]
     for file, image, seed in zip(files, images, settings.seeds, strict=True):
         save_png(file, image, None if args.no_metadata else _metadata(args, settings, pipe, seed))
         say(f"wrote {file}")
@@ -276,16 +305,21 @@ def _metadata(args: argparse.Namespace, settings, pipe, seed: int) -> dict:
 
 def _check_writable(file: Path) -> None:
     """Fail before the work rather than after it."""
-    if file.is_dir():
-        raise Failure(f"cannot write {file}: it is a folder")
-    if not file.parent.is_dir():
-        raise Failure(f"cannot write {file}: there is no folder {file.parent}")
-    if not os.access(file.parent, os.W_OK) or (file.exists() and not os.access(file, os.W_OK)):
-        raise Failure(f"cannot write {file}: permission denied")
+    try:
+        if file.is_dir():
+            raise Failure(f"cannot write {file}: it is a folder")
+        if not file.parent.is_dir():
+            raise Failure(f"cannot write {file}: there is no folder {file.parent}")
+        if not os.access(file.parent, os.W_OK) or (file.exists() and not os.access(file, os.W_OK)):
+            raise Failure(f"cannot write {file}: permission denied")
+        if "\0" in str(file):
+            raise Failure(f"cannot write {str(file)!r}: it has a null character")
+    except OSError as error:  # such as a name that is too long
+        raise Failure(f"cannot write {file}: {error.strerror or error}") from None
 
 
 def _write_text(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.part")
+    temporary = file.with_name(f".{os.getpid()}.part")
     try:
         temporary.write_text(text)
         temporary.replace(file)

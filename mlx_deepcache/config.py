@@ -49,10 +49,38 @@ def _build(cls, data: dict, supported: dict[str, tuple]):
     if lacking:
         raise CheckpointError(f"this is no complete {cls.__name__}: it lacks {', '.join(lacking)}")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
-    try:
-        return cls(**values)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"a {cls.__name__} has a value of the wrong kind: {error}") from None
+    for name, value in values.items():
+        if not any(_is(value, kind) for kind in known[name].type.split(" | ")):
+            raise CheckpointError(
+                f"{name} = {data[name]!r} in a {cls.__name__} should be {_in_words(known[name].type)}"
+            )
+    return cls(**values)
+
+
+def _is(value, kind: str) -> bool:
+    """Whether a JSON value is of a field's kind, as its annotation has it; whole numbers are 0 or more."""
+    if kind.startswith("tuple["):
+        kinds = kind.removeprefix("tuple[").removesuffix("]").split(", ")
+        if kinds[-1] == "...":
+            return isinstance(value, tuple) and len(value) > 0 and all(_is(v, kinds[0]) for v in value)
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is, value, kinds))
+    if isinstance(value, bool) or kind == "bool":
+        return isinstance(value, bool) and kind == "bool"
+    if kind == "int":
+        return isinstance(value, int) and 0 <= value < 2**31
+    return isinstance(value, {"float": (int, float), "str": str, "None": type(None)}[kind])
+
+
+def _in_words(annotation: str) -> str:
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "None": "null"}
+    return " or ".join("a list" if kind.startswith("tuple") else words[kind] for kind in annotation.split(" | "))
+
+
+def _check_split(widths, heads, name: str) -> None:
+    """Widths are split among heads or groups."""
+    for width, n in zip(widths, heads, strict=True):
+        if n < 1 or width < 1 or width % n:
+            raise CheckpointError(f"a width of {width} cannot be split evenly as {name} = {n} says")
 
 
 @dataclass(frozen=True)
@@ -108,12 +136,11 @@ class UNetConfig:
             raise CheckpointError(
                 f"cross_attention_dim = {config.cross_attention_dim!r} is not supported, only one number"
             )
-        for channels in config.block_out_channels:
-            if channels % config.norm_num_groups:
-                raise CheckpointError(
-                    f"block_out_channels {list(config.block_out_channels)} should be multiples of norm_num_groups, "
-                    f"{config.norm_num_groups}"
-                )
+        for name, per in (
+            ("norm_num_groups", (config.norm_num_groups,) * config.levels),
+            ("attention_head_dim", config.heads),
+        ):
+            _check_split(config.block_out_channels, per, name)
         return config
 
     @property
@@ -192,8 +219,14 @@ class VAEConfig:
         """Raises CheckpointError for a value that this VAE cannot honour."""
         config = _build(cls, data, {"act_fn": ("silu",)})
         for name, only in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            for kind in set(data.get(name, [])) - {only}:
-                raise CheckpointError(f"{name} holds {kind!r}, which is not supported in a VAE, only {only!r}")
+            kinds = data.get(name, [])
+            if not isinstance(kinds, list) or any(kind != only for kind in kinds):
+                raise CheckpointError(f"{name} = {kinds!r} is not supported in a VAE, only {only!r}")
+        _check_split(
+            config.block_out_channels, (config.norm_num_groups,) * len(config.block_out_channels), "norm_num_groups"
+        )
+        if not config.scaling_factor:
+            raise CheckpointError("scaling_factor = 0 is not supported in a VAE")
         return config
 
     @property
@@ -221,8 +254,9 @@ class CLIPConfig:
     @classmethod
     def from_dict(cls, data: dict) -> CLIPConfig:
         """Raises CheckpointError for a value that this text encoder cannot honour."""
-        projection = "CLIPTextModelWithProjection" in (data.get("architectures") or [])
+        projection = data.get("architectures") == ["CLIPTextModelWithProjection"]
         config = _build(cls, {**data, "with_projection": projection}, {})
         if config.hidden_act not in ("quick_gelu", "gelu"):
             raise CheckpointError(f"hidden_act = {config.hidden_act!r} is not supported, only 'quick_gelu' or 'gelu'")
+        _check_split((config.hidden_size,), (config.num_attention_heads,), "num_attention_heads")
         return config

@@ -29,8 +29,11 @@ def find(model: str, *, half: bool = False) -> Path:
     Raises:
         CheckpointError: there is no such folder, or no repository could be had; says why.
     """
-    if Path(model).exists():
-        return Path(model)
+    try:
+        if model and Path(model).exists():
+            return Path(model)
+    except OSError:  # too long for a file's name
+        model = f"{model[:60]}..."
     if model in SHORT_NAMES:
         reasons = []
         for mirror in SHORT_NAMES[model]:
@@ -73,6 +76,6 @@ def _wanted(repository: str, component: str, files: list[str], half: bool) -> li
     names = [Path(f).name for f in files if f.startswith(f"{component}/")]
     if not names:
         return []
-    if half and any(".fp16." in n and n.endswith(".safetensors") for n in names):
+    if half and any(".fp16" in n and n.endswith(".safetensors") for n in names):
         names = [n for n in names if ".fp16" in n]
     return [f"{component}/{n}" for n in component_files(Path(repository, component), names)]

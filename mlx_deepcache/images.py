@@ -72,7 +72,7 @@ def save_png(file: Path, image: np.ndarray, settings: dict | None) -> None:
         info = PngInfo()
         info.add_itxt("parameters", parameters_text(settings))
         info.add_itxt(JSON_KEY, json.dumps(settings, ensure_ascii=False))
-    temporary = file.with_name(f".{file.name}.part")
+    temporary = file.with_name(f".{os.getpid()}.part")  # a short name, however long the file's own is
     try:
         Image.fromarray(image).save(temporary, format="PNG", pnginfo=info)
         os.replace(temporary, file)

@@ -97,7 +97,7 @@ class MLX:
     def __init__(self, seed: int):
         import mlx.core as mx
 
-        self.key = mx.random.key(seed)
+        self.key = mx.random.key(seed % 2**64)
 
     def normal(self, shape: tuple[int, ...]) -> np.ndarray:
         """Standard normal values of this shape, float32."""

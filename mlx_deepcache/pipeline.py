@@ -179,7 +179,7 @@ class StableDiffusion:
         cond, guidance_scale = self._encode(settings)
         unet: UNet2DConditionModel = self._part("unet")
         with self._clock("denoise"):
-            denoiser = Denoiser(unet, unet.prepare(cond), settings.plan, guidance_scale, self.dtype)
+            denoiser = Denoiser(unet, cond, settings.plan, guidance_scale)
         steps = sample(denoiser, x, settings.cache, noise)
         while True:
             with self._clock("denoise"):

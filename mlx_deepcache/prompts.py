@@ -12,6 +12,8 @@ from .clip import CLIPTextModel
 from .errors import CheckpointError
 from .unet import Conditioning
 
+POSITIONS = 77  # what every CLIP text encoder here reads
+
 
 class PromptWarning(UserWarning):
     """A part of a prompt is not used."""
@@ -27,8 +29,12 @@ def load_tokenizer(folder: Path):
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is missing; expected a tokenizer there")
     try:
-        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, POSITIONS)  # a config may leave it out
+        return tokenizer
     except Exception as error:  # the library raises whatever the broken file led to
         raise CheckpointError(f"{folder} holds no usable CLIP tokenizer: {str(error).splitlines()[0]}") from None
 
@@ -64,10 +70,15 @@ def encode(
     texts = [*(negative or "" for negative in negatives or ()), *prompts]
     distinct = list(dict.fromkeys(texts))  # a text is encoded once, however many pictures use it
     xl = len(encoders) == 2
-    encoded = [
-        encoder(tokenize(tokenizer, distinct), penultimate=xl)
-        for tokenizer, encoder in zip(tokenizers, encoders, strict=True)
-    ]
+    encoded = []
+    for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
+        ids, vocabulary = tokenize(tokenizer, distinct), len(encoder.embeddings.token_embedding.weight)
+        if ids.max().item() >= vocabulary:  # MLX would read past the table
+            raise CheckpointError(
+                f"the tokenizer gives token {ids.max().item()} to a text encoder that knows {vocabulary}; "
+                "they are not of one checkpoint"
+            )
+        encoded.append(encoder(ids, penultimate=xl))
     rows = mx.array([distinct.index(text) for text in texts])
     context = mx.concatenate([hidden for hidden, _ in encoded], axis=-1)[rows]
     if not xl:

@@ -10,30 +10,34 @@ import mlx.core as mx
 from .cache import CacheSchedule
 from .schedulers import Plan
 from .solvers import Level, Prediction, split
-from .unet import Prepared, UNet2DConditionModel
+from .unet import Conditioning, UNet2DConditionModel
 
 
-@dataclass(frozen=True)
 class Denoiser:
     """The U-Net with guidance: noisy latents in, a `Prediction` out.
 
-    With a guidance scale, the batch that `prompt` was prepared for is twice the latents': first what the picture should
-    not be, then what it should (Ho and Salimans 2022, equation 6). With None, the U-Net is run as it is.
+    With a guidance scale, `cond` is for twice as many pictures as are drawn: first what they should not be, then what
+    they should (Ho and Salimans 2022, equation 6). With None, the U-Net is run as it is.
+
+    What does not change from step to step is computed here, once: the prompt's keys and values, and the embeddings of
+    all timesteps.
     """
 
-    unet: UNet2DConditionModel
-    prompt: Prepared
-    plan: Plan
-    guidance_scale: float | None
-    dtype: mx.Dtype
+    def __init__(self, unet: UNet2DConditionModel, cond: Conditioning, plan: Plan, guidance_scale: float | None):
+        self.unet, self.plan, self.guidance_scale = unet, plan, guidance_scale
+        self.prompt = unet.prepare(cond)
+        times = list(dict.fromkeys(step.here.t for step in plan.steps))
+        self.temb = dict(zip(times, unet.time_embed(mx.array(times), self.prompt), strict=True))
+        self.dtype = cond.context.dtype
 
     def __call__(
         self, x: mx.array, level: Level, branch: int, features: mx.array | None
     ) -> tuple[Prediction, mx.array]:
         """x: (N, h, w, C) float32; features: None for a full step, else what the last one returned."""
         batch = x if self.guidance_scale is None else mx.concatenate([x, x])
-        t = mx.array([level.t], dtype=mx.float32)
-        output, features = self.unet(batch.astype(self.dtype), t, self.prompt, branch=branch, features=features)
+        output, features = self.unet(
+            batch.astype(self.dtype), self.temb[level.t], self.prompt, branch=branch, features=features
+        )
         output = output.astype(mx.float32)
         if self.guidance_scale is not None:
             without, given = mx.split(output, 2)

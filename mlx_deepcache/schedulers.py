@@ -44,6 +44,16 @@ class NoiseSchedule:
         c = {**_COMMON, **kind.defaults}
         c.update({k: v for k, v in config.items() if k in c})
         c.update(kind.overrides)
+        for key in _NUMBERS & c.keys():
+            whole, value = isinstance(_COMMON.get(key), int), c[key]
+            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+                raise CheckpointError(f"the scheduler's {key} should be a {'whole ' * whole}number, got {value!r}")
+        if c["num_train_timesteps"] < 1:
+            raise CheckpointError(
+                f"the scheduler's num_train_timesteps should be 1 or more, got {c['num_train_timesteps']}"
+            )
+        if (betas := c["trained_betas"]) is not None and np.shape(betas) != (c["num_train_timesteps"],):
+            raise CheckpointError("the scheduler's trained_betas should be one number for each training timestep")
         for key, allowed in _SUPPORTED.items():
             if key in c and c[key] not in allowed:
                 raise CheckpointError(
@@ -253,6 +263,7 @@ _COMMON = {
     "timestep_spacing": "leading",
     "steps_offset": 0,
 }
+_NUMBERS = {"num_train_timesteps", "beta_start", "beta_end", "steps_offset", "clip_sample_range", "timestep_scaling"}
 _CLIP = {"clip_sample": True, "clip_sample_range": 1.0, "thresholding": False}
 _RATIOS = {"timestep_spacing": "linspace", "rescale_betas_zero_snr": False, "final_sigmas_type": "zero"}
 _OTHER_SIGMAS = {"use_exponential_sigmas": False, "use_beta_sigmas": False}

@@ -210,25 +210,26 @@ class UNet2DConditionModel(nn.Module):
         )
         return Prepared(down, mid, up, added, guidance)
 
-    def time_embed(self, t: mx.array, prompt: Prepared, dtype: mx.Dtype) -> mx.array:
-        """t: (B,) timesteps -> (B, temb_dim), after the activation that every resnet starts with."""
+    def time_embed(self, t: mx.array, prompt: Prepared) -> mx.array:
+        """t: (T,) timesteps -> (T, B or 1, temb_dim), after the activation that every resnet starts with."""
         config = self.config
         sinusoid = timestep_embedding(
             t, config.block_out_channels[0], flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
-        ).astype(dtype)
-        temb = self.time_embedding(sinusoid, prompt.guidance)
+        ).astype(self.conv_in.weight.dtype)
+        temb = self.time_embedding(sinusoid[:, None], prompt.guidance)
         return nn.silu(temb if prompt.added is None else temb + prompt.added)
 
     def __call__(
-        self, x: mx.array, t: mx.array, prompt: Prepared, *, branch: int = 0, features: mx.array | None = None
+        self, x: mx.array, temb: mx.array, prompt: Prepared, *, branch: int = 0, features: mx.array | None = None
     ) -> tuple[mx.array, mx.array]:
         """One prediction, and the features that a later call may reuse in place of the deep part.
 
         DeepCache (Ma et al. 2023, section 3.2): the features entering the decoder layer that reads the branch's skip
         change little from step to step, so a cached step is given the last full step's and runs the shallow part alone.
 
-        x: (B, H, W, in_channels) noisy latents; t: (B,) timesteps; features: None for a full step, or those that an
-        earlier call with the same branch and sizes returned -> (B, H, W, out_channels), features.
+        x: (B, H, W, in_channels) noisy latents; temb: (B or 1, temb_dim), one row of `time_embed`'s; features: None for
+        a full step, or those that an earlier call with the same branch and sizes returned
+        -> (B, H, W, out_channels), features.
 
         Raises:
             UsageError: there is no such branch.
@@ -236,7 +237,6 @@ class UNet2DConditionModel(nn.Module):
         down, mid, up = self.down_layers(), self.mid_layers(), self.up_layers()
         skip = self.skip_of(branch)
         cut = len(up) - 1 - skip  # the decoder layer that reads this skip
-        temb = self.time_embed(t, prompt, x.dtype)
 
         skips = run_down(down[: skip + 1], x, temb, prompt.down[: skip + 1])
         if features is None:  # a full step: run the deep part

@@ -7,6 +7,8 @@ channels-last; any other file has PyTorch's layout, with convolutions as (out, i
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 
 import mlx.core as mx
@@ -42,8 +44,8 @@ def component_files(folder: Path, names: list[str] | None = None) -> list[str]:
                 return [f"{base}{variant}.safetensors"]
             index = f"{base}.safetensors.index{variant}.json"
             if index in names:
-                shards = sorted(n for n in names if n.startswith(f"{base}{variant}-") and n.endswith(".safetensors"))
-                return [index, *shards]
+                counted = re.escape(variant) + r"-\d+-of-\d+|-\d+-of-\d+" + re.escape(variant)  # new and old names
+                return [index, *sorted(n for n in names if re.fullmatch(f"{base}({counted}).safetensors", n))]
     pickles = [n for n in names if n.endswith(_PICKLES)]
     if pickles:
         raise CheckpointError(
@@ -208,7 +210,7 @@ def read_latents(file: Path) -> mx.array:
     if "latents" not in tensors:
         raise CheckpointError(f"{file} should hold one tensor `latents`, got {', '.join(tensors) or 'none'}")
     latents = tensors["latents"]
-    if latents.ndim != 4:
+    if latents.ndim != 4 or 0 in latents.shape:
         raise CheckpointError(f"{file}: latents should have shape (N, C, height, width), got {latents.shape}")
     latents = latents.astype(mx.float32).transpose(0, 2, 3, 1)
     if not mx.isfinite(latents).all():
@@ -218,7 +220,7 @@ def read_latents(file: Path) -> mx.array:
 
 def write_latents(file: Path, latents: mx.array) -> None:
     """latents: (N, h, w, C) -> a file with `latents` (N, C, h, w) float32, written whole or not at all."""
-    temporary = file.with_name(f".{file.stem}.part.safetensors")
+    temporary = file.with_name(f".{os.getpid()}.part.safetensors")
     try:
         mx.save_safetensors(
             str(temporary), {"latents": mx.contiguous(latents.astype(mx.float32).transpose(0, 3, 1, 2))}

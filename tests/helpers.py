@@ -43,3 +43,8 @@ def conditioning(context, added):
     if added is None:
         return Conditioning(mx.array(context))
     return Conditioning(mx.array(context), mx.array(added["text_embeds"]), mx.array(added["time_ids"]))
+
+
+def at(unet, prompt, t):
+    """The embedding of one timestep."""
+    return unet.time_embed(mx.array([t], dtype=mx.float32), prompt)[0]

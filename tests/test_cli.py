@@ -550,6 +550,26 @@ def test_damaged_json(draw, copy, capfd, file, text):
     assert_fails(capfd, draw("--quiet", model=model), 1, "tokenizer" if "vocab" in file else file)
 
 
+def test_tokenizer_of_another_checkpoint(draw, copy, capfd):
+    """A text encoder with fewer tokens than the tokenizer: MLX would read past the end of the table."""
+    model, name = copy(), "text_model.embeddings.token_embedding.weight"
+    edit(model / "text_encoder/config.json", vocab_size=500)
+    edit_tensors(model / "text_encoder/model.safetensors", lambda t: t.update({name: t[name][:500].copy()}))
+    assert_fails(capfd, draw("--quiet", model=model), 1, "token", "500")
+
+
+@pytest.mark.parametrize("length", [None, 10**30, 100])
+def test_tokenizer_length_left_out(draw, copy, length):
+    """Some tokenizer configs leave model_max_length out, or give a placeholder: CLIP reads 77."""
+    expected = final_latents(draw)
+    model = copy()
+    file = model / "tokenizer/tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config.pop("model_max_length")
+    file.write_text(json.dumps(config if length is None else config | {"model_max_length": length}))
+    assert np.array_equal(final_latents(draw, "--model", model), expected)
+
+
 @pytest.mark.parametrize(
     ("tensors", "code", "words"),
     [

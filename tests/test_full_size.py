@@ -5,7 +5,7 @@ import gc
 import mlx.core as mx
 import pytest
 import torch
-from helpers import conditioning, error, to_mlx, to_torch_layout, unet_inputs
+from helpers import at, conditioning, error, to_mlx, to_torch_layout, unet_inputs
 from mlx.utils import tree_flatten
 
 from benchmarks.models import UNETS, mlx_unet, torch_unet
@@ -28,7 +28,8 @@ def test_a_call_is_that_of_diffusers(name):
     gc.collect()
 
     unet = mlx_unet(UNETS[name])
-    out, _ = unet(to_mlx(x), mx.array([500]), unet.prepare(conditioning(context, added)))
+    prompt = unet.prepare(conditioning(context, added))
+    out, _ = unet(to_mlx(x), at(unet, prompt, 500), prompt)
     assert error(to_torch_layout(out), expected) < 1e-4
     del unet
     gc.collect()

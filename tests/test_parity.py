@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from checkpoints import KINDS
-from helpers import error, to_torch_layout
+from helpers import at, error, to_torch_layout
 from oracle import SCHEDULERS, generate
 
 from mlx_deepcache import StableDiffusion
@@ -81,7 +81,7 @@ def test_interval_1_is_bit_equal_to_a_loop_without_cache_code(pipeline):
     for step in settings.plan.steps:
 
         def denoise(x, level):
-            out, _ = unet(mx.concatenate([x, x]), mx.array([level.t]), prompt)
+            out, _ = unet(mx.concatenate([x, x]), at(unet, prompt, level.t), prompt)
             without, given = mx.split(out, 2)
             out = without + scale * (given - without)
             return Prediction(out, *split("epsilon", out, x, level))

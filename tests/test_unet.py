@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import KINDS
-from helpers import conditioning, error, to_mlx, to_torch_layout, unet_inputs
+from helpers import at, conditioning, error, to_mlx, to_torch_layout, unet_inputs
 from oracle import unet_cached_call, unet_call
 
 from mlx_deepcache import unet as unet_module
@@ -23,7 +23,7 @@ def prepared(pipeline, kind, size=(16, 16), seed=0):
 def test_a_call_is_that_of_diffusers(checkpoint, pipeline, kind, size):
     unet, prompt, x, context, added = prepared(pipeline, kind, size)
     for t in (1, 500, 981):
-        out, _ = unet(to_mlx(x), mx.array([t]), prompt)
+        out, _ = unet(to_mlx(x), at(unet, prompt, t), prompt)
         assert error(to_torch_layout(out), unet_call(checkpoint(kind), x, t, context, added)) < 1e-5
 
 
@@ -37,11 +37,11 @@ def test_a_cached_call_is_that_of_deepcache(checkpoint, pipeline, kind, branch):
     unet, prompt, x, context, added = prepared(pipeline, kind, (9, 13))
     later = np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
     expected = unet_cached_call(checkpoint(kind), branch, (x, 901), (later, 501), context, added)
-    _, features = unet(to_mlx(x), mx.array([901]), prompt, branch=branch)
-    cached, same = unet(to_mlx(later), mx.array([501]), prompt, branch=branch, features=features)
+    _, features = unet(to_mlx(x), at(unet, prompt, 901), prompt, branch=branch)
+    cached, same = unet(to_mlx(later), at(unet, prompt, 501), prompt, branch=branch, features=features)
     assert same is features
     assert error(to_torch_layout(cached), expected) < 1e-5
-    full, _ = unet(to_mlx(later), mx.array([501]), prompt, branch=branch)
+    full, _ = unet(to_mlx(later), at(unet, prompt, 501), prompt, branch=branch)
     assert error(to_torch_layout(full), expected) > 1e-3  # or the test could not tell them apart
 
 
@@ -49,8 +49,8 @@ def test_a_cached_call_is_that_of_deepcache(checkpoint, pipeline, kind, branch):
 def test_a_cached_step_equals_a_full_one_on_the_same_input(pipeline, kind):
     unet, prompt, x, *_ = prepared(pipeline, kind)
     for branch in branches(kind):
-        full, features = unet(to_mlx(x), mx.array([500]), prompt, branch=branch)
-        cached, _ = unet(to_mlx(x), mx.array([500]), prompt, branch=branch, features=features)
+        full, features = unet(to_mlx(x), at(unet, prompt, 500), prompt, branch=branch)
+        cached, _ = unet(to_mlx(x), at(unet, prompt, 500), prompt, branch=branch, features=features)
         assert mx.allclose(full, cached, atol=1e-5)
 
 
@@ -82,4 +82,4 @@ def test_first_step_is_full_whatever_the_interval(interval, n):
 def test_no_such_branch(pipeline, kind, branch):
     unet, prompt, x, *_ = prepared(pipeline, kind)
     with pytest.raises(UsageError, match=r"cache branch must be in \[0, (12|9)\)"):
-        unet(to_mlx(x), mx.array([1]), prompt, branch=branch)
+        unet(to_mlx(x), at(unet, prompt, 1), prompt, branch=branch)

@@ -78,13 +78,14 @@ def to_half(file):
     file.unlink()
 
 
-def shard(file, variant=""):
-    """Split a file in two, as diffusers and transformers do."""
+def shard(file, variant="", old=False):
+    """Split a file in two, as diffusers and transformers do; old versions put the variant after the number."""
     tensors = load_file(file)
     names = sorted(tensors)
     parts, weight_map = (names[::2], names[1::2]), {}
     for i, part in enumerate(parts, 1):
-        name = f"{file.stem}{variant}-{i:05}-of-00002.safetensors"
+        number = f"-{i:05}-of-00002"
+        name = f"{file.stem}{number + variant if old else variant + number}.safetensors"
         save_file({n: tensors[n] for n in part}, file.with_name(name), metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, name)
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
@@ -458,14 +459,21 @@ def test_only_needed_files_are_downloaded(copy, checkpoint, fake_hub, half):
     assert np.isfinite(draw(folder)[0]).all()
 
 
-@pytest.mark.parametrize("variant", ["", ".fp16"])
-def test_shards_are_downloaded(copy, fake_hub, variant):
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+def test_shards_are_downloaded(copy, checkpoint, fake_hub, half, old):
     source = copy()
-    shard(only_weights(source / "unet"), variant)
+    file = only_weights(source / "unet")
+    whole = file.read_bytes()
+    shard(file, ".fp16", old)
+    fp16 = {name for name in files(source) if ".fp16" in name}
+    file.write_bytes(whole)
+    shard(file)
+    plain = {name for name in files(source) - fp16 if name.startswith("unet/") and name != "unet/config.json"}
     fake_hub.repositories["somebody/model"] = source
-    folder = hub.find("somebody/model", half=bool(variant))
-    assert files(folder) == files(source)
-    assert_same_picture(folder, source)
+    folder = hub.find("somebody/model", half=half)
+    assert files(folder) == files(source) - (plain if half else fp16)
+    assert_same_picture(folder, checkpoint("sd15"))
 
 
 def test_convert_from_the_hub(copy, checkpoint, fake_hub, output):
