@@ -1,11 +1,11 @@
 """Stable Diffusion 1.x, 2.x and XL in MLX, with DeepCache in the sampling loop."""
 
-from .blas import load_fast_blas
+from . import host
 
 __version__ = "0.1.0"
 __all__ = ["CacheSchedule", "StableDiffusion", "__version__"]
 
-FAST_BLAS = load_fast_blas()  # before anything imports mlx
+FAST_BLAS = host.prepare()  # before anything imports mlx
 
 
 def __getattr__(name: str):

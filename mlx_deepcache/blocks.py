@@ -10,6 +10,8 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 
+from .ops import attention, gelu, pad_heads, silu
+
 
 def timestep_embedding(t: mx.array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> mx.array:
     """Sinusoidal embedding in float32 (Ho et al. 2020, section B).
@@ -36,7 +38,7 @@ class TimestepEmbedding(nn.Module):
     def __call__(self, x: mx.array, cond: mx.array | None = None) -> mx.array:
         if cond is not None:
             x = x + self.cond_proj(cond)
-        return self.linear_2(nn.silu(self.linear_1(x)))
+        return self.linear_2(silu(self.linear_1(x)))
 
 
 class GroupNorm(nn.Module):
@@ -72,10 +74,10 @@ class ResnetBlock2D(nn.Module):
 
     def __call__(self, x: mx.array, temb: mx.array | None = None) -> mx.array:
         """x: (B, H, W, C_in), temb: (B, temb_dim) after its activation -> (B, H, W, C_out)."""
-        h = self.conv1(nn.silu(self.norm1(x)))
+        h = self.conv1(silu(self.norm1(x)))
         if temb is not None:
             h = h + self.time_emb_proj(temb)[:, None, None, :]
-        h = self.conv2(nn.silu(self.norm2(h)))
+        h = self.conv2(silu(self.norm2(h)))
         return h + (self.conv_shortcut(x) if "conv_shortcut" in self else x)
 
 
@@ -122,14 +124,13 @@ class Attention(nn.Module):
         self.to_out = [nn.Linear(dims, dims)]
 
     def keys_values(self, context: mx.array) -> tuple[mx.array, mx.array]:
-        """context: (B, S, context_dims) -> keys and values, (B, heads, S, dims / heads) each."""
-        return self._split(self.to_k(context)), self._split(self.to_v(context))
+        """context: (B, S, context_dims) -> keys and values, (B, heads, S, dims / heads) each, perhaps padded."""
+        return pad_heads(self._split(self.to_k(context))), pad_heads(self._split(self.to_v(context)))
 
     def __call__(self, x: mx.array, keys_values: tuple[mx.array, mx.array] | None = None) -> mx.array:
         """x: (B, S, dims) attends to `keys_values`, or to itself."""
         k, v = self.keys_values(x) if keys_values is None else keys_values
-        q = self._split(self.to_q(x))
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+        out = attention(self._split(self.to_q(x)), k, v)
         return self.to_out[0](out.swapaxes(1, 2).reshape(x.shape))
 
     def _split(self, x: mx.array) -> mx.array:
@@ -146,7 +147,7 @@ class GEGLU(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         value, gate = mx.split(self.proj(x), 2, axis=-1)
-        return value * nn.gelu(gate)
+        return value * gelu(gate)
 
 
 class FeedForward(nn.Module):

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import FAST_BLAS, __version__
-from .blas import HINT
 from .errors import Failure, UsageError
+from .host import HINT
 from .noise import GENERATORS
 
 DTYPES = ("float16", "bfloat16", "float32")

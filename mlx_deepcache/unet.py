@@ -22,6 +22,7 @@ from .blocks import (
 )
 from .config import UNetConfig
 from .errors import UsageError
+from .ops import silu
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ class UNet2DConditionModel(nn.Module):
             t, config.block_out_channels[0], flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
         ).astype(self.conv_in.weight.dtype)
         temb = self.time_embedding(sinusoid[:, None], prompt.guidance)
-        return nn.silu(temb if prompt.added is None else temb + prompt.added)
+        return silu(temb if prompt.added is None else temb + prompt.added)
 
     def __call__(
         self, x: mx.array, temb: mx.array, prompt: Prepared, *, branch: int = 0, features: mx.array | None = None
@@ -246,7 +247,7 @@ class UNet2DConditionModel(nn.Module):
                 h = layer(h, temb, keys_values)
             features = run_up(up[:cut], h, skips + deep, temb, prompt.up[:cut])
         x = run_up(up[cut:], features, skips, temb, prompt.up[cut:])
-        return self.conv_out(nn.silu(self.conv_norm_out(x))), features
+        return self.conv_out(silu(self.conv_norm_out(x))), features
 
 
 def _pairs(block: nn.Module) -> list[Layer]:

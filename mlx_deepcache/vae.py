@@ -7,6 +7,7 @@ import mlx.nn as nn
 
 from .blocks import Attention, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
 from .config import VAEConfig
+from .ops import silu
 
 EPS = 1e-6  # of every group normalisation in the VAE
 
@@ -70,7 +71,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             for layer in [*block.resnets, *block.get("downsamplers", [])]:
                 x = layer(x)
-        return self.conv_out(nn.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(silu(self.conv_norm_out(self.mid_block(x))))
 
 
 class Decoder(nn.Module):
@@ -95,7 +96,7 @@ class Decoder(nn.Module):
         for block in self.up_blocks:
             for layer in [*block.resnets, *block.get("upsamplers", [])]:
                 x = layer(x)
-        return self.conv_out(nn.silu(self.conv_norm_out(x)))
+        return self.conv_out(silu(self.conv_norm_out(x)))
 
 
 class AutoencoderKL(nn.Module):

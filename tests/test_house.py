@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx_deepcache
 
 FLOORS = [
-    {"errors", "blas"},
+    {"errors", "host", "ops"},
     {"config", "cache", "noise", "images"},
     {"blocks", "solvers", "clip"},
     {"schedulers", "unet", "vae"},
