@@ -58,6 +58,41 @@ CLIP_L = {
     "eos_token_id": 49407,
     "vocab_size": 49408,
 }
+CLIP_H = CLIP_L | {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "projection_dim": 512,
+    "hidden_act": "gelu",
+}
+CLIP_G = CLIP_L | {
+    "architectures": ["CLIPTextModelWithProjection"],
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+TEXT_ENCODERS = {
+    "sd15": {"text_encoder": CLIP_L},
+    "sd21": {"text_encoder": CLIP_H},
+    "sdxl": {"text_encoder": CLIP_L, "text_encoder_2": CLIP_G},
+}
+VAES = {"sd15": VAE, "sd21": VAE, "sdxl": VAE | {"scaling_factor": 0.13025, "force_upcast": True}}
+
+# SD's own, but predicting v: with it a net of random weights keeps the latents at unit variance
+SCHEDULER = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+    "clip_sample": False,
+    "prediction_type": "v_prediction",
+}
 
 
 def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -83,13 +118,42 @@ def torch_unet(config: dict):
     return fill_torch(unet)
 
 
+def torch_vae(config: dict):
+    """diffusers' VAE, likewise."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        vae = AutoencoderKL(**config)
+    return fill_torch(vae)
+
+
+def torch_text_encoder(config: dict):
+    """transformers' CLIP text encoder, likewise."""
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    kind = CLIPTextModelWithProjection if "architectures" in config else CLIPTextModel
+    with torch.device("meta"):
+        encoder = kind(CLIPTextConfig(**config))
+    return fill_torch(encoder)
+
+
 def fill_torch(module):
-    """A PyTorch module made on the meta device, filled."""
+    """A PyTorch module made on the meta device, filled. transformers' prefix is no part of a name here."""
     import torch
 
     module.load_state_dict(
-        {name: torch.from_numpy(tensor(name, tuple(p.shape))) for name, p in module.state_dict().items()}, assign=True
+        {
+            name: torch.from_numpy(tensor(name.removeprefix("text_model."), tuple(p.shape)))
+            for name, p in module.state_dict().items()
+        },
+        assign=True,
     )
+    for child in module.modules():
+        for name, buffer in child.named_buffers(recurse=False):  # CLIP's position ids, which no file holds
+            if buffer.is_meta:
+                setattr(child, name, torch.arange(buffer.shape[-1]).expand(buffer.shape))
     return module.eval().requires_grad_(False)
 
 
@@ -99,6 +163,22 @@ def mlx_unet(config: dict, dtype=None):
     from mlx_deepcache.unet import UNet2DConditionModel
 
     return fill_mlx(UNet2DConditionModel(UNetConfig.from_dict(config)), dtype)
+
+
+def mlx_vae(config: dict, dtype=None):
+    """Our VAE, likewise."""
+    from mlx_deepcache.config import VAEConfig
+    from mlx_deepcache.vae import AutoencoderKL
+
+    return fill_mlx(AutoencoderKL(VAEConfig.from_dict(config)), dtype)
+
+
+def mlx_text_encoder(config: dict, dtype=None):
+    """Our CLIP text encoder, likewise."""
+    from mlx_deepcache.clip import CLIPTextModel
+    from mlx_deepcache.config import CLIPConfig
+
+    return fill_mlx(CLIPTextModel(CLIPConfig.from_dict(config)), dtype)
 
 
 def fill_mlx(module, dtype=None):

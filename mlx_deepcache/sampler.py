@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from .blocks import Fixed
 from .cache import CacheSchedule
 from .schedulers import Plan
 from .solvers import Level, Prediction, split
@@ -30,9 +31,7 @@ class Denoiser:
         self.temb = dict(zip(times, unet.time_embed(mx.array(times), self.prompt), strict=True))
         self.dtype = cond.context.dtype
 
-    def __call__(
-        self, x: mx.array, level: Level, branch: int, features: mx.array | None
-    ) -> tuple[Prediction, mx.array]:
+    def __call__(self, x: mx.array, level: Level, branch: int, features: Fixed | None) -> tuple[Prediction, Fixed]:
         """x: (N, h, w, C) float32; features: None for a full step, else what the last one returned."""
         batch = x if self.guidance_scale is None else mx.concatenate([x, x])
         output, features = self.unet(

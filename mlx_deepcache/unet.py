@@ -13,6 +13,7 @@ import mlx.nn as nn
 
 from .blocks import (
     Downsample2D,
+    Fixed,
     GroupNorm,
     ResnetBlock2D,
     TimestepEmbedding,
@@ -72,6 +73,10 @@ class Layer:
             x = self.conv(x)
         if self.resnet is not None:
             x = self.resnet(x, temb)
+        return self.after_resnet(x, prompt, size)
+
+    def after_resnet(self, x: mx.array, prompt: list, size: tuple[int, int] | None) -> mx.array:
+        """The rest of the layer."""
         if self.attention is not None:
             x = self.attention(x, prompt)
         return x if self.upsample is None else self.upsample(x, size)
@@ -88,10 +93,15 @@ def run_down(layers: list[Layer], x: mx.array, temb: mx.array, prompts: list) ->
 
 def run_up(layers: list[Layer], x: mx.array, skips: list[mx.array], temb: mx.array, prompts: list) -> mx.array:
     """Decoder layers, each reading the last skip not yet read; upsamplers aim at the size of the next one."""
-    for i, (layer, prompt) in enumerate(zip(layers, prompts, strict=True), start=1):
-        size = skips[-i - 1].shape[1:3] if i < len(skips) else None
-        x = layer(mx.concatenate([x, skips[-i]], axis=-1), temb, prompt, size)
+    for layer, prompt in zip(layers, prompts, strict=True):
+        x = layer(mx.concatenate([x, skips[-1]], axis=-1), temb, prompt, next_size(skips))
+        skips = skips[:-1]
     return x
+
+
+def next_size(skips: list[mx.array]) -> tuple[int, int] | None:
+    """(height, width) of the skip that is read after the last one; None after the outermost."""
+    return skips[-2].shape[1:3] if len(skips) > 1 else None
 
 
 class UNet2DConditionModel(nn.Module):
@@ -221,12 +231,13 @@ class UNet2DConditionModel(nn.Module):
         return silu(temb if prompt.added is None else temb + prompt.added)
 
     def __call__(
-        self, x: mx.array, temb: mx.array, prompt: Prepared, *, branch: int = 0, features: mx.array | None = None
-    ) -> tuple[mx.array, mx.array]:
+        self, x: mx.array, temb: mx.array, prompt: Prepared, *, branch: int = 0, features: Fixed | None = None
+    ) -> tuple[mx.array, Fixed]:
         """One prediction, and the features that a later call may reuse in place of the deep part.
 
         DeepCache (Ma et al. 2023, section 3.2): the features entering the decoder layer that reads the branch's skip
         change little from step to step, so a cached step is given the last full step's and runs the shallow part alone.
+        What that layer's resnet makes of the features is as constant as they are, so that is what is kept of them.
 
         x: (B, H, W, in_channels) noisy latents; temb: (B or 1, temb_dim), one row of `time_embed`'s; features: None for
         a full step, or those that an earlier call with the same branch and sizes returned
@@ -245,8 +256,11 @@ class UNet2DConditionModel(nn.Module):
             h = (skips + deep)[-1]
             for layer, keys_values in zip(mid, prompt.mid, strict=True):
                 h = layer(h, temb, keys_values)
-            features = run_up(up[:cut], h, skips + deep, temb, prompt.up[:cut])
-        x = run_up(up[cut:], features, skips, temb, prompt.up[cut:])
+            h = run_up(up[:cut], h, skips + deep, temb, prompt.up[:cut])
+            features = up[cut].resnet.fixed_part(h)
+        x = up[cut].resnet.join(features, skips[-1], temb)
+        x = up[cut].after_resnet(x, prompt.up[cut], next_size(skips))
+        x = run_up(up[cut + 1 :], x, skips[:-1], temb, prompt.up[cut + 1 :])
         return self.conv_out(silu(self.conv_norm_out(x))), features
 
 
