@@ -1,4 +1,4 @@
-"""Whole pictures, uncached and cached: seconds by phase, memory and speed-up, as in the DeepCache documentation's table.
+"""Whole pictures, uncached and cached: the DeepCache documentation's table, with seconds by phase and peak memory.
 
 python benchmarks/images.py --config sd21 --sizes 512,768 --batches 1,8
 python benchmarks/images.py --config sd15 --sizes 256 --steps 10 --against torch
@@ -65,9 +65,10 @@ class RandomIds:
         return {"input_ids": [random_ids(text) for text in texts]}
 
 
-def random_ids(text: str) -> list[int]:
-    ids = np.random.default_rng(zlib.crc32(text.encode())).integers(0, 49406, 75)
-    return [49406, *ids.tolist(), 49407]
+def random_ids(text: str, vocabulary: int = 49408) -> list[int]:
+    """77 token ids; the vocabulary's last two begin and end a text."""
+    ids = np.random.default_rng(zlib.crc32(text.encode())).integers(0, vocabulary - 2, 75)
+    return [vocabulary - 2, *ids.tolist(), vocabulary - 1]
 
 
 def ours(config: str, dtype: str):
@@ -152,7 +153,9 @@ class Theirs:
     def __init__(self, config: str, folder: Path, dtype: str):
         import diffusers
         import torch
+        import transformers
 
+        transformers.utils.logging.set_verbosity_error()
         diffusers.utils.logging.set_verbosity_error()
         torch.set_grad_enabled(False)
         self.torch, self.device = torch, "cuda" if torch.cuda.is_available() else "cpu"
@@ -163,7 +166,7 @@ class Theirs:
             "unet": self._to(models.torch_unet(unet)),
             "vae": self._to(models.torch_vae(vae), torch.float32 if config == "sdxl" else None),  # as diffusers does
             "scheduler": diffusers.DDIMScheduler(**models.SCHEDULER),
-            **{name: encoder for name, encoder in zip(encoders, self.encoders, strict=True)},
+            **dict(zip(encoders, self.encoders, strict=True)),
             **{name.replace("text_encoder", "tokenizer"): None for name in encoders},
         }
         if len(encoders) == 2:
@@ -199,7 +202,8 @@ class Theirs:
         """The arguments that the pipeline's own encoding would lead to."""
         xl, embeds = len(self.encoders) == 2, {}
         for prefix, text in (("", "a picture"), ("negative_", "")):
-            ids = self.torch.tensor([random_ids(text)], device=self.device)
+            ids = random_ids(text, self.encoders[0].config.vocab_size)
+            ids = self.torch.tensor([ids], device=self.device)
             outs = [encoder(ids, output_hidden_states=True) for encoder in self.encoders]
             hidden = [out.hidden_states[-2] if xl else out.last_hidden_state for out in outs]
             embeds[f"{prefix}prompt_embeds"] = self.torch.cat(hidden, dim=-1)

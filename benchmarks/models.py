@@ -133,7 +133,8 @@ def torch_text_encoder(config: dict):
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    kind = CLIPTextModelWithProjection if "architectures" in config else CLIPTextModel
+    projection = config.get("architectures") == ["CLIPTextModelWithProjection"]
+    kind = CLIPTextModelWithProjection if projection else CLIPTextModel
     with torch.device("meta"):
         encoder = kind(CLIPTextConfig(**config))
     return fill_torch(encoder)

@@ -11,7 +11,8 @@ PyTorch's float16 against its float32, times a slack of 1.5 as both are a few nu
 a miss.
 
 The weights keep unit variance and the scheduler predicts v without guidance, so that the latents stay at unit variance
-too. Latents are small (--size) as a CPU is slow in float16; nothing else is. One net is in memory at a time.
+too. Latents are small (--size, and half of it a side for the VAE) as a CPU is slow in float16; nothing else is small.
+One net is in memory at a time.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ def inputs(config: str, size: int) -> dict[str, np.ndarray]:
     given = {
         "ids": ids,
         "x": rng.standard_normal((1, 4, side, side), dtype=np.float32),
+        "z": rng.standard_normal((1, 4, side // 2, side // 2), dtype=np.float32),  # the VAE's
         "context": rng.standard_normal((1, 77, unet["cross_attention_dim"]), dtype=np.float32),
     }
     if "addition_embed_type" in unet:
@@ -178,7 +180,7 @@ class Torch:
         return {"U-Net call": call.float().cpu().numpy(), "cached run": x.float().cpu().numpy()}
 
     def vae(self, net, given: dict, dtype: str, config: str) -> dict:
-        z = self.tensor(given["x"], dtype) / net.config.scaling_factor
+        z = self.tensor(given["z"], dtype) / net.config.scaling_factor
         return {"VAE decode": net.decode(z).sample.float().cpu().numpy()}
 
 
@@ -239,7 +241,7 @@ class Ours:
         return {"U-Net call": self.numpy(call), "cached run": self.numpy(latents)}
 
     def vae(self, net, given: dict, dtype: str, config: str) -> dict:
-        return {"VAE decode": self.numpy(net.decode(self.array(given["x"], dtype)))}
+        return {"VAE decode": self.numpy(net.decode(self.array(given["z"], dtype)))}
 
 
 def relative(a: np.ndarray, b: np.ndarray) -> float:
