@@ -59,14 +59,14 @@ class Progress:
 
 
 def sample(denoiser: Denoiser, x: mx.array, cache: CacheSchedule, noise: Callable[[], mx.array]) -> Iterator[Progress]:
-    """Draw: yields after every step, evaluated; stop iterating to cancel.
+    """Draw: yields after every step, evaluated, while the next one is under way; stop iterating to cancel.
 
     x: (N, h, w, C) float32, standard normal; cache: says which steps are full; noise: draws like x, for the solvers
     that want fresh noise. `features`, all that DeepCache keeps, lives and dies with this loop.
     """
     plan = denoiser.plan
     full_steps = cache.full_steps(len(plan.steps))
-    x, history, features = x * plan.init_scale, None, None
+    x, history, features, last = x * plan.init_scale, None, None, None
     for index, (step, full) in enumerate(zip(plan.steps, full_steps, strict=True)):
         calls = 0
 
@@ -77,5 +77,10 @@ def sample(denoiser: Denoiser, x: mx.array, cache: CacheSchedule, noise: Callabl
             return prediction
 
         x, history = plan.solver(denoise, x, step, history, noise)
-        mx.eval(x, features)  # or the graph would grow from step to step
-        yield Progress(index, full, calls, x)
+        mx.async_eval(x, features)  # the device starts on this step while the one before is reported
+        if last is not None:
+            mx.eval(last.latents)
+            yield last
+        last = Progress(index, full, calls, x)
+    mx.eval(last.latents)
+    yield last
