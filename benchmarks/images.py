@@ -245,7 +245,7 @@ class Theirs:
 
 def measure(sides: list, size: int, batch: int, steps: int, repeats: int) -> list[dict]:
     """A row for each variant and framework; the frameworks take turns, variant by variant, `repeats` times."""
-    for _, branch in set(VARIANTS.values()):
+    for branch in {branch for _, branch in VARIANTS.values()}:
         for side in sides:
             side.picture(size, batch, 2, 2, branch)  # warm up: a full and a cached step
     runs = {(variant, side.name): [] for variant in VARIANTS for side in sides}
@@ -308,7 +308,10 @@ def main(argv=None) -> None:
     about = machine(dtype, packages)
     if args.against is not None:
         about["torch_device"] = sides[1].device_name
-    print(f"{args.config}, {header(about)}" + (f"; PyTorch on {about['torch_device']}" if args.against else ""))
+    print(
+        f"{args.config}, {header(about)}" + (f"; PyTorch on {about['torch_device']}" if args.against else ""),
+        flush=True,
+    )
     rows = []
     for size in args.sizes or [pipe.checkpoint.native_size[0]]:
         for batch in args.batches:

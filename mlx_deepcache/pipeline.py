@@ -310,7 +310,7 @@ class StableDiffusion:
 
     def _dtype_of_part(self, name: str) -> mx.Dtype:
         """SDXL's VAE overflows in float16, and says so in its config."""
-        upcast = name == "vae" and self.checkpoint.vae_config.force_upcast
+        upcast = name == "vae" and self.checkpoint.xl and self.checkpoint.vae_config.force_upcast
         return mx.float32 if upcast else self.dtype
 
     def _release(self, *names: str) -> None:
