@@ -302,6 +302,7 @@ def export(parts: dict, folder: Path) -> None:
         config = json.loads((net.config if text else net).to_json_string())
         if text:
             config |= {"architectures": ["CLIPTextModel"], "dtype": "float16"}
+        config.pop("_name_or_path", None)  # where it was read from
         (folder / name / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         # Stable Diffusion's files know the text encoder's weights by this prefix; newer transformers drop it.
         prefix = "text_model." if text else ""

@@ -3,13 +3,18 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import KINDS
+import torch
+from checkpoints import KINDS, UNETS
+from diffusers import StableDiffusionPipeline
+from diffusers import UNet2DConditionModel as Reference
 from helpers import at, conditioning, error, to_mlx, to_torch_layout, unet_inputs
 from oracle import unet_cached_call, unet_call
 
 from mlx_deepcache import unet as unet_module
 from mlx_deepcache.cache import CacheSchedule
+from mlx_deepcache.config import UNetConfig
 from mlx_deepcache.errors import UsageError
+from mlx_deepcache.weights import load
 
 
 def prepared(pipeline, kind, size=(16, 16), seed=0):
@@ -83,3 +88,25 @@ def test_no_such_branch(pipeline, kind, branch):
     unet, prompt, x, *_ = prepared(pipeline, kind)
     with pytest.raises(UsageError, match=r"cache branch must be in \[0, (12|9)\)"):
         unet(to_mlx(x), at(unet, prompt, 1), prompt, branch=branch)
+
+
+def test_a_unet_that_is_told_the_guidance_scale(tmp_path):
+    """LCM's full models: an embedding of the scale joins that of the time."""
+    torch.manual_seed(0)
+    up = {"CrossAttnDownBlock2D": "CrossAttnUpBlock2D", "DownBlock2D": "UpBlock2D"}
+    config = UNETS["sd15"] | {"time_cond_proj_dim": 24}
+    config["up_block_types"] = tuple(up[kind] for kind in reversed(config["down_block_types"]))
+    reference = Reference(**config).eval().requires_grad_(False)
+    torch.nn.init.normal_(reference.time_embedding.cond_proj.weight, std=0.5)
+    reference.save_pretrained(tmp_path)
+    unet = load(unet_module.UNet2DConditionModel(UNetConfig.from_dict(dict(reference.config))), tmp_path, None)
+    x, context, _ = unet_inputs(unet.config)
+    outputs = []
+    for scale in (1.5, 8.0):
+        w = StableDiffusionPipeline.get_guidance_scale_embedding(None, torch.full((2,), scale - 1), 24)
+        expected = reference(torch.tensor(x), 500, torch.tensor(context), timestep_cond=w).sample.numpy()
+        prompt = unet.prepare(unet_module.Conditioning(mx.array(context), guidance=mx.full((2,), scale)))
+        out, _ = unet(to_mlx(x), at(unet, prompt, 500), prompt)
+        assert error(to_torch_layout(out), expected) < 1e-4  # sines of up to 7000 radians in float32
+        outputs.append(expected)
+    assert error(*outputs) > 1e-4  # or the scale would not have mattered
