@@ -53,15 +53,16 @@ def find(model: str, *, half: bool = False) -> Path:
 def _download(repository: str, revision: str | None, half: bool) -> Path:
     import huggingface_hub as hub
     from huggingface_hub import constants
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()
     try:
         if constants.HF_HUB_OFFLINE:
             return Path(hub.snapshot_download(repository, revision=revision, local_files_only=True))
-        files = hub.list_repo_files(repository, revision=revision)
+        files = [file.rfilename for file in hub.model_info(repository, revision=revision, timeout=10).siblings]
         weights = [f for name in COMPONENTS for f in _wanted(repository, name, files, half)]
-        return Path(
-            hub.snapshot_download(repository, revision=revision, allow_patterns=[*_CONFIGS, *_TOKENIZERS, *weights])
-        )
+        patterns = [*_CONFIGS, *_TOKENIZERS, *weights]
+        return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except CheckpointError:
         raise
     except Exception as error:  # no network, no such repository, no access: all end here, and the reason is in the text

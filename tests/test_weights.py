@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import mlx.core as mx
@@ -402,7 +403,7 @@ class Hub:
 
     def __init__(self, monkeypatch, cache):
         self.repositories, self.calls, self.cache = {}, [], cache
-        monkeypatch.setattr(huggingface_hub, "list_repo_files", self.list_repo_files)
+        monkeypatch.setattr(huggingface_hub, "model_info", self.model_info)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
 
@@ -411,9 +412,10 @@ class Hub:
             raise RuntimeError(f"404 Client Error\nRepository Not Found for url {repository}\nand so on")
         return self.repositories[repository]
 
-    def list_repo_files(self, repo_id, *, revision=None, **_):
+    def model_info(self, repo_id, *, revision=None, **_):
         self.calls.append(("list", repo_id, revision))
-        return sorted(files(self.folder(repo_id)))
+        names = sorted(files(self.folder(repo_id)))
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
 
     def snapshot_download(self, repo_id, *, revision=None, allow_patterns=None, local_files_only=False, **_):
         self.calls.append(("offline" if local_files_only else "download", repo_id, revision))
