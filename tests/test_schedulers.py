@@ -80,8 +80,9 @@ CASES = [case for case in product(SCHEDULERS, VARIANTS) if case != ("dpm++2m-kar
 @pytest.mark.parametrize(("name", "variant"), CASES)
 def test_trajectory(name, variant):
     """Every spacing, both predictions and several lengths, from the same noise."""
-    # the cosine schedule all but reaches zero signal, where float32 keeps few digits of anything
-    tolerance = 2e-2 if variant == "cosine" else 2e-4
+    # The cosine schedule all but reaches zero signal. Against the same steps in float64, our Heun is within 2e-5 there,
+    # and diffusers', whose latents are then 20,000 times as large, within 1e-2.
+    tolerance = 2e-4 if variant != "cosine" else 2e-2 if name == "heun" else 2e-3
     start, compared = np.random.default_rng(0).standard_normal((1, 4, 4, 4)).astype(np.float32), 0
     for spacing, prediction, steps in product(
         (None, "leading", "trailing", "linspace"), ("epsilon", "v_prediction"), (4, 7, 20, 30)
