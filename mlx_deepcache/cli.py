@@ -13,141 +13,7 @@ from pathlib import Path
 from . import FAST_BLAS, __version__
 from .errors import Failure, UsageError
 from .host import HINT
-from .noise import GENERATORS
-
-DTYPES = ("float16", "bfloat16", "float32")
-
-
-def generate_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="generate.py",
-        description="Draw pictures with Stable Diffusion on Apple Silicon, with DeepCache.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    what = parser.add_argument_group("what to draw")
-    what.add_argument("--prompt", type=unicode_text, required=True, help="what the picture should show")
-    what.add_argument("--negative-prompt", type=unicode_text, metavar="TEXT", help="what it should not show")
-    what.add_argument(
-        "--model",
-        metavar="M",
-        help="a folder from convert.py or in the diffusers layout, a hub id (owner/name[@revision]), or sd15, sd21, "
-        "sdxl, sdxl-turbo; default: the small model that comes with the package",
-    )
-    what.add_argument("--num-images", type=positive, metavar="N", help="pictures, with seeds S, S+1, ... (1)")
-    what.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
-    what.add_argument("--height", type=positive, metavar="PX", help="default: the model's native size")
-    what.add_argument("--width", type=positive, metavar="PX")
-
-    how = parser.add_argument_group("how")
-    how.add_argument("--steps", type=positive, metavar="N", help="default 50")
-    how.add_argument(
-        "--guidance-scale", type=number, metavar="G", help="default 7.5 for SD, 5 for SDXL; 1 turns it off"
-    )
-    how.add_argument(
-        "--scheduler", metavar="NAME", help="default: the model's own; one of " + ", ".join(scheduler_names())
-    )
-    how.add_argument(
-        "--rng",
-        choices=list(GENERATORS),
-        default="torch",
-        help="whose random numbers: PyTorch's on a CPU (the default) or on CUDA (not yet verified on one), or MLX's",
-    )
-    how.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: float16 on a GPU, else float32")
-
-    cache = parser.add_argument_group("DeepCache")
-    cache.add_argument(
-        "--cache-interval",
-        type=positive,
-        metavar="N",
-        help="run the deep part of the U-Net every N-th step; 1: always. Default 3, and 1 below 10 steps",
-    )
-    cache.add_argument(
-        "--cache-branch",
-        type=natural,
-        default=0,
-        metavar="B",
-        help="how much of the U-Net a cached step runs: 0 (the default) is least, up to 11 for SD and 8 for SDXL",
-    )
-
-    files = parser.add_argument_group("files")
-    files.add_argument("--output", type=Path, default=Path("out.png"), metavar="FILE", help="default out.png")
-    files.add_argument("--no-metadata", action="store_true", help="leave prompt and settings out of the PNG")
-    files.add_argument("--latents", type=Path, metavar="FILE", help="start from this noise: safetensors, `latents`")
-    files.add_argument("--save-latents", type=Path, metavar="FILE", help="write the final latents")
-    files.add_argument("--stats", type=Path, metavar="FILE.json", help="write times, steps, multiply-adds and memory")
-    files.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    add("--version", action="version", version=f"mlx_deepcache {__version__}")
-    return parser
-
-
-def convert_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="convert.py",
-        description="Write a Hugging Face checkpoint with weights laid out for MLX: all that generate.py needs.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add(
-        "--model",
-        required=True,
-        metavar="SRC",
-        help="a folder in the diffusers layout, or a hub id owner/name[@revision]",
-    )
-    add("--output", required=True, type=Path, metavar="DIR", help="the folder to write, whole or not at all")
-    add("--dtype", choices=DTYPES, help="default: the types that the files have")
-    add(
-        "--quantize",
-        type=int,
-        choices=(4, 8),
-        metavar="4|8",
-        help="bits of the U-Net's and text encoders' linear layers",
-    )
-    add("--force", action="store_true", help="replace DIR if it exists")
-    add("--version", action="version", version=f"mlx_deepcache {__version__}")
-    return parser
-
-
-def unicode_text(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError("expected text in UTF-8") from None
-    return text
-
-
-def positive(text: str) -> int:
-    return _whole(text, 1)
-
-
-def natural(text: str) -> int:
-    return _whole(text, 0)
-
-
-def _whole(text: str, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number, {least} or more, got {text!r}")
-    return value
-
-
-def number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not abs(value) < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
-    return value
-
-
-def scheduler_names() -> list[str]:
-    from .schedulers import SCHEDULERS
-
-    return list(SCHEDULERS)
+from .options import convert_parser, generate_parser
 
 
 def main_generate(argv: list[str] | None = None) -> int:
@@ -199,8 +65,9 @@ def _generate(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from .images import save_png
-    from .pipeline import FEWEST_STEPS_TO_CACHE, StableDiffusion
+    from .pipeline import StableDiffusion
     from .schedulers import SCHEDULERS
+    from .settings import FEWEST_STEPS_TO_CACHE
     from .weights import read_component, read_latents, write_latents
 
     def say(text: str) -> None:

@@ -20,43 +20,16 @@ import numpy as np
 from PIL import Image
 
 from . import __version__
-from .cache import CacheSchedule
 from .checkpoint import Checkpoint
 from .errors import Failure, UsageError
 from .images import to_uint8
 from .macs import unet_macs
-from .noise import GENERATORS, BatchNoise
+from .noise import BatchNoise
 from .prompts import encode, load_tokenizer
 from .sampler import Denoiser, Progress, sample
-from .schedulers import Plan
+from .settings import Settings, settings_for
 from .unet import Conditioning, UNet2DConditionModel
 from .weights import dtype_of
-
-DEFAULT_STEPS = 50
-DEFAULT_INTERVAL = 3
-FEWEST_STEPS_TO_CACHE = 10  # below this, steps differ too much for features to be reused
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to draw and how, complete and checked: `StableDiffusion.settings` makes it. One picture a seed."""
-
-    prompts: tuple[str, ...]
-    negative_prompt: str | None
-    steps: int
-    guidance_scale: float
-    height: int
-    width: int
-    seeds: tuple[int, ...]
-    scheduler: str
-    rng: str
-    cache: CacheSchedule
-    plan: Plan
-
-    @property
-    def full_steps(self) -> list[bool]:
-        """For each step of the sampler, whether the whole U-Net runs."""
-        return self.cache.full_steps(len(self.plan.steps))
 
 
 @dataclass(frozen=True)
@@ -93,67 +66,9 @@ class StableDiffusion:
         """
         return cls(Checkpoint.open(model, half=dtype_of(dtype) == mx.float16), dtype, keep=keep)
 
-    def settings(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        negative_prompt: str | None = None,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        seeds: Sequence[int] = (0,),
-        scheduler: str | None = None,
-        rng: str = "torch",
-        cache_interval: int | None = None,
-        cache_branch: int = 0,
-    ) -> Settings:
-        """Fill in the checkpoint's defaults and check everything, before any work is done.
-
-        prompt: one for all seeds, or one a seed; steps: 50; guidance_scale: the checkpoint's, 1 or less turns guidance
-        off; height, width: pixels, the checkpoint's own size; scheduler: one of `SCHEDULERS`, the checkpoint's own;
-        rng: torch, torch-cuda or mlx; cache_interval: 3, or 1 (no caching) below 10 steps.
-
-        Raises:
-            UsageError: a value that cannot be; says which are possible.
-        """
-        steps = DEFAULT_STEPS if steps is None else steps
-        schedule = self.checkpoint.schedule(scheduler)
-        native = self.checkpoint.native_size
-        height, width = (
-            given if given is not None else own for given, own in zip((height, width), native, strict=True)
-        )
-        factor = self.checkpoint.vae_config.factor
-        for name, value in (("height", height), ("width", width)):
-            if value < factor or value % factor:
-                near = max(factor, round(value / factor) * factor)
-                raise UsageError(f"{name} should be a positive multiple of {factor} pixels, got {value}; try {near}")
-        if rng not in GENERATORS:
-            raise UsageError(f"rng should be one of {', '.join(GENERATORS)}, got {rng!r}")
-        if not seeds:
-            raise UsageError("at least one seed is needed, one a picture")
-        if cache_interval is None:
-            cache_interval = DEFAULT_INTERVAL if steps >= FEWEST_STEPS_TO_CACHE else 1
-        cache = CacheSchedule(cache_interval, cache_branch)
-        branches = self.checkpoint.unet_config.branches
-        if cache_branch >= branches:
-            raise UsageError(f"cache branch must be in [0, {branches}) for this U-Net, got {cache_branch}")
-        prompts = (prompt,) * len(seeds) if isinstance(prompt, str) else tuple(prompt)
-        if len(prompts) != len(seeds):
-            raise UsageError(f"there should be one prompt, or one a seed ({len(seeds)}), got {len(prompts)}")
-        return Settings(
-            prompts,
-            negative_prompt,
-            steps,
-            self.checkpoint.guidance_scale if guidance_scale is None else guidance_scale,
-            height,
-            width,
-            tuple(seeds),
-            schedule.name,
-            rng,
-            cache,
-            schedule.plan(steps),
-        )
+    def settings(self, prompt: str | Sequence[str], **options) -> Settings:
+        """What to draw and how, complete and checked: see `settings_for`, which takes the same options."""
+        return settings_for(self.checkpoint, prompt, **options)
 
     def denoise(self, settings: Settings, latents: mx.array | None = None) -> Iterator[Progress]:
         """Draw, up to the latents: yields after every step; stop iterating to cancel.
@@ -225,7 +140,7 @@ class StableDiffusion:
         on_step: Callable[[Progress], None] | None = None,
         **options,
     ) -> Result:
-        """Draw. options: those of `settings`; latents: see `denoise`; on_step: called after every step."""
+        """Draw. options: those of `settings_for`; latents: see `denoise`; on_step: called after every step."""
         settings = self.settings(prompt, **options)
         steps = []
         for progress in self.denoise(settings, latents):

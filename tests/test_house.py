@@ -13,6 +13,7 @@ FLOORS = [
     {"sampler", "prompts", "weights", "macs"},
     {"hub"},
     {"checkpoint"},
+    {"settings", "options"},
     {"pipeline"},
     {"cli"},
 ]
