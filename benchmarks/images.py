@@ -73,8 +73,6 @@ def random_ids(text: str, vocabulary: int = 49408) -> list[int]:
 
 def ours(config: str, dtype: str):
     """Our pipeline, keeping each phase's seconds and peak memory."""
-    import mlx.core as mx
-
     from mlx_deepcache import StableDiffusion
     from mlx_deepcache.checkpoint import Checkpoint
     from mlx_deepcache.config import UNetConfig, VAEConfig
@@ -94,21 +92,11 @@ def ours(config: str, dtype: str):
     class Measured(StableDiffusion):
         name = "ours"
 
-        def _part(self, name):
-            if name.startswith("tokenizer") and config != "emoji":
-                return RandomIds()
-            return super()._part(name)
-
-        @contextmanager
-        def _clock(self, phase):
-            mx.reset_peak_memory()
-            with super()._clock(phase):
-                yield
-            self.peak[phase] = max(self.peak.get(phase, 0), mx.get_peak_memory())
+        def _tokenizer(self, name):
+            return super()._tokenizer(name) if config == "emoji" else RandomIds()
 
         def picture(self, size: int, batch: int, steps: int, interval: int, branch: int):
             """Seconds and peak memory by phase."""
-            self.peak = {}
             result = self(
                 "a picture",
                 steps=steps,
@@ -120,7 +108,9 @@ def ours(config: str, dtype: str):
                 cache_interval=interval,
                 cache_branch=branch,
             )
-            return {phase: result.stats["seconds"][phase] for phase in PHASES}, self.peak
+            return {phase: result.stats["seconds"][phase] for phase in PHASES}, result.stats[
+                "peak_memory_bytes_by_phase"
+            ]
 
     if config == "emoji":
         checkpoint = Checkpoint.open(None)

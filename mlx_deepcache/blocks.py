@@ -160,11 +160,15 @@ class Upsample2D(nn.Module):
         if size is not None and size != (2 * H, 2 * W):  # pixel i comes from floor(i * H / size), as in PyTorch
             rows, columns = (mx.arange(n) * source // n for n, source in zip(size, (H, W), strict=True))
             return self.conv(x[:, rows][:, :, columns])
-        if self._folded is None or self._folded[0] is not self.conv.weight:
-            self._folded = (self.conv.weight, fold_upsampling(self.conv.weight))
-        y = mx.conv2d(x, self._folded[1], padding=1).reshape(B, H + 1, W + 1, 2, 2, C)
+        y = mx.conv2d(x, self.fold(), padding=1).reshape(B, H + 1, W + 1, 2, 2, C)
         rows = [mx.stack([y[:, a : a + H, b : b + W, a, b] for b in (0, 1)], axis=3) for a in (0, 1)]
         return mx.stack(rows, axis=2).reshape(B, 2 * H, 2 * W, C) + self.conv.bias
+
+    def fold(self) -> mx.array:
+        """The convolution's weights for the small picture, kept for as long as the weights stay the same."""
+        if self._folded is None or self._folded[0] is not self.conv.weight:
+            self._folded = (self.conv.weight, fold_upsampling(self.conv.weight))
+        return self._folded[1]
 
 
 def fold_upsampling(weight: mx.array) -> mx.array:

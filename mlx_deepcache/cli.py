@@ -86,7 +86,9 @@ def _generate(args: argparse.Namespace) -> None:
                 raise UsageError(f"{flag} and {other} name the same file, {file}")
     if args.model is None:
         say("model: the bundled text-to-emoji model; --model sd15 or --model sdxl draws anything, after a download")
-    pipe = StableDiffusion.from_pretrained(args.model, args.dtype, keep=False)
+    pipe = StableDiffusion.from_pretrained(
+        args.model, args.dtype, keep=False, compile=args.compile, memory_limit=args.memory_limit
+    )
 
     latents, n, height, width = None, args.num_images or 1, args.height, args.width
     if args.latents is not None:
@@ -107,6 +109,7 @@ def _generate(args: argparse.Namespace) -> None:
         rng=args.rng,
         cache_interval=args.cache_interval,
         cache_branch=args.cache_branch,
+        vae_tiling=args.vae_tiling,
     )
     if args.cache_interval is None and settings.steps < FEWEST_STEPS_TO_CACHE:
         say(f"cache: off below {FEWEST_STEPS_TO_CACHE} steps; --cache-interval turns it on")
@@ -127,7 +130,7 @@ def _generate(args: argparse.Namespace) -> None:
             if progress.index + 1 < len(full_steps):
                 bar.set_postfix_str("full" if full_steps[progress.index + 1] else "cached")
     final = steps[-1].latents
-    images = pipe.decode(final)
+    images = pipe.decode(final, settings.vae_tiling)
 
     if args.save_latents is not None:
         write_latents(args.save_latents, final)

@@ -47,6 +47,16 @@ def generate_parser() -> argparse.ArgumentParser:
         help="whose random numbers: PyTorch's on a CPU (the default) or on CUDA (not yet verified on one), or MLX's",
     )
     how.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: float16 on a GPU, else float32")
+    how.add_argument(
+        "--compile", choices=["auto", "on", "off"], default="auto", help="fuse the U-Net's operations; auto: on a GPU"
+    )
+    how.add_argument("--memory-limit", type=number, metavar="GB", help="memory to stay within, where possible")
+    how.add_argument(
+        "--vae-tiling",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="decode large pictures in overlapping parts; auto: when memory is short",
+    )
 
     cache = parser.add_argument_group("DeepCache")
     cache.add_argument(

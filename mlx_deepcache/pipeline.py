@@ -24,12 +24,17 @@ from .checkpoint import Checkpoint
 from .errors import Failure, UsageError
 from .images import to_uint8
 from .macs import unet_macs
+from .memory import limit_memory
 from .noise import BatchNoise
+from .ops import on_gpu
 from .prompts import encode, load_tokenizer
 from .sampler import Denoiser, Progress, sample
 from .settings import Settings, settings_for
+from .tiling import decode_tiled, tiled
 from .unet import Conditioning, UNet2DConditionModel
 from .weights import dtype_of
+
+COMPILE = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -45,26 +50,41 @@ class StableDiffusion:
     """A model and the loop that draws with it. Components are read when first needed.
 
     keep: hold every component for the next call; without it each is freed once its phase is over, so that the most
-    memory in use is that of the largest one.
+    memory in use is that of the largest one. compile: run the U-Net through `mx.compile`; auto does on a GPU, as on the
+    CPU it gains nothing. memory_limit: see `limit_memory`, in GB.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str = "auto", *, keep: bool = True):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: str = "auto",
+        *,
+        keep: bool = True,
+        compile: str = "auto",
+        memory_limit: float | None = None,
+    ):
+        if compile not in COMPILE:
+            raise UsageError(f"compile should be one of {', '.join(COMPILE)}, got {compile!r}")
         self.checkpoint = checkpoint
         self.dtype = dtype_of(dtype)
         self.keep = keep
+        self.compile = on_gpu() if compile == "auto" else compile == "on"
+        self.budget = limit_memory(memory_limit)
+        self._peak: dict[str, int] = {}
         self._parts: dict = {}
+        self._started: set[str] = set()  # parts whose weights are still being read
         self._seconds: dict[str, float] = {}
 
     @classmethod
-    def from_pretrained(cls, model: str | None = None, dtype: str = "auto", *, keep: bool = True) -> StableDiffusion:
+    def from_pretrained(cls, model: str | None = None, dtype: str = "auto", **options) -> StableDiffusion:
         """model: a folder, a hub id, `sd15`, `sd21`, `sdxl`, `sdxl-turbo`, or None for the bundled model; dtype: auto,
-        float16, bfloat16 or float32.
+        float16, bfloat16 or float32; options: as for the class.
 
         Raises:
             CheckpointError: the model cannot be found or is not supported.
-            UsageError: no such dtype.
+            UsageError: no such dtype or option.
         """
-        return cls(Checkpoint.open(model, half=dtype_of(dtype) == mx.float16), dtype, keep=keep)
+        return cls(Checkpoint.open(model, half=dtype_of(dtype) == mx.float16), dtype, **options)
 
     def settings(self, prompt: str | Sequence[str], **options) -> Settings:
         """What to draw and how, complete and checked: see `settings_for`, which takes the same options."""
@@ -80,7 +100,7 @@ class StableDiffusion:
             Failure: the final latents are not finite.
         """
         self._seconds = {"load": 0.0, "encode": 0.0, "denoise": 0.0, "decode": 0.0}
-        mx.reset_peak_memory()
+        self._peak = {}
         noise, x = self._noise(settings)
         if latents is not None:
             if latents.shape != x:
@@ -93,8 +113,10 @@ class StableDiffusion:
             x = noise()
         cond, guidance_scale = self._encode(settings)
         unet: UNet2DConditionModel = self._part("unet")
+        if self.compile and "compiled" not in self._parts:
+            self._parts["compiled"] = unet.compiled()
         with self._clock("denoise"):
-            denoiser = Denoiser(unet, cond, settings.plan, guidance_scale)
+            denoiser = Denoiser(unet, cond, settings.plan, guidance_scale, self._parts.get("compiled"))
         steps = sample(denoiser, x, settings.cache, noise)
         while True:
             with self._clock("denoise"):
@@ -104,30 +126,31 @@ class StableDiffusion:
             last = progress
             yield progress
         del denoiser, steps, unet
-        self._release("unet")
+        self._release("unet", "compiled")
         if not mx.isfinite(last.latents).all():
             raise Failure(
                 f"the final latents hold NaN or infinite values in {_name(self.dtype)}; try --dtype float32, a lower "
                 "--guidance-scale or another --scheduler, and check the checkpoint"
             )
 
-    def decode(self, latents: mx.array) -> np.ndarray:
-        """latents: (N, h, w, C) -> pictures (N, H, W, 3) in 0-255, decoded one by one.
+    def decode(self, latents: mx.array, vae_tiling: str = "auto") -> np.ndarray:
+        """latents: (N, h, w, C) -> pictures (N, H, W, 3) in 0-255, decoded one by one; vae_tiling: see `tiled`.
 
         Raises:
             Failure: a picture holds values that are not finite.
         """
-        vae = self._part("vae")
+        vae, dtype = self._part("vae"), self._dtype_of_part("vae")
+        in_tiles = tiled(vae_tiling, vae.config, latents.shape[1:3], dtype.size, self.budget)
         images = []
         with self._clock("decode"):
             for i in range(len(latents)):
-                image = vae.decode(latents[i : i + 1].astype(self._dtype_of_part("vae"))).astype(mx.float32)
-                if not mx.isfinite(image).all():
+                z = latents[i : i + 1].astype(dtype)
+                image = decode_tiled(vae, z) if in_tiles else np.array(vae.decode(z).astype(mx.float32))
+                if not np.isfinite(image).all():
                     raise Failure(
-                        f"the VAE's picture holds NaN or infinite values in {_name(self._dtype_of_part('vae'))}; "
-                        "try --dtype float32"
+                        f"the VAE's picture holds NaN or infinite values in {_name(dtype)}; try --dtype float32"
                     )
-                images.append(np.array(image))
+                images.append(image)
         del vae
         self._release("vae")
         return to_uint8(np.concatenate(images))
@@ -147,7 +170,7 @@ class StableDiffusion:
             steps.append(progress)
             if on_step is not None:
                 on_step(progress)
-        images = self.decode(steps[-1].latents)
+        images = self.decode(steps[-1].latents, settings.vae_tiling)
         return Result([Image.fromarray(image) for image in images], steps[-1].latents, self.stats(settings, steps))
 
     def stats(self, settings: Settings, steps: Sequence[Progress]) -> dict:
@@ -164,7 +187,8 @@ class StableDiffusion:
             "cached_steps": sum(not step.full for step in steps),
             "unet_macs": batch * sum(step.calls * (full if step.full else cached) for step in steps),
             "unet_macs_uncached": batch * sum(step.calls * full for step in steps),
-            "peak_memory_bytes": mx.get_peak_memory(),
+            "peak_memory_bytes": max(self._peak.values()),
+            "peak_memory_bytes_by_phase": dict(self._peak),
             "device": device_name(),
             "dtype": _name(self.dtype),
             "versions": {
@@ -192,8 +216,10 @@ class StableDiffusion:
     def _encode(self, settings: Settings) -> tuple[Conditioning, float | None]:
         """The U-Net's inputs, and the guidance scale to apply to its outputs."""
         names = self.checkpoint.text_encoders
+        for name in (*names, "unet") if self.keep else names:
+            self._start(name)  # files are read while transformers, slow to import, makes the tokenizers
+        tokenizers = [self._tokenizer(name.replace("text_encoder", "tokenizer")) for name in names]
         encoders = [self._part(name) for name in names]
-        tokenizers = [self._part(name.replace("text_encoder", "tokenizer")) for name in names]
         guided = self._guided(settings)
         with self._clock("encode"):
             cond = encode(
@@ -213,14 +239,26 @@ class StableDiffusion:
         return cond, settings.guidance_scale if guided else None
 
     def _part(self, name: str):
+        """A component, ready to be used."""
+        if name not in self._parts or name in self._started:
+            self._start(name)
+            with self._clock("load"):
+                mx.eval(self._parts[name].parameters())
+            self._started.discard(name)
+        return self._parts[name]
+
+    def _start(self, name: str) -> None:
+        """Begin to read a component's weights, without waiting for them."""
         if name not in self._parts:
             with self._clock("load"):
-                if name.startswith("tokenizer"):
-                    self._parts[name] = load_tokenizer(self.checkpoint.folder / name)
-                else:
-                    module = self.checkpoint.load(name, self._dtype_of_part(name))
-                    mx.eval(module.parameters())
-                    self._parts[name] = module
+                self._parts[name] = self.checkpoint.load(name, self._dtype_of_part(name))
+                mx.async_eval(self._parts[name].parameters())
+            self._started.add(name)
+
+    def _tokenizer(self, name: str):
+        if name not in self._parts:
+            with self._clock("load"):
+                self._parts[name] = load_tokenizer(self.checkpoint.folder / name)
         return self._parts[name]
 
     def _dtype_of_part(self, name: str) -> mx.Dtype:
@@ -236,10 +274,12 @@ class StableDiffusion:
 
     @contextmanager
     def _clock(self, phase: str):
+        mx.reset_peak_memory()
         start = time.perf_counter()
         try:
             yield
         finally:
+            self._peak[phase] = max(self._peak.get(phase, 0), mx.get_peak_memory())
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
 
 

@@ -21,11 +21,19 @@ class Denoiser:
     they should (Ho and Salimans 2022, equation 6). With None, the U-Net is run as it is.
 
     What does not change from step to step is computed here, once: the prompt's keys and values, and the embeddings of
-    all timesteps.
+    all timesteps. predict: the U-Net's call, compiled perhaps.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, cond: Conditioning, plan: Plan, guidance_scale: float | None):
-        self.unet, self.plan, self.guidance_scale = unet, plan, guidance_scale
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        cond: Conditioning,
+        plan: Plan,
+        guidance_scale: float | None,
+        predict: Callable | None = None,
+    ):
+        self.predict = unet if predict is None else predict
+        self.plan, self.guidance_scale = plan, guidance_scale
         self.prompt = unet.prepare(cond)
         times = list(dict.fromkeys(step.here.t for step in plan.steps))
         self.temb = dict(zip(times, unet.time_embed(mx.array(times), self.prompt), strict=True))
@@ -34,7 +42,7 @@ class Denoiser:
     def __call__(self, x: mx.array, level: Level, branch: int, features: Fixed | None) -> tuple[Prediction, Fixed]:
         """x: (N, h, w, C) float32; features: None for a full step, else what the last one returned."""
         batch = x if self.guidance_scale is None else mx.concatenate([x, x])
-        output, features = self.unet(
+        output, features = self.predict(
             batch.astype(self.dtype), self.temb[level.t], self.prompt, branch=branch, features=features
         )
         output = output.astype(mx.float32)

@@ -10,6 +10,7 @@ from .checkpoint import Checkpoint
 from .errors import UsageError
 from .noise import GENERATORS
 from .schedulers import Plan
+from .tiling import TILINGS
 
 DEFAULT_STEPS = 50
 DEFAULT_INTERVAL = 3
@@ -31,6 +32,7 @@ class Settings:
     rng: str
     cache: CacheSchedule
     plan: Plan
+    vae_tiling: str
 
     @property
     def full_steps(self) -> list[bool]:
@@ -52,12 +54,14 @@ def settings_for(
     rng: str = "torch",
     cache_interval: int | None = None,
     cache_branch: int = 0,
+    vae_tiling: str = "auto",
 ) -> Settings:
     """Fill in the checkpoint's defaults and check everything, before any work is done.
 
     prompt: one for all seeds, or one a seed; steps: 50; guidance_scale: the checkpoint's, 1 or less turns guidance
     off; height, width: pixels, the checkpoint's own size; scheduler: one of `SCHEDULERS`, the checkpoint's own;
-    rng: torch, torch-cuda or mlx; cache_interval: 3, or 1 (no caching) below 10 steps.
+    rng: torch, torch-cuda or mlx; cache_interval: 3, or 1 (no caching) below 10 steps;
+    vae_tiling: auto (when memory is short), on or off.
 
     Raises:
         UsageError: a value that cannot be; says which are possible.
@@ -73,6 +77,8 @@ def settings_for(
             raise UsageError(f"{name} should be a positive multiple of {factor} pixels, got {value}; try {near}")
     if rng not in GENERATORS:
         raise UsageError(f"rng should be one of {', '.join(GENERATORS)}, got {rng!r}")
+    if vae_tiling not in TILINGS:
+        raise UsageError(f"vae_tiling should be one of {', '.join(TILINGS)}, got {vae_tiling!r}")
     if not seeds:
         raise UsageError("at least one seed is needed, one a picture")
     if cache_interval is None:
@@ -96,4 +102,5 @@ def settings_for(
         rng,
         cache,
         schedule.plan(steps),
+        vae_tiling,
     )

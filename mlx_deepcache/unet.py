@@ -6,7 +6,9 @@ and one of decoder layers: the output of encoder layer b is skip b, and the deco
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -40,8 +42,7 @@ class Conditioning:
     guidance: mx.array | None = None
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(NamedTuple):
     """The part of the U-Net's work that depends on the prompt alone: done once, used at every step.
 
     down, mid, up: keys and values of each flat layer's transformer blocks; added: (B, temb_dim) joins the time
@@ -262,6 +263,26 @@ class UNet2DConditionModel(nn.Module):
         x = up[cut].after_resnet(x, prompt.up[cut], next_size(skips))
         x = run_up(up[cut + 1 :], x, skips[:-1], temb, prompt.up[cut + 1 :])
         return self.conv_out(silu(self.conv_norm_out(x))), features
+
+    def compiled(self) -> Callable[..., tuple[mx.array, Fixed]]:
+        """The same call with its graph built once for each kind of step, branch and shape, and simple operations fused.
+
+        The weights of this moment are built in, so it is for a U-Net that is loaded and stays as it is.
+        """
+        for module in self.modules():
+            if isinstance(module, Upsample2D):
+                module.fold()  # in the graph it would be folded at every step
+        full = mx.compile(lambda x, temb, prompt, branch: self(x, temb, prompt, branch=branch))
+        cached = mx.compile(
+            lambda x, temb, prompt, branch, features: self(x, temb, prompt, branch=branch, features=features)
+        )
+
+        def call(x, temb, prompt, *, branch=0, features=None):
+            if features is None:
+                return full(x, temb, prompt, branch)
+            return cached(x, temb, prompt, branch, features)
+
+        return call
 
 
 def _pairs(block: nn.Module) -> list[Layer]:

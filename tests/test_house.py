@@ -1,16 +1,18 @@
 """The package's floors: a file imports from lower floors only, so that each can be read after the ones below it."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx_deepcache
 
 FLOORS = [
     {"errors", "host", "ops"},
-    {"config", "cache", "noise", "images"},
+    {"config", "cache", "noise", "images", "memory"},
     {"blocks", "solvers", "clip"},
     {"schedulers", "unet", "vae"},
-    {"sampler", "prompts", "weights", "macs"},
+    {"sampler", "prompts", "weights", "macs", "tiling"},
     {"hub"},
     {"checkpoint"},
     {"settings", "options"},
@@ -39,3 +41,13 @@ def test_no_torch_or_diffusers_at_run_time():
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {n.split(".")[0] for n in names} & {"torch", "diffusers", "DeepCache"}, path
+
+
+def test_importing_is_light():
+    """MLX comes with the first use, transformers with the first prompt."""
+    check = (
+        "import sys, mlx_deepcache; assert not {'mlx.core', 'transformers', 'PIL'} & set(sys.modules); "
+        "pipe = mlx_deepcache.StableDiffusion.from_pretrained(None, 'float32'); pipe.settings('a cat'); "
+        "assert 'transformers' not in sys.modules and 'mlx.core' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOM.parent)
