@@ -1,9 +1,9 @@
-"""Shared fixtures. mlx_deepcache comes first: it loads a fast BLAS before anything imports MLX."""
+"""Shared fixtures. PyTorch comes first, to keep its own BLAS; then mlx_deepcache, which loads a fast one for MLX."""
 
-import mlx_deepcache  # noqa: I001
+import torch  # noqa: I001
+import mlx_deepcache
 import checkpoints
 import pytest
-import torch
 
 torch.set_num_threads(1)  # the nets are tiny: threads would only wait for each other
 
