@@ -9,7 +9,7 @@ import mlx_deepcache
 
 FLOORS = [
     {"errors", "host", "ops"},
-    {"config", "cache", "noise", "images", "memory"},
+    {"config", "cache", "noise", "images", "memory", "emphasis"},
     {"blocks", "solvers", "clip"},
     {"schedulers", "unet", "vae"},
     {"sampler", "prompts", "weights", "macs", "tiling"},
