@@ -293,7 +293,7 @@ def main(argv=None) -> None:
     dtype = str(pipe.dtype).removeprefix("mlx.core.")
     sides, packages = [pipe], ("mlx",)
     if args.against is not None:
-        sides.append(Theirs(args.config, pipe.checkpoint.folder, dtype))
+        sides.append(Theirs(args.config, pipe.checkpoint.source.path, dtype))
         packages = TORCH_PACKAGES
     about = machine(dtype, packages)
     if args.against is not None:

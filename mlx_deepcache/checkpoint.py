@@ -1,4 +1,4 @@
-"""A checkpoint folder: which components it has, loading them, and writing it anew in MLX's layout."""
+"""A checkpoint: which components it has, loading them, and writing it anew in MLX's layout."""
 
 from __future__ import annotations
 
@@ -15,58 +15,62 @@ from mlx.utils import tree_flatten
 
 from . import weights
 from .clip import CLIPTextModel
-from .config import CLIPConfig, UNetConfig, VAEConfig, read_json
+from .config import CLIPConfig, UNetConfig, VAEConfig
 from .errors import CheckpointError, Failure, UsageError
-from .hub import find
 from .schedulers import NoiseSchedule
+from .sources import Folder, Source, find_source
 from .unet import UNet2DConditionModel
 from .vae import AutoencoderKL
 
 BUNDLED = Path(__file__).parent / "models" / "emoji"
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder in the diffusers layout, or as `convert` wrote it: the same, with the weights laid out for MLX."""
+    """A checkpoint's description, and its parts to be loaded from where they are."""
 
-    folder: Path
-    index: dict
+    source: Source
     unet_config: UNetConfig
     vae_config: VAEConfig
 
     @classmethod
-    def open(cls, model: str | None, *, half: bool = False) -> Checkpoint:
+    def open(cls, model: str | None, *, half: bool = False, prediction_type: str | None = None) -> Checkpoint:
         """Find a model (see `hub.find`; None is the bundled one) and read what it is, without its weights.
+
+        prediction_type: `epsilon` or `v_prediction`, if not what the model says of itself.
 
         Raises:
             CheckpointError: it cannot be found, is no checkpoint, or is of a kind that is not supported.
+            UsageError: no such prediction type.
         """
-        if model is None:
-            if not (BUNDLED / "model_index.json").is_file():
-                raise CheckpointError("the bundled model is not installed; name another with --model, such as sd15")
-            folder = BUNDLED
+        if prediction_type not in (None, *PREDICTION_TYPES):
+            raise UsageError(f"prediction type should be {' or '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
+        if model is not None:
+            source = find_source(model, half=half, prediction_type=prediction_type)
+        elif (BUNDLED / "model_index.json").is_file():
+            source = Folder(BUNDLED, prediction_type)
         else:
-            folder = find(model, half=half)
-        if not (folder / "model_index.json").is_file():
-            raise CheckpointError(
-                f"{folder} is no checkpoint: expected a folder in the diffusers layout, with model_index.json in it"
-            )
-        index = read_json(folder / "model_index.json")
-        kind = index.get("_class_name", _PIPELINES[0])
+            raise CheckpointError("the bundled model is not installed; name another with --model, such as sd15")
+        kind = source.index.get("_class_name", _PIPELINES[0])
         if kind not in _PIPELINES:
-            raise CheckpointError(f"{folder} holds a {kind}, which is not supported, only {', '.join(_PIPELINES)}")
+            raise CheckpointError(f"{source.path} holds a {kind}, which is not supported, only {', '.join(_PIPELINES)}")
         for name in ("unet", "vae", "text_encoder"):
-            if not (folder / name).is_dir():
-                raise CheckpointError(f"{folder} is no whole checkpoint: it lacks the folder {name}")
-        unet = UNetConfig.from_dict(read_json(folder / "unet" / "config.json"))
-        vae = VAEConfig.from_dict(read_json(folder / "vae" / "config.json"))
+            source.require(name)
+        unet = UNetConfig.from_dict(source.config("unet"))
+        vae = VAEConfig.from_dict(source.config("vae"))
         if unet.in_channels != vae.latent_channels:
             raise CheckpointError(
                 f"the U-Net reads {unet.in_channels} channels where the VAE's latents have {vae.latent_channels}; "
                 "inpainting and other variants with further inputs are not supported"
             )
-        return cls(folder, index, unet, vae)
+        return cls(source, unet, vae)
+
+    @property
+    def index(self) -> dict:
+        """What model_index.json says."""
+        return self.source.index
 
     @property
     def xl(self) -> bool:
@@ -104,7 +108,7 @@ class Checkpoint:
         SD's published configs had two mistakes, which diffusers' pipeline corrects as it loads them; so does this. It
         leaves SDXL's as they are.
         """
-        config = read_json(self.folder / "scheduler" / "scheduler_config.json")
+        config = self.source.config("scheduler")
         corrections = {} if self.xl else {"steps_offset": 1, "clip_sample": False}
         config |= {key: value for key, value in corrections.items() if name is None or key in config}
         return NoiseSchedule(config, name)
@@ -115,15 +119,24 @@ class Checkpoint:
             return UNet2DConditionModel(self.unet_config)
         if name == "vae":
             return AutoencoderKL(self.vae_config)
-        return CLIPTextModel(CLIPConfig.from_dict(read_json(self.folder / name / "config.json")))
+        return CLIPTextModel(CLIPConfig.from_dict(self.source.config(name)))
 
     def load(self, name: str, dtype: mx.Dtype | None) -> nn.Module:
         """A component with its weights, strictly loaded; dtype None keeps the file's types.
 
         Raises:
-            CheckpointError: see `weights.load`.
+            CheckpointError: see `weights.fill`.
         """
-        return weights.load(self.module(name), self.folder / name, dtype)
+        return weights.fill(self.module(name), *self.source.tensors(name), self.source.where(name), dtype)
+
+    def check_files(self) -> None:
+        """Read the files' headers only: a damaged VAE is better found before drawing than after.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+        """
+        for name in self.components:
+            self.source.tensors(name)
 
 
 @dataclass(frozen=True)
@@ -145,12 +158,14 @@ def convert(
     dtype: mx.Dtype | None = None,
     bits: int | None = None,
     force: bool = False,
+    prediction_type: str | None = None,
     progress: Callable[[str], None] = lambda name: None,
 ) -> list[Converted]:
     """Write a checkpoint anew with MLX's layout: all that drawing needs and nothing else, whole or not at all.
 
     dtype: None keeps the types of the files; bits: 4 or 8 quantizes the linear layers of the U-Net and the text
-    encoders; force: replace an `output` that exists; progress: called with each component's name before it starts.
+    encoders; force: replace an `output` that exists; prediction_type: see `Checkpoint.open`; progress: called with each
+    component's name before it starts.
 
     Raises:
         UsageError: `output` exists, and `force` is not given.
@@ -166,9 +181,10 @@ def convert(
         raise UsageError(f"{output} exists; pass --force to replace it")
     if output.exists() and not (output / "model_index.json").is_file():
         raise UsageError(f"{output} exists and is no checkpoint, so it is not replaced; remove it yourself")
-    checkpoint = Checkpoint.open(model, half=dtype is not None and dtype == mx.float16)
-    read_json(checkpoint.folder / "scheduler" / "scheduler_config.json")
-    if output.exists() and output == checkpoint.folder.resolve():
+    half = dtype is not None and dtype == mx.float16
+    checkpoint = Checkpoint.open(model, half=half, prediction_type=prediction_type)
+    checkpoint.source.config("scheduler")
+    if output.exists() and output == checkpoint.source.path.resolve():
         raise UsageError(f"{output} is the model itself; name another folder")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -200,12 +216,12 @@ def _convert_one(checkpoint, name, target, dtype, bits, progress) -> Converted:
     if bits is not None and name != "vae":
         if was is not None:
             raise CheckpointError(
-                f"{checkpoint.folder / name} is already quantized, to {was} bits; start from the original"
+                f"{checkpoint.source.where(name)} is already quantized, to {was} bits; start from the original"
             )
         quantized, left = weights.quantize(module, bits)
         was = bits
     size = weights.save(module, target / name, bits=was)
-    shutil.copyfile(checkpoint.folder / name / "config.json", target / name / "config.json")
+    _write_json(target / name / "config.json", checkpoint.source.config(name))
     return Converted(name, parameters, size, kind, quantized, left)
 
 
@@ -218,15 +234,14 @@ def _copy_settings(checkpoint: Checkpoint, target: Path) -> None:
         *(n.replace("text_encoder", "tokenizer") for n in checkpoint.text_encoders),
     )
     keep |= {name: checkpoint.index[name] for name in names if name in checkpoint.index}
-    (target / "model_index.json").write_text(json.dumps(keep, indent=2, sort_keys=True) + "\n")
+    _write_json(target / "model_index.json", keep)
     (target / "scheduler").mkdir()
-    shutil.copyfile(*(folder / "scheduler" / "scheduler_config.json" for folder in (checkpoint.folder, target)))
+    _write_json(target / "scheduler" / "scheduler_config.json", checkpoint.source.config("scheduler"))
     for name in checkpoint.text_encoders:
         tokenizer = name.replace("text_encoder", "tokenizer")
-        source = checkpoint.folder / tokenizer
-        if not source.is_dir():
-            raise CheckpointError(f"{checkpoint.folder} is no whole checkpoint: it lacks the folder {tokenizer}")
         (target / tokenizer).mkdir()
-        for file in source.iterdir():
-            if file.suffix in (".json", ".txt"):
-                shutil.copyfile(file, target / tokenizer / file.name)
+        checkpoint.source.write_tokenizer(tokenizer, target / tokenizer)
+
+
+def _write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

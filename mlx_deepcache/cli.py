@@ -68,7 +68,7 @@ def _generate(args: argparse.Namespace) -> None:
     from .pipeline import StableDiffusion
     from .schedulers import SCHEDULERS
     from .settings import FEWEST_STEPS_TO_CACHE
-    from .weights import read_component, read_latents, write_latents
+    from .weights import read_latents, write_latents
 
     def say(text: str) -> None:
         if not args.quiet:
@@ -87,7 +87,12 @@ def _generate(args: argparse.Namespace) -> None:
     if args.model is None:
         say("model: the bundled text-to-emoji model; --model sd15 or --model sdxl draws anything, after a download")
     pipe = StableDiffusion.from_pretrained(
-        args.model, args.dtype, keep=False, compile=args.compile, memory_limit=args.memory_limit
+        args.model,
+        args.dtype,
+        keep=False,
+        prediction_type=args.prediction_type,
+        compile=args.compile,
+        memory_limit=args.memory_limit,
     )
 
     latents, n, height, width = None, args.num_images or 1, args.height, args.width
@@ -117,8 +122,7 @@ def _generate(args: argparse.Namespace) -> None:
     files = [args.output] if n == 1 else [args.output.with_stem(f"{args.output.stem}-{i}") for i in range(1, n + 1)]
     for file in files:
         _check_writable(file)
-    for name in pipe.checkpoint.components:
-        read_component(pipe.checkpoint.folder / name)  # headers only: a damaged VAE is better found now than at the end
+    pipe.checkpoint.check_files()
 
     steps = []
     full_steps = settings.full_steps
@@ -167,6 +171,7 @@ def _metadata(args: argparse.Namespace, settings, pipe, seed: int) -> dict:
         "rng": settings.rng,
         "cache_interval": settings.cache.interval,
         "cache_branch": settings.cache.branch,
+        "prediction_type": args.prediction_type,
         "dtype": str(pipe.dtype).removeprefix("mlx.core."),
         "latents": args.latents.name if args.latents else None,
         "version": f"mlx_deepcache {__version__}",
@@ -216,6 +221,7 @@ def _convert(args: argparse.Namespace) -> None:
             dtype=None if args.dtype is None else dtype_of(args.dtype),
             bits=args.quantize,
             force=args.force,
+            prediction_type=args.prediction_type,
             progress=progress,
         )
     print(f"{'component':16}{'parameters':>16}{'bytes':>16}  type")

@@ -1,4 +1,4 @@
-"""Where a model is: a local folder, a Hugging Face repository, or a short name for a list of them."""
+"""Where a model is: a local folder or file, a Hugging Face repository, or a short name for a list of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from .errors import CheckpointError
-from .weights import component_files
+from .weights import PICKLES, component_files
 
 # Mirrors, tried in order: several of the original repositories have been withdrawn.
 SHORT_NAMES = {
@@ -21,17 +21,19 @@ _TOKENIZERS = [f"{folder}/{kind}" for folder in ("tokenizer", "tokenizer_2") for
 
 
 def find(model: str, *, half: bool = False) -> Path:
-    """The local folder of a model, downloaded if need be (only the files that are needed).
+    """The local folder or file of a model, downloaded if need be (only the files that are needed).
 
-    model: a folder, a hub id `owner/name` with an optional `@revision`, or one of SHORT_NAMES; half: prefer a
-    repository's float16 files, half the size.
+    model: a folder, a single file, a hub id `owner/name` with an optional `@revision`, or one of SHORT_NAMES; half:
+    prefer a repository's float16 files, half the size.
 
     Raises:
-        CheckpointError: there is no such folder, or no repository could be had; says why.
+        CheckpointError: there is no such folder or file, or no repository could be had; says why.
     """
     try:
         if model and Path(model).exists():
             return Path(model)
+        if Path(model).suffix in (".safetensors", *PICKLES):
+            raise CheckpointError(f"there is no file {model}")
     except OSError:  # too long for a file's name
         model = f"{model[:60]}..."
     if model in SHORT_NAMES:
@@ -45,7 +47,8 @@ def find(model: str, *, half: bool = False) -> Path:
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@(\S+))?", model)
     if match is None or model.startswith("."):
         raise CheckpointError(
-            f"no model {model!r}: expected a folder, a hub id like owner/name, or one of {', '.join(SHORT_NAMES)}"
+            f"no model {model!r}: expected a folder, a .safetensors file, a hub id like owner/name, or one of "
+            f"{', '.join(SHORT_NAMES)}"
         )
     return _download(*match.groups(), half)
 

@@ -9,6 +9,10 @@ from . import __version__
 from .noise import GENERATORS
 
 DTYPES = ("float16", "bfloat16", "float32")
+_PREDICTION_TYPE = {
+    "choices": ("epsilon", "v_prediction"),
+    "help": "what the U-Net predicts; default: what the model says (a single file of SD 2.x often does not)",
+}
 
 
 def generate_parser() -> argparse.ArgumentParser:
@@ -24,8 +28,9 @@ def generate_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--model",
         metavar="M",
-        help="a folder from convert.py or in the diffusers layout, a hub id (owner/name[@revision]), or sd15, sd21, "
-        "sdxl, sdxl-turbo; default: the small model that comes with the package",
+        help="a folder from convert.py or in the diffusers layout, a single .safetensors file in the original layout, "
+        "a hub id (owner/name[@revision]), or sd15, sd21, sdxl, sdxl-turbo; default: the small model that comes with "
+        "the package",
     )
     what.add_argument("--num-images", type=positive, metavar="N", help="pictures, with seeds S, S+1, ... (1)")
     what.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
@@ -46,6 +51,7 @@ def generate_parser() -> argparse.ArgumentParser:
         default="torch",
         help="whose random numbers: PyTorch's on a CPU (the default) or on CUDA (not yet verified on one), or MLX's",
     )
+    how.add_argument("--prediction-type", **_PREDICTION_TYPE)
     how.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: float16 on a GPU, else float32")
     how.add_argument(
         "--compile", choices=["auto", "on", "off"], default="auto", help="fuse the U-Net's operations; auto: on a GPU"
@@ -95,7 +101,8 @@ def convert_parser() -> argparse.ArgumentParser:
         "--model",
         required=True,
         metavar="SRC",
-        help="a folder in the diffusers layout, or a hub id owner/name[@revision]",
+        help="a folder in the diffusers layout, a single .safetensors file in the original layout, or a hub id "
+        "owner/name[@revision]",
     )
     add("--output", required=True, type=Path, metavar="DIR", help="the folder to write, whole or not at all")
     add("--dtype", choices=DTYPES, help="default: the types that the files have")
@@ -106,6 +113,7 @@ def convert_parser() -> argparse.ArgumentParser:
         metavar="4|8",
         help="bits of the U-Net's and text encoders' linear layers",
     )
+    add("--prediction-type", **_PREDICTION_TYPE)
     add("--force", action="store_true", help="replace DIR if it exists")
     add("--version", action="version", version=f"mlx_deepcache {__version__}")
     return parser

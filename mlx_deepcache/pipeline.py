@@ -27,7 +27,7 @@ from .macs import unet_macs
 from .memory import limit_memory
 from .noise import BatchNoise
 from .ops import on_gpu
-from .prompts import encode, load_tokenizer
+from .prompts import encode
 from .sampler import Denoiser, Progress, sample
 from .settings import Settings, settings_for
 from .tiling import decode_tiled, tiled
@@ -76,15 +76,19 @@ class StableDiffusion:
         self._seconds: dict[str, float] = {}
 
     @classmethod
-    def from_pretrained(cls, model: str | None = None, dtype: str = "auto", **options) -> StableDiffusion:
-        """model: a folder, a hub id, `sd15`, `sd21`, `sdxl`, `sdxl-turbo`, or None for the bundled model; dtype: auto,
-        float16, bfloat16 or float32; options: as for the class.
+    def from_pretrained(
+        cls, model: str | None = None, dtype: str = "auto", *, prediction_type: str | None = None, **options
+    ) -> StableDiffusion:
+        """model: a folder, a single file, a hub id, `sd15`, `sd21`, `sdxl`, `sdxl-turbo`, or None for the bundled
+        model; dtype: auto, float16, bfloat16 or float32; prediction_type: epsilon or v_prediction, if not what the
+        model says; options: as for the class.
 
         Raises:
             CheckpointError: the model cannot be found or is not supported.
-            UsageError: no such dtype or option.
+            UsageError: no such dtype, prediction type or option.
         """
-        return cls(Checkpoint.open(model, half=dtype_of(dtype) == mx.float16), dtype, **options)
+        half = dtype_of(dtype) == mx.float16
+        return cls(Checkpoint.open(model, half=half, prediction_type=prediction_type), dtype, **options)
 
     def settings(self, prompt: str | Sequence[str], **options) -> Settings:
         """What to draw and how, complete and checked: see `settings_for`, which takes the same options."""
@@ -258,7 +262,7 @@ class StableDiffusion:
     def _tokenizer(self, name: str):
         if name not in self._parts:
             with self._clock("load"):
-                self._parts[name] = load_tokenizer(self.checkpoint.folder / name)
+                self._parts[name] = self.checkpoint.source.tokenizer(name)
         return self._parts[name]
 
     def _dtype_of_part(self, name: str) -> mx.Dtype:

@@ -23,7 +23,7 @@ CONVERTED = "weights.safetensors"
 GROUP_SIZE = 64
 _NAMES = ("diffusion_pytorch_model", "model")
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
 def component_files(folder: Path, names: list[str] | None = None) -> list[str]:
@@ -46,7 +46,7 @@ def component_files(folder: Path, names: list[str] | None = None) -> list[str]:
             if index in names:
                 counted = re.escape(variant) + r"-\d+-of-\d+|-\d+-of-\d+" + re.escape(variant)  # new and old names
                 return [index, *sorted(n for n in names if re.fullmatch(f"{base}({counted}).safetensors", n))]
-    pickles = [n for n in names if n.endswith(_PICKLES)]
+    pickles = [n for n in names if n.endswith(PICKLES)]
     if pickles:
         raise CheckpointError(
             f"{folder} has its weights only as a pickle file, {pickles[0]}, which could run code when read; "
@@ -63,14 +63,28 @@ def read_tensors(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     """
     if not file.is_file():
         raise CheckpointError(f"{file} is missing")
-    if file.suffix in _PICKLES:
+    if file.suffix in PICKLES:
         raise CheckpointError(f"{file} is a pickle file, which could run code when read; only safetensors are read")
     try:
         with safe_open(file, framework="numpy") as header:  # checks the header against the file's length
             metadata = header.metadata() or {}
         return mx.load(str(file), format="safetensors"), metadata
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        if _looks_pickled(file):
+            raise CheckpointError(
+                f"{file} is a pickle file by another name, which could run code when read; only safetensors are read"
+            ) from None
         raise CheckpointError(f"{file} is damaged or no safetensors file ({error}); download it again") from None
+
+
+def _looks_pickled(file: Path) -> bool:
+    """Whether a file starts as PyTorch's do: a zip archive, or a bare pickle."""
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(4)
+    except OSError:
+        return False
+    return start == b"PK\x03\x04" or start[:1] == b"\x80"
 
 
 def read_component(folder: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
@@ -127,12 +141,25 @@ def to_channels_last(tensors: dict[str, mx.array], shapes: dict[str, tuple[int, 
 
 
 def load(module: nn.Module, folder: Path, dtype: mx.Dtype | None) -> nn.Module:
-    """Fill a module from a component's folder, exactly; dtype None keeps the types of the file.
+    """`fill` a module from a component's folder.
+
+    Raises:
+        CheckpointError: see `read_component` and `fill`.
+    """
+    return fill(module, *read_component(folder), str(folder), dtype)
+
+
+def fill(
+    module: nn.Module, tensors: dict[str, mx.array], metadata: dict[str, str], where: str, dtype: mx.Dtype | None
+) -> nn.Module:
+    """Give a module its weights, exactly; dtype None keeps their types.
+
+    tensors: by diffusers' names, in PyTorch's layout unless `metadata` says that they are as `save` wrote them; where:
+    what to call their place in a message.
 
     Raises:
         CheckpointError: a tensor is missing, surplus or misshapen (named), or not a number of a known kind.
     """
-    tensors, metadata = read_component(folder)
     tensors = rename(tensors)
     if metadata.get("layout") == LAYOUT:
         if "bits" in metadata:
@@ -141,11 +168,11 @@ def load(module: nn.Module, folder: Path, dtype: mx.Dtype | None) -> nn.Module:
     else:
         shapes = _shapes(module)
         tensors = to_channels_last(tensors, shapes)
-    _check(tensors, shapes, folder)
+    _check(tensors, shapes, where)
     for name, tensor in tensors.items():
         packed = tensor.dtype == mx.uint32 and f"{name.removesuffix('weight')}scales" in tensors
         if tensor.dtype not in DTYPES.values() and not packed:
-            raise CheckpointError(f"{folder}: {name} should be of floating point, got {tensor.dtype}")
+            raise CheckpointError(f"{where}: {name} should be of floating point, got {tensor.dtype}")
         if dtype is not None and not packed:
             tensors[name] = tensor.astype(dtype)
     module.load_weights(list(tensors.items()), strict=True)
@@ -157,17 +184,17 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: p.shape for name, p in tree_flatten(module.parameters())}
 
 
-def _check(tensors: dict[str, mx.array], shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
+def _check(tensors: dict[str, mx.array], shapes: dict[str, tuple[int, ...]], where: str) -> None:
     def some(names: list[str]) -> str:
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
     if missing := sorted(shapes.keys() - tensors.keys()):
-        raise CheckpointError(f"{folder} lacks {some(missing)}, which its config.json asks for")
+        raise CheckpointError(f"{where} lacks {some(missing)}, which its config asks for")
     if surplus := sorted(tensors.keys() - shapes.keys()):
-        raise CheckpointError(f"{folder} holds {some(surplus)}, which its config.json has no place for")
+        raise CheckpointError(f"{where} holds {some(surplus)}, which its config has no place for")
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
-            raise CheckpointError(f"{folder}: {name} should have shape {shape}, got {tensors[name].shape}")
+            raise CheckpointError(f"{where}: {name} should have shape {shape}, got {tensors[name].shape}")
 
 
 def quantize(module: nn.Module, bits: int, wanted=lambda name: True) -> tuple[int, int]:

@@ -9,11 +9,12 @@ import mlx_deepcache
 
 FLOORS = [
     {"errors", "host", "ops"},
-    {"config", "cache", "noise", "images", "memory", "emphasis"},
-    {"blocks", "solvers", "clip"},
+    {"config", "cache", "noise", "images", "memory", "emphasis", "vocabulary"},
+    {"blocks", "solvers", "clip", "ldm"},
     {"schedulers", "unet", "vae"},
     {"sampler", "prompts", "weights", "macs", "tiling"},
-    {"hub"},
+    {"hub", "singlefile"},
+    {"sources"},
     {"checkpoint"},
     {"settings", "options"},
     {"pipeline"},
