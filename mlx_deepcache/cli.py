@@ -93,6 +93,8 @@ def _generate(args: argparse.Namespace) -> None:
         prediction_type=args.prediction_type,
         compile=args.compile,
         memory_limit=args.memory_limit,
+        loras=args.lora,
+        embeddings=args.embedding,
     )
 
     latents, n, height, width = None, args.num_images or 1, args.height, args.width
@@ -172,6 +174,8 @@ def _metadata(args: argparse.Namespace, settings, pipe, seed: int) -> dict:
         "cache_interval": settings.cache.interval,
         "cache_branch": settings.cache.branch,
         "prediction_type": args.prediction_type,
+        "lora": [f"{file}:{scale:g}" for file, scale in args.lora],
+        "embedding": [f"{file}:{word}" if word else str(file) for file, word in args.embedding],
         "dtype": str(pipe.dtype).removeprefix("mlx.core."),
         "latents": args.latents.name if args.latents else None,
         "version": f"mlx_deepcache {__version__}",

@@ -86,6 +86,8 @@ class CLIPTextModel(nn.Module):
         return (before_last if penultimate else normed), pooled
 
     def _end_of_text(self, ids: mx.array) -> mx.array:
-        """Position of each text's end token. Old configs say 2 where the token has the vocabulary's highest id."""
+        """Position of each text's end token. Old configs say 2 where the token has the vocabulary's highest id, but for
+        words that were added to it (textual inversion)."""
         end = self.config.eos_token_id
-        return mx.argmax(ids if end == 2 else (ids == end).astype(mx.int32), axis=-1)
+        original = mx.where(ids < self.config.vocab_size, ids, 0)
+        return mx.argmax(original if end == 2 else (ids == end).astype(mx.int32), axis=-1)

@@ -32,6 +32,22 @@ def generate_parser() -> argparse.ArgumentParser:
         "a hub id (owner/name[@revision]), or sd15, sd21, sdxl, sdxl-turbo; default: the small model that comes with "
         "the package",
     )
+    what.add_argument(
+        "--lora",
+        action="append",
+        type=file_and_scale,
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="change the model by a LoRA (safetensors), SCALE times as strongly as it was trained; repeatable",
+    )
+    what.add_argument(
+        "--embedding",
+        action="append",
+        type=file_and_word,
+        default=[],
+        metavar="FILE[:WORD]",
+        help="a textual inversion (safetensors), and the word that calls it in prompts; repeatable",
+    )
     what.add_argument("--num-images", type=positive, metavar="N", help="pictures, with seeds S, S+1, ... (1)")
     what.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
     what.add_argument("--height", type=positive, metavar="PX", help="default: the model's native size")
@@ -153,6 +169,28 @@ def number(text: str) -> float:
     if not abs(value) < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
     return value
+
+
+def file_and_scale(text: str) -> tuple[Path, float]:
+    """FILE or FILE:SCALE; other colons are the file's own."""
+    file, _, last = text.rpartition(":")
+    if not file or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        scale = float(last)
+    except ValueError:
+        return Path(text), 1.0
+    if not abs(scale) < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected FILE or FILE:SCALE with a finite number, got {text!r}")
+    return Path(file), scale
+
+
+def file_and_word(text: str) -> tuple[Path, str | None]:
+    """FILE or FILE:WORD; other colons are the file's own."""
+    file, _, word = text.rpartition(":")
+    if not file or not word or "/" in word or "\\" in word or Path(text).exists():
+        return Path(text), None
+    return Path(file), word
 
 
 def scheduler_names() -> list[str]:

@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 from PIL import Image
 
 from . import __version__
+from .addons import Addons
 from .checkpoint import Checkpoint
 from .errors import Failure, UsageError
 from .images import to_uint8
@@ -51,7 +53,8 @@ class StableDiffusion:
 
     keep: hold every component for the next call; without it each is freed once its phase is over, so that the most
     memory in use is that of the largest one. compile: run the U-Net through `mx.compile`; auto does on a GPU, as on the
-    CPU it gains nothing. memory_limit: see `limit_memory`, in GB.
+    CPU it gains nothing. memory_limit: see `limit_memory`, in GB. loras: files, each by itself or with its
+    scale; embeddings: files of textual inversion, each by itself or with the word that calls it.
     """
 
     def __init__(
@@ -62,6 +65,8 @@ class StableDiffusion:
         keep: bool = True,
         compile: str = "auto",
         memory_limit: float | None = None,
+        loras: Sequence[str | Path | tuple[str | Path, float]] = (),
+        embeddings: Sequence[str | Path | tuple[str | Path, str]] = (),
     ):
         if compile not in COMPILE:
             raise UsageError(f"compile should be one of {', '.join(COMPILE)}, got {compile!r}")
@@ -70,6 +75,7 @@ class StableDiffusion:
         self.keep = keep
         self.compile = on_gpu() if compile == "auto" else compile == "on"
         self.budget = limit_memory(memory_limit)
+        self.addons = Addons(checkpoint, loras, embeddings)
         self._peak: dict[str, int] = {}
         self._parts: dict = {}
         self._started: set[str] = set()  # parts whose weights are still being read
@@ -84,7 +90,7 @@ class StableDiffusion:
         model says; options: as for the class.
 
         Raises:
-            CheckpointError: the model cannot be found or is not supported.
+            CheckpointError: the model cannot be found or is not supported, or a LoRA or embedding does not fit it.
             UsageError: no such dtype, prediction type or option.
         """
         half = dtype_of(dtype) == mx.float16
@@ -256,13 +262,14 @@ class StableDiffusion:
         if name not in self._parts:
             with self._clock("load"):
                 self._parts[name] = self.checkpoint.load(name, self._dtype_of_part(name))
+                self.addons.apply(self._parts[name], name)
                 mx.async_eval(self._parts[name].parameters())
             self._started.add(name)
 
     def _tokenizer(self, name: str):
         if name not in self._parts:
             with self._clock("load"):
-                self._parts[name] = self.checkpoint.source.tokenizer(name)
+                self._parts[name] = self.addons.tokenizer(name)
         return self._parts[name]
 
     def _dtype_of_part(self, name: str) -> mx.Dtype:

@@ -15,7 +15,7 @@ from .errors import CheckpointError
 from .hub import find
 from .prompts import load_tokenizer
 from .singlefile import SingleFile
-from .weights import read_component
+from .weights import PICKLES, read_component
 
 
 class Source(Protocol):
@@ -64,6 +64,7 @@ class Folder:
         if not (self.path / "model_index.json").is_file():
             raise CheckpointError(
                 f"{self.path} is no checkpoint: expected a folder in the diffusers layout, with model_index.json in it"
+                ", or a .safetensors file"
             )
         return read_json(self.path / "model_index.json")
 
@@ -103,4 +104,5 @@ def find_source(model: str, *, half: bool = False, prediction_type: str | None =
         CheckpointError: it cannot be found, or is a file that is no checkpoint.
     """
     path = find(model, half=half)
-    return SingleFile(path, prediction_type) if path.is_file() else Folder(path, prediction_type)
+    single = path.is_file() and path.suffix in (".safetensors", *PICKLES)
+    return SingleFile(path, prediction_type) if single else Folder(path, prediction_type)

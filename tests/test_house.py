@@ -13,10 +13,10 @@ FLOORS = [
     {"blocks", "solvers", "clip", "ldm"},
     {"schedulers", "unet", "vae"},
     {"sampler", "prompts", "weights", "macs", "tiling"},
-    {"hub", "singlefile"},
+    {"hub", "singlefile", "lora", "embeddings"},
     {"sources"},
     {"checkpoint"},
-    {"settings", "options"},
+    {"settings", "options", "addons"},
     {"pipeline"},
     {"cli"},
 ]

@@ -1,0 +1,300 @@
+"""LoRAs fused into our weights, against diffusers' and PEFT's, and against PyTorch's own layers."""
+
+import re
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import oracle
+import originals
+import peft
+import pytest
+import torch
+from checkpoints import CROSS
+from helpers import at, conditioning, error, to_mlx, to_torch_layout, unet_inputs
+from PIL import Image
+from safetensors.torch import save_file
+
+from mlx_deepcache import StableDiffusion, lora
+from mlx_deepcache.cli import main_convert, main_generate
+from mlx_deepcache.options import file_and_scale
+
+RANK = 3
+ATTENTION = r"(to_[qkv]|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2)$"
+CONVOLUTIONS = r"(resnets\.\d\.conv[12]|conv_shortcut|time_emb_proj|samplers\.0\.conv)$"
+TEXT = r"(q_proj|k_proj|v_proj|out_proj|fc1|fc2)$"
+
+
+def layers(net, pattern):
+    """Names and weights of a torch net's layers whose names match."""
+    return [(name, m.weight) for name, m in net.named_modules() if re.search(pattern, name) and hasattr(m, "weight")]
+
+
+def factors(weight, generator, rank=RANK):
+    """Random down and up of one layer, that change it visibly."""
+    inner = weight.shape[1:]
+    down = torch.randn(rank, *inner, generator=generator) / weight[0].numel() ** 0.5
+    up = torch.randn(weight.shape[0], rank, *[1] * (weight.ndim - 2), generator=generator) * 0.4
+    return down, up
+
+
+def encoders(pipe):
+    found = {"text_encoder": pipe.text_encoder, "text_encoder_2": getattr(pipe, "text_encoder_2", None)}
+    return {name: net for name, net in found.items() if net is not None}
+
+
+def peft_file(pipe, unet_pattern):
+    """diffusers' present format."""
+    g, out = torch.Generator().manual_seed(1), {}
+    for name, weight in layers(pipe.unet, unet_pattern):
+        down, up = factors(weight, g)
+        out |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
+    for encoder, net in encoders(pipe).items():
+        for name, weight in layers(net, TEXT):
+            down, up = factors(weight, g)
+            out |= {f"{encoder}.{name}.lora_A.weight": down, f"{encoder}.{name}.lora_B.weight": up}
+    return out
+
+
+def old_file(pipe, unet_pattern):
+    """diffusers' first format, of attention processors."""
+    g, out = torch.Generator().manual_seed(2), {}
+    for name, weight in layers(pipe.unet, r"(to_[qkv]|to_out\.0)$"):
+        down, up = factors(weight, g)
+        layer, kind = re.fullmatch(r"(.+)\.(to_\w+)(?:\.0)?", name).groups()
+        out |= {f"unet.{layer}.processor.{kind}_lora.{part}.weight": w for part, w in (("down", down), ("up", up))}
+    return out
+
+
+def kohya_file(pipe, unet_pattern, *, original=False):
+    """kohya's format, with an alpha that matters; original: the original U-Net's names, as it has for SDXL."""
+    g, out = torch.Generator().manual_seed(3), {}
+    config = pipe.unet.config
+    attends = [i for i, kind in enumerate(reversed(config.down_block_types)) if kind == CROSS]
+    for name, weight in layers(pipe.unet, unet_pattern):
+        if original:
+            name = originals.unet_name(f"{name}.weight", config.layers_per_block, attends).removesuffix(".weight")
+        out |= kohya_layer(f"lora_unet_{name.replace('.', '_')}", weight, g)
+    names = {
+        "text_encoder": "lora_te1" if "text_encoder_2" in encoders(pipe) else "lora_te",
+        "text_encoder_2": "lora_te2",
+    }
+    for encoder, net in encoders(pipe).items():
+        for name, weight in layers(net, TEXT):
+            full = "text_model." + name.removeprefix("text_model.")
+            out |= kohya_layer(f"{names[encoder]}_{full.replace('.', '_')}", weight, g)
+    return out
+
+
+def kohya_layer(name, weight, generator):
+    down, up = factors(weight, generator)
+    return {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.5)}
+
+
+def ours(folder, *files):
+    return StableDiffusion.from_pretrained(str(folder), "float32", loras=list(files))
+
+
+def unet_error(pipe, net, seed=0):
+    """Of our U-Net call against a torch one."""
+    x, context, added = unet_inputs(pipe.checkpoint.unet_config, seed=seed)
+    args, kwargs = oracle.unet_arguments(x, 421, context, added)
+    with torch.no_grad():
+        expected = net(*args, **kwargs).sample.numpy()
+    unet = pipe._part("unet")
+    prompt = unet.prepare(conditioning(context, added))
+    out, _ = unet(to_mlx(x), at(unet, prompt, 421), prompt)
+    return error(to_torch_layout(out), expected)
+
+
+def text_error(pipe, name, net):
+    ids = np.array([[1, 5, 9, 200, 7] + [net.config.vocab_size - 1] * 72])
+    with torch.no_grad():
+        expected = net(torch.tensor(ids), output_hidden_states=True)
+    last, _ = pipe._part(name)(mx.array(ids))
+    return error(last, expected.last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("kind", "make", "pattern"),
+    [
+        ("sd15", peft_file, f"{ATTENTION}|{CONVOLUTIONS}"),
+        ("sdxl", peft_file, ATTENTION),
+        ("sd21", old_file, ATTENTION),
+        ("sd15", kohya_file, f"{ATTENTION}|{CONVOLUTIONS}"),
+        ("sd21", kohya_file, ATTENTION),
+        ("sdxl", lambda *a: kohya_file(*a, original=True), f"{ATTENTION}|{CONVOLUTIONS}"),
+    ],
+    ids=["peft", "peft-xl", "processors", "kohya", "kohya-sd2", "kohya-xl"],
+)
+def test_against_diffusers(checkpoint, tmp_path, kind, make, pattern):
+    folder = checkpoint(kind)
+    theirs = oracle.pipeline(folder)
+    file = tmp_path / "lora.safetensors"
+    save_file({n: t.contiguous() for n, t in make(theirs, pattern).items()}, file, {"format": "pt"})
+    plain = ours(folder)
+    before = unet_error(plain, theirs.unet)
+    theirs.load_lora_weights(str(file))
+    theirs.fuse_lora(lora_scale=0.7)
+    pipe = ours(folder, (file, 0.7))
+    assert before < 1e-5 < 0.01 < unet_error(plain, theirs.unet)  # it changes much
+    assert unet_error(pipe, theirs.unet) < 1e-5
+    for name, net in encoders(theirs).items():
+        assert text_error(pipe, name, net) < 1e-5
+        if make is not old_file:
+            assert text_error(plain, name, net) > 0.01
+
+
+PEFT = {
+    "dora": peft.LoraConfig(r=RANK, lora_alpha=1.5, use_dora=True),
+    "loha": peft.LoHaConfig(r=RANK, alpha=1.5),
+    "loha-tucker": peft.LoHaConfig(r=RANK, alpha=1.5, use_effective_conv2d=True),
+    "lokr": peft.LoKrConfig(r=RANK, alpha=1.5),
+    "lokr-both": peft.LoKrConfig(r=2, alpha=1.5, decompose_both=True, decompose_factor=8),
+    "lokr-tucker": peft.LoKrConfig(r=RANK, alpha=1.5, use_effective_conv2d=True),
+}
+
+
+@pytest.mark.parametrize("kind", PEFT)
+def test_against_peft(checkpoint, tmp_path, kind):
+    """LyCORIS's kinds and DoRA, as PEFT's layers compute them, in the files' own names."""
+    config = PEFT[kind]
+    net = oracle.pipeline(checkpoint("sd15")).unet
+    config.target_modules = f".*({ATTENTION.removesuffix('$')}|{CONVOLUTIONS.removesuffix('$')})"
+    peft.inject_adapter_in_model(config, net)
+    torch.manual_seed(5)
+    out = {}
+    for name, layer in net.named_modules():
+        if not hasattr(layer, "adapter_layer_names") or not hasattr(layer, "base_layer"):
+            continue
+        name, alpha = "lora_unet_" + name.replace(".", "_"), kind != "dora"
+        for part in layer.adapter_layer_names:
+            if "default" not in (store := getattr(layer, part)):
+                continue
+            value = getattr(store["default"], "weight", store["default"])
+            scale = 1.0 if part == "lora_magnitude_vector" else 0.3
+            with torch.no_grad():
+                value.copy_(scale * (torch.rand_like(value) + 0.5 if scale == 1.0 else torch.randn_like(value)))
+            part = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}.get(part, part)
+            out[f"{name}.{part}"] = value.detach().clone()
+        alpha = layer.scaling["default"] * layer.r["default"]
+        whole = {f"{name}.lokr_w1", f"{name}.lokr_w2"} <= out.keys()
+        out[f"{name}.alpha"] = torch.tensor(77.0 if whole else alpha)  # without a rank, alpha says nothing
+        if whole:
+            layer.scaling["default"] = 1.0
+    assert len(out) > 100
+    save_file(out, tmp_path / "lora.safetensors")
+    plain, pipe = ours(checkpoint("sd15")), ours(checkpoint("sd15"), tmp_path / "lora.safetensors")
+    assert unet_error(plain, net) > 0.01
+    assert unet_error(pipe, net) < 1e-5
+
+
+def test_peft_metadata_has_the_alpha(checkpoint, tmp_path):
+    """diffusers writes PEFT's alpha and rank-stabilised scaling into the metadata."""
+    theirs = oracle.pipeline(checkpoint("sd15"))
+    config = {"r": RANK, "init_lora_weights": "gaussian", "target_modules": ["to_q", "to_v"]}
+    theirs.unet.add_adapter(peft.LoraConfig(lora_alpha=7, alpha_pattern={"attn2.to_v": 2}, **config))
+    torch.manual_seed(0)
+    for name, parameter in theirs.unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    state = peft.get_peft_model_state_dict(theirs.unet)
+    theirs.save_lora_weights(tmp_path, state, unet_lora_adapter_metadata=theirs.unet.peft_config["default"].to_dict())
+    (file,) = tmp_path.glob("*.safetensors")
+    assert unet_error(ours(checkpoint("sd15"), file), theirs.unet) < 1e-5
+
+
+def test_convolution_in_three_factors():
+    """LoCon's down, middle and up, against three convolutions in a row; and LoRA's two."""
+    torch.manual_seed(1)
+    x = torch.randn(1, 4, 9, 9)
+    for mid in (None, torch.randn(2, 2, 3, 3)):
+        down, up = torch.randn(2, 4, *(3, 3) if mid is None else (1, 1)), torch.randn(6, 2, 1, 1)
+        shape, between = (6, 4, 3, 3), torch.conv2d(x, down)
+        expected = torch.conv2d(between if mid is None else torch.conv2d(between, mid), up) * (3 / 2)
+        parts = {"down": down, "up": up, "mid": mid, "alpha": torch.tensor(3.0)}
+        parts = {name: mx.array(part.numpy()) for name, part in parts.items() if part is not None}
+        delta = np.array(lora._changed(mx.zeros(shape), parts, 1.0))
+        assert error(torch.conv2d(x, torch.tensor(delta)), expected) < 1e-5
+
+
+def test_several_add_up_and_full_differences(checkpoint, tmp_path):
+    folder = checkpoint("sd15")
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    plain = ours(folder)._part("unet").mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight
+    down, up, diff = torch.randn(2, 48), torch.randn(48, 2), torch.randn(48, 48)
+    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, tmp_path / "a.safetensors")
+    save_file({f"{name}.diff": diff}, tmp_path / "b.safetensors")
+    pipe = ours(folder, (tmp_path / "a.safetensors", 0.5), tmp_path / "b.safetensors", (tmp_path / "a.safetensors", -2))
+    changed = pipe._part("unet").mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight
+    assert error(changed - plain, -1.5 * up @ down + diff) < 1e-5
+
+
+def test_quantized_layers(checkpoint, tmp_path):
+    """A quantized layer becomes what quantizing its changed weights gives, with the same bits."""
+    assert main_convert(["--model", str(checkpoint("sd15")), "--output", str(tmp_path / "q"), "--quantize", "8"]) == 0
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2"
+    down, up = torch.randn(2, 128), torch.randn(32, 2)
+    name = "lora_unet_" + layer.replace(".", "_")
+    file = tmp_path / "a.safetensors"
+    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, file)
+    before, after = (dict(ours(tmp_path / "q", *files)._part("unet").named_modules())[layer] for files in ((), (file,)))
+    assert isinstance(after, nn.QuantizedLinear)
+    assert after.bits == 8
+    whole, changed = (mx.dequantize(q.weight, q.scales, q.biases, q.group_size, q.bits) for q in (before, after))
+    expected = np.array(whole) + (up @ down).numpy()
+    assert error(changed, expected) < 0.01 < error(whole, expected)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        (
+            {"lora_unet_down_blocks_9_attn2_to_k.lora_down.weight": (4, 2048)},
+            ("1 of its 1 layers match nothing", "SDXL"),
+        ),
+        (
+            {
+                "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight": (4, 768),
+                "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_B.weight": (48, 4),
+            },
+            ("does not fit", "made for Stable Diffusion 1.x", "context of width 32"),
+        ),
+        ({"unet.conv_in.lora_A.weight": (4, 4, 3, 3)}, ("not whole", "lacks its up")),
+        ({"model.diffusion_model.out.2.bias": (4,)}, ("is no LoRA",)),
+        ({}, ("is empty",)),
+    ],
+)
+def test_a_lora_that_does_not_fit(checkpoint, tmp_path, monkeypatch, capfd, tensors, words):
+    monkeypatch.chdir(tmp_path)
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, "a.safetensors")
+    assert main_generate(["--model", str(checkpoint("sd15")), "--prompt", "a cat", "--lora", "a.safetensors:0.5"]) == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert all(word in lines[0] for word in words), lines[0]
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_the_flag(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for text, expected in {
+        "a.safetensors": ("a.safetensors", 1.0),
+        "C:\\my files\\a.safetensors": ("C:\\my files\\a.safetensors", 1.0),
+        "C:\\a.safetensors:-.5": ("C:\\a.safetensors", -0.5),
+        "sub:2/a.safetensors:1e-1": ("sub:2/a.safetensors", 0.1),
+        "sub:2/a.safetensors": ("sub:2/a.safetensors", 1.0),
+    }.items():
+        file, scale = file_and_scale(text)
+        assert (str(file), scale) == expected
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    save_file(
+        {f"{name}.lora_down.weight": torch.randn(2, 48, 1, 1), f"{name}.lora_up.weight": torch.randn(48, 2, 1, 1)},
+        "a.safetensors",
+    )
+    flags = ["--model", str(checkpoint("sd15")), "--prompt", "a cat", "--steps", "2", "--height", "64", "--width", "64"]
+    for file, extra in {"0": [], "1": ["--lora", "a.safetensors"], "2": ["--lora", "a.safetensors:0"]}.items():
+        assert main_generate([*flags, "--output", f"{file}.png", *extra]) == 0
+    pictures = [np.asarray(Image.open(f"{i}.png")) for i in range(3)]
+    assert np.array_equal(pictures[0], pictures[2])
+    assert not np.array_equal(pictures[0], pictures[1])
+    assert main_generate([*flags, "--lora", "nothing.safetensors:1"]) == 1
