@@ -56,9 +56,10 @@ def read(file: Path, word: str | None, widths: dict[str, int]) -> Embedding:
         (own, tensor), found = next(iter(tensors.items())), list(tensors.values())
         own = file.stem if own == "clip_l" else own
     else:
+        some = ", ".join(sorted(tensors)[:3]) + (f" and {len(tensors) - 3} more" if len(tensors) > 3 else "")
         raise CheckpointError(
             f"{file} is no textual inversion: expected one tensor, `emb_params`, or `clip_l` and `clip_g`, got "
-            f"{', '.join(list(tensors)[:3]) or 'none'}" + (f" and {len(tensors) - 3} more" if len(tensors) > 3 else "")
+            + (some or "none")
         )
     found = [tensor[None] if tensor.ndim == 1 else tensor for tensor in found]
     for tensor in found:
@@ -94,10 +95,8 @@ class ExtendedTokenizer:
         self._tokenizer = tokenizer
         self._longer = []
         for embedding in embeddings:
-            if (taken := [token for token in embedding.tokens if token in tokenizer.get_vocab()]) != []:
-                raise UsageError(
-                    f"the tokenizer knows {taken[0]!r} already; give the embedding another word, FILE:WORD"
-                )
+            if taken := [token for token in embedding.tokens if token in tokenizer.get_vocab()]:
+                raise UsageError(f"{taken[0]!r} is a word already; give the embedding another one, FILE:WORD")
             tokenizer.add_tokens([AddedToken(token, single_word=True) for token in embedding.tokens])
             if len(embedding.tokens) > 1:
                 pattern = re.compile(rf"(?<!\w){re.escape(embedding.word)}(?!\w)", re.IGNORECASE)

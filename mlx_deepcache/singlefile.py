@@ -1,7 +1,7 @@
 """A whole checkpoint in one safetensors file, in the original layout, as model sites hand them out.
 
-What it is is told by its tensors: the family by which parts there are, sizes by shapes. Heads, norms and activations
-leave no trace in a tensor and are the family's. What the U-Net predicts leaves none either; see `_prediction_type`.
+What it is is told by its tensors: the family by which parts there are, sizes by shapes (see `architecture`). What the
+U-Net predicts leaves no trace in a tensor; see `_prediction_type`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from . import ldm, vocabulary
+from . import architecture, ldm, vocabulary
+from .architecture import Shapes
 from .config import UNetConfig, VAEConfig
 from .errors import CheckpointError
 from .weights import read_tensors
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "clip", "open_clip"  # the two layouts of text encoders
-_CROSS, _PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
 _OPEN_CLIP_H_LAYERS = 23  # SD 2.x uses the last but one layer's output of 24, so the last is not loaded
 _V, _EPSILON = "v_prediction", "epsilon"
 _PREDICTIONS = {"v": _V, "v_prediction": _V, "v-prediction": _V, "velocity": _V, "epsilon": _EPSILON, "eps": _EPSILON}
@@ -97,7 +97,7 @@ class SingleFile:
         self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self._family = self._told_apart()
         said = prediction_type or _prediction_type(self._metadata, self._shapes)
-        self._inpaints = self._shape(f"{UNET}input_blocks.0.0.weight")[1] == 9
+        self._inpaints = self._shapes[f"{UNET}input_blocks.0.0.weight"][1] == 9
         if said is None and self._family is _SD2 and not self._inpaints:
             warnings.warn(
                 f"{path} does not say whether it predicts noise or v, and its tensors cannot tell; taken for v, at "
@@ -211,130 +211,42 @@ class SingleFile:
             None,
         )
 
-    def _shape(self, name: str) -> tuple[int, ...]:
-        try:
-            return self._shapes[name]
-        except KeyError:
-            raise CheckpointError(f"{self.path} lacks {name}, so its architecture cannot be told") from None
-
-    def _count(self, pattern: str) -> int:
-        """How many blocks there are, from the highest number that the pattern's group takes in the names."""
-        found = (re.match(pattern, name) for name in self._shapes)
-        return max((int(match[1]) + 1 for match in found if match), default=0)
+    def _shapes_of(self, name: str) -> Shapes:
+        return Shapes(self.path, self._part(name)[0], self._shapes)
 
     def _size(self) -> int:
         """Pixels that the U-Net was trained for."""
         return 512 if self._family is _SD2 and self._prediction == _EPSILON else self._family.size
 
     def _unet(self) -> dict:
-        prefix = re.escape(UNET)
-        blocks = self._count(rf"{prefix}input_blocks\.(\d+)\.")
-        downs = [i for i in range(blocks) if f"{UNET}input_blocks.{i}.0.op.weight" in self._shapes]
-        layers = (downs[0] if downs else blocks) - 1
-        levels = len(downs) + 1
-        if downs != [(layers + 1) * (level + 1) for level in range(levels - 1)] or blocks != levels * (layers + 1):
-            raise CheckpointError(f"{self.path}: the U-Net's levels have different numbers of layers: not supported")
-        channels, down, up, depths = [], [], [], []
-        for level in range(levels):
-            first, mirrored = 1 + level * (layers + 1), (levels - 1 - level) * (layers + 1)
-            channels.append(self._shape(f"{UNET}input_blocks.{first}.0.out_layers.3.weight")[0])
-            attends = f"{UNET}input_blocks.{first}.1.norm.weight" in self._shapes
-            down.append((_CROSS if attends else _PLAIN)[0])
-            up.insert(0, (_CROSS if f"{UNET}output_blocks.{mirrored}.1.norm.weight" in self._shapes else _PLAIN)[1])
-            of_level = [f"input_blocks.{first + i}.1" for i in range(layers)]
-            of_level += [f"output_blocks.{mirrored + i}.1" for i in range(layers + 1)]
-            of_level += ["middle_block.1"] * (level == levels - 1)
-            counts = {self._count(rf"{prefix}{re.escape(at)}\.transformer_blocks\.(\d+)\.") for at in of_level} - {0}
-            if len(counts) > 1:
-                raise CheckpointError(
-                    f"{self.path}: attention layers of one level of the U-Net have {sorted(counts)} transformer "
-                    "blocks; only equal numbers are supported"
-                )
-            depths.append(counts.pop() if counts else 1)
-        context = [s[1] for n, s in self._shapes.items() if n.startswith(UNET) and n.endswith("attn2.to_k.weight")]
-        if not context:
-            raise CheckpointError(f"{self.path}: the U-Net has no cross-attention, so no prompt can be given to it")
-        config = {
-            "_class_name": "UNet2DConditionModel",
-            "in_channels": self._shape(f"{UNET}input_blocks.0.0.weight")[1],
-            "out_channels": self._shape(f"{UNET}out.2.weight")[0],
-            "block_out_channels": channels,
-            "layers_per_block": layers,
-            "down_block_types": down,
-            "up_block_types": up,
-            "mid_block_type": None if not self._count(rf"{prefix}middle_block\.(\d+)\.") else "UNetMidBlock2DCrossAttn",
-            "transformer_layers_per_block": depths,
-            "cross_attention_dim": context[0],
-            "use_linear_projection": self._family is not _SD1,
-            "attention_head_dim": 8 if self._family.head_size is None else self._heads(channels),
-            "sample_size": self._size() // self._factor,
-        }
-        if self._family in (_XL, _REFINER):
-            added = self._shape(f"{UNET}label_emb.0.0.weight")[1]
+        family, shapes = self._family, self._shapes_of("unet")
+        config = architecture.unet(shapes, head_size=family.head_size, linear=family is not _SD1)
+        if family in (_XL, _REFINER):
+            added = shapes["label_emb.0.0.weight"][1]
+            # beside the pooled text: original size, crop, and target size, or the refiner's aesthetic score
+            numbers = 5 if family is _REFINER else 6
             config |= {
                 "addition_embed_type": "text_time",
                 "projection_class_embeddings_input_dim": added,
-                # beside the pooled text: original size, crop, and target size, or the refiner's aesthetic score
-                "addition_time_embed_dim": (added - self._pooled) // (5 if self._family is _REFINER else 6),
+                "addition_time_embed_dim": (added - self.config("text_encoder_2")["projection_dim"]) // numbers,
             }
-        return config
-
-    def _heads(self, channels: Iterable[int]) -> list[int]:
-        return [max(1, width // self._family.head_size) for width in channels]
-
-    @cached_property
-    def _pooled(self) -> int:
-        """Width of the pooled text."""
-        self.require("text_encoder_2")
-        return self._shape(f"{self._part('text_encoder_2')[0]}text_projection")[1]
-
-    @property
-    def _factor(self) -> int:
-        """Pixels along one side of a latent."""
-        return 2 ** max(0, self._count(rf"{re.escape(VAE)}decoder\.up\.(\d+)\.") - 1) if self.has("vae") else 8
+        factor = VAEConfig.from_dict(self._vae()).factor if self.has("vae") else 8
+        return config | {"sample_size": self._size() // factor}
 
     def _vae(self) -> dict:
-        levels = self._count(rf"{re.escape(VAE)}decoder\.up\.(\d+)\.")
-        widths = [self._shape(f"{VAE}decoder.up.{level}.block.0.conv1.weight")[0] for level in range(levels)]
-        return {
-            "_class_name": "AutoencoderKL",
-            "in_channels": self._shape(f"{VAE}encoder.conv_in.weight")[1],
-            "out_channels": self._shape(f"{VAE}decoder.conv_out.weight")[0],
-            "latent_channels": self._shape(f"{VAE}decoder.conv_in.weight")[1],
-            "block_out_channels": widths,
-            "layers_per_block": self._count(rf"{re.escape(VAE)}encoder\.down\.0\.block\.(\d+)\."),
-            "use_quant_conv": f"{VAE}quant_conv.weight" in self._shapes,
-            "use_post_quant_conv": f"{VAE}post_quant_conv.weight" in self._shapes,
-            "mid_block_add_attention": f"{VAE}decoder.mid.attn_1.q.weight" in self._shapes,
-            "scaling_factor": self._family.scaling_factor,
-            "force_upcast": True,
-            "sample_size": self._size(),
-        }
+        own = {"scaling_factor": self._family.scaling_factor, "force_upcast": True, "sample_size": self._size()}
+        return architecture.vae(self._shapes_of("vae")) | own
 
     def _text(self, name: str) -> dict:
-        prefix, layout = self._part(name)
-        if layout == CLIP:
-            inner = "text_model." if any(n.startswith(f"{prefix}text_model.") for n in self._shapes) else ""
-            tokens, positions = (f"{inner}embeddings.{kind}_embedding.weight" for kind in ("token", "position"))
-            layer, mlp = rf"{inner}encoder\.layers", f"{inner}encoder.layers.0.mlp.fc1.weight"
-        else:
-            tokens, positions = "token_embedding.weight", "positional_embedding"
-            layer, mlp = r"transformer\.resblocks", "transformer.resblocks.0.mlp.c_fc.weight"
-        vocabulary_size, width = self._shape(prefix + tokens)
-        layers = self._count(rf"{re.escape(prefix)}{layer}\.(\d+)\.")
-        config = {
-            "architectures": ["CLIPTextModel"],
-            "hidden_size": width,
-            "intermediate_size": self._shape(prefix + mlp)[0],
-            "num_hidden_layers": min(layers, _OPEN_CLIP_H_LAYERS) if self._family is _SD2 else layers,
-            "num_attention_heads": max(1, width // 64),
-            "vocab_size": vocabulary_size,
-            "max_position_embeddings": self._shape(prefix + positions)[0],
-            "hidden_act": "quick_gelu" if layout == CLIP and self._family is not _SD2 else "gelu",
-            "eos_token_id": vocabulary.SIZE - 1,
-        }
+        shapes, layout = self._shapes_of(name), self._part(name)[1]
+        config = architecture.clip(shapes) if layout == CLIP else architecture.open_clip(shapes)
+        config["hidden_act"] = "quick_gelu" if layout == CLIP and self._family is not _SD2 else "gelu"
+        config["eos_token_id"] = vocabulary.SIZE - 1
+        if self._family is _SD2:
+            config["num_hidden_layers"] = min(config["num_hidden_layers"], _OPEN_CLIP_H_LAYERS)
         if name == "text_encoder_2":
-            config |= {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": self._pooled}
+            config["architectures"] = ["CLIPTextModelWithProjection"]
+            config["projection_dim"] = shapes["text_projection"][1]
         return config
 
     def _pad(self, name: str) -> str:

@@ -10,7 +10,7 @@ import mlx_deepcache
 FLOORS = [
     {"errors", "host", "ops"},
     {"config", "cache", "noise", "images", "memory", "emphasis", "vocabulary"},
-    {"blocks", "solvers", "clip", "ldm"},
+    {"blocks", "solvers", "clip", "ldm", "architecture"},
     {"schedulers", "unet", "vae"},
     {"sampler", "prompts", "weights", "macs", "tiling"},
     {"hub", "singlefile", "lora", "embeddings"},

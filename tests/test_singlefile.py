@@ -12,6 +12,7 @@ import numpy as np
 import originals
 import pytest
 import torch
+from diffusers import UNet2DConditionModel as UNet2DCondition
 from diffusers.loaders import single_file_utils as theirs
 from mlx.utils import tree_flatten
 from safetensors.torch import load_file, save_file
@@ -172,6 +173,76 @@ def test_half_precision_files(made, tmp_path, dtype):
     expected = module(Folder(folder), "unet")
     kind = mx.float16 if dtype == torch.float16 else mx.bfloat16
     assert all(mx.array_equal(ours[n], expected[n].astype(kind).astype(mx.float32)) for n in expected)
+
+
+FULL_SIZE = {
+    "sd1": (859_520_964, {}, "StableDiffusionPipeline"),
+    "sd1-inpaint": (859_535_364, {"in_channels": 9}, "StableDiffusionInpaintPipeline"),
+    "sd2": (865_910_724, {}, "StableDiffusionPipeline"),
+    "xl": (2_567_463_684, {}, "StableDiffusionXLPipeline"),
+    "refiner": (2_259_526_660, {}, "StableDiffusionXLImg2ImgPipeline"),
+}
+SD = {"block_out_channels": (320, 640, 1280, 1280), "down_block_types": (*[originals.CROSS] * 3, originals.DOWN)}
+PUBLISHED = {
+    "sd1": SD | {"attention_head_dim": 8, "cross_attention_dim": 768},
+    "sd2": SD | {"attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True},
+    "xl": originals.XL
+    | {
+        "block_out_channels": (320, 640, 1280),
+        "attention_head_dim": (5, 10, 20),
+        "transformer_layers_per_block": (1, 2, 10),
+        "cross_attention_dim": 2048,
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    "refiner": originals.REFINER
+    | {
+        "block_out_channels": (384, 768, 1536, 1536),
+        "attention_head_dim": (6, 12, 24, 24),
+        "transformer_layers_per_block": (4, 4, 4, 4),
+        "cross_attention_dim": 1280,
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2560,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", FULL_SIZE)
+def test_published_architectures(tmp_path, kind):
+    """Files of the true sizes, holes but for their headers: every name, shape and number of heads of the U-Net."""
+    parameters, more, pipeline = FULL_SIZE[kind]
+    options = PUBLISHED[kind.removesuffix("-inpaint")] | more
+    ups = tuple(originals.UP[block] for block in reversed(options["down_block_types"]))
+    with torch.device("meta"):
+        net = UNet2DCondition(up_block_types=ups, **options)
+    shapes = {name: tuple(p.shape) for name, p in net.state_dict().items()}
+    attends = [i for i, block in enumerate(reversed(options["down_block_types"])) if block == originals.CROSS]
+    header = {f"model.diffusion_model.{originals.unet_name(n, 2, attends)}": s for n, s in shapes.items()}
+    if kind in ("xl", "refiner"):
+        prefix = f"conditioner.embedders.{int(kind == 'xl')}.model."
+        text = {"token_embedding.weight": (49408, 1280), "positional_embedding": (77, 1280)}
+        text |= {"transformer.resblocks.31.ln_1.weight": (1280,), "text_projection": (1280, 1280)}
+        text["transformer.resblocks.0.mlp.c_fc.weight"] = (5120, 1280)
+        header |= {prefix + name: shape for name, shape in text.items()}
+    offset = 0
+    for name, shape in header.items():
+        size = 2 * int(np.prod(shape))
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": (offset, offset := offset + size)}
+    text = json.dumps(header).encode()
+    with (tmp_path / "x.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+    single = SingleFile(tmp_path / "x.safetensors", "epsilon")
+    assert single.index["_class_name"] == pipeline
+    ours, _ = single.tensors("unet")
+    assert {name: tuple(t.shape) for name, t in ours.items()} == shapes
+    config = UNetConfig.from_dict(single.config("unet"))
+    assert config.heads == tuple(np.broadcast_to(options["attention_head_dim"], config.levels))
+    ours = UNet2DConditionModel(config).parameters()
+    assert sum(p.size for _, p in tree_flatten(ours)) == sum(p.numel() for p in net.parameters()) == parameters
+    if kind in ("xl", "refiner"):
+        assert single.config("text_encoder_2")["num_attention_heads"] == 20
+        assert config.addition_time_embed_dim == 256
 
 
 # -------------------------------------------------------------------------------------------------------- predictions
