@@ -28,6 +28,6 @@ setup(
     ],
     extras_require={
         "cuda": ["mlx[cuda]>=0.30; sys_platform == 'linux'"],
-        "test": ["torch==2.13.0", "diffusers", "DeepCache", "pytest", "ruff==0.17.5"],
+        "test": ["torch==2.13.0", "diffusers", "DeepCache", "peft", "pytest", "ruff==0.17.5"],
     },
 )

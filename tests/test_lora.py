@@ -22,6 +22,7 @@ from mlx_deepcache.options import file_and_scale
 RANK = 3
 ATTENTION = r"(to_[qkv]|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2)$"
 CONVOLUTIONS = r"(resnets\.\d\.conv[12]|conv_shortcut|time_emb_proj|samplers\.0\.conv)$"
+ENDS = r"^(conv_in|conv_out|time_embedding\.linear_[12]|add_embedding\.linear_[12])$"
 TEXT = r"(q_proj|k_proj|v_proj|out_proj|fc1|fc2)$"
 
 
@@ -34,7 +35,7 @@ def factors(weight, generator, rank=RANK):
     """Random down and up of one layer, that change it visibly."""
     inner = weight.shape[1:]
     down = torch.randn(rank, *inner, generator=generator) / weight[0].numel() ** 0.5
-    up = torch.randn(weight.shape[0], rank, *[1] * (weight.ndim - 2), generator=generator) * 0.4
+    up = torch.randn(weight.shape[0], rank, *[1] * (weight.ndim - 2), generator=generator) * 0.3
     return down, up
 
 
@@ -121,9 +122,9 @@ def text_error(pipe, name, net):
         ("sd15", peft_file, f"{ATTENTION}|{CONVOLUTIONS}"),
         ("sdxl", peft_file, ATTENTION),
         ("sd21", old_file, ATTENTION),
-        ("sd15", kohya_file, f"{ATTENTION}|{CONVOLUTIONS}"),
+        ("sd15", kohya_file, f"{ATTENTION}|{CONVOLUTIONS}|{ENDS}"),
         ("sd21", kohya_file, ATTENTION),
-        ("sdxl", lambda *a: kohya_file(*a, original=True), f"{ATTENTION}|{CONVOLUTIONS}"),
+        ("sdxl", lambda *a: kohya_file(*a, original=True), f"{ATTENTION}|{CONVOLUTIONS}|{ENDS}"),
     ],
     ids=["peft", "peft-xl", "processors", "kohya", "kohya-sd2", "kohya-xl"],
 )
