@@ -113,10 +113,7 @@ def read(file: Path, scale: float, known: dict[str, Place]) -> Lora:
         raise CheckpointError(f"{file} {what} {_some(odd)}, which is no part of any known kind of LoRA")
     if not layers:
         raise CheckpointError(f"{file} is no LoRA: it is empty")
-    widths = {
-        place.shape[1] for name, place in known.items() if name.startswith("unet_") and name.endswith("attn2_to_k")
-    }
-    hint = _hint(layers, widths)
+    hint = _hint(layers, {place.shape[1] for place in known.values() if place.layer.endswith("attn2.to_k")})
     if lost := [name for name in layers if _flat(name) not in known]:
         raise CheckpointError(
             f"{file}: {len(lost)} of its {len(layers)} layers match nothing in this model, such as {_some(lost)}{hint}"

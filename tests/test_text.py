@@ -55,7 +55,7 @@ def test_context_is_what_diffusers_gives_the_unet(checkpoint, pipeline, kind):
     pipe = pipeline(kind)
     names = pipe.checkpoint.text_encoders
     cond = encode(
-        [pipe._part(n.replace("text_encoder", "tokenizer")) for n in names],
+        [pipe._tokenizer(n.replace("text_encoder", "tokenizer")) for n in names],
         [pipe._part(n) for n in names],
         PROMPTS,
         None,
