@@ -6,12 +6,13 @@ import pytest
 import torch
 from checkpoints import KINDS
 from helpers import error
-from oracle import text, text_encoder, token_ids
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from oracle import shared, text, text_encoder, token_ids
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from mlx_deepcache.clip import CLIPTextModel
 from mlx_deepcache.config import CLIPConfig
-from mlx_deepcache.prompts import PromptWarning, encode, load_tokenizer, tokenize
+from mlx_deepcache.emphasis import parse
+from mlx_deepcache.prompts import PromptWarning, chunked, encode, load_tokenizer, tokenize
 
 PROMPTS = ["a small red cat", "", "a cat! in the rain!!", "An OLD tree, at night: naïve 猫"]
 
@@ -20,18 +21,23 @@ def tokenizers(folder):
     return [name for name in ("tokenizer", "tokenizer_2") if (folder / name).is_dir()]
 
 
+def ids(tokenizer, texts):
+    """(N, 77)."""
+    return chunked(tokenizer, [tokenize(tokenizer, text) for text in texts])[0][:, 0]
+
+
 @pytest.mark.parametrize("kind", ["sd15", "sd21", "sdxl"])
 def test_token_ids(checkpoint, kind):
     folder = checkpoint(kind)
     for name in tokenizers(folder):
-        ours = tokenize(load_tokenizer(folder / name), PROMPTS)
+        ours = ids(load_tokenizer(folder / name), PROMPTS)
         assert np.array_equal(ours, token_ids(folder, PROMPTS, name.removeprefix("tokenizer")))
 
 
 def test_a_long_prompt_is_cut_and_says_what_is_lost(checkpoint):
     prompt = "a cat " * 60 + "blue flower"
     with pytest.warns(PromptWarning, match="not used: .*blue flower"):
-        ours = tokenize(load_tokenizer(checkpoint("sd15") / "tokenizer"), [prompt])
+        ours = ids(load_tokenizer(checkpoint("sd15") / "tokenizer"), [prompt])
     assert np.array_equal(ours, token_ids(checkpoint("sd15"), [prompt]))
 
 
@@ -40,11 +46,11 @@ def test_encoders_are_those_of_transformers(checkpoint, pipeline, kind):
     folder = checkpoint(kind)
     for name in tokenizers(folder):
         suffix = name.removeprefix("tokenizer")
-        ids = token_ids(folder, PROMPTS, suffix)
-        expected = text_encoder(folder, ids, suffix)
+        tokens = token_ids(folder, PROMPTS, suffix)
+        expected = text_encoder(folder, tokens, suffix)
         encoder = pipeline(kind)._part(f"text_encoder{suffix}")
-        last, pooled = encoder(mx.array(ids))
-        penultimate, _ = encoder(mx.array(ids), penultimate=True)
+        last, pooled = encoder(mx.array(tokens))
+        penultimate, _ = encoder(mx.array(tokens), penultimate=True)
         assert error(last, expected["last"]) < 1e-5
         assert error(penultimate, expected["penultimate"]) < 1e-5
         assert error(pooled, expected["pooled"]) < 1e-5
@@ -91,10 +97,78 @@ def test_encoder_of_another_size(act, eos):
     ours = CLIPTextModel(CLIPConfig.from_dict({**config, "architectures": ["CLIPTextModelWithProjection"]}))
     weights = {k.removeprefix("text_model."): mx.array(v.numpy()) for k, v in reference.state_dict().items()}
     ours.load_weights(list(weights.items()))
-    ids = np.random.default_rng(0).integers(3, 97, (3, 20))
-    ids[:, 12:] = 98
+    tokens = np.random.default_rng(0).integers(3, 97, (3, 20))
+    tokens[:, 12:] = 98
     with torch.no_grad():
-        expected = reference(torch.tensor(ids), output_hidden_states=True)
-    last, pooled = ours(mx.array(ids))
+        expected = reference(torch.tensor(tokens), output_hidden_states=True)
+    last, pooled = ours(mx.array(tokens))
     assert error(last, expected.last_hidden_state) < 1e-5
     assert error(pooled, expected.text_embeds) < 1e-5
+
+
+LONG = "a small red cat (in the rain:1.4) " * 12 + "[an old tree]"
+SHORT = "(two) dogs"
+
+
+def encoded_by_hand(folder, name, text, chunks, penultimate):
+    """What A1111 makes of a weighted text of any length, with transformers' parts: (chunks * 77, C)."""
+    suffix = name.removeprefix("text_encoder")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / f"tokenizer{suffix}")
+    tokens, weights = [], []
+    for piece, weight in parse(text):  # held against A1111's own examples elsewhere
+        piece_ids = tokenizer(piece, add_special_tokens=False)["input_ids"]
+        tokens, weights = tokens + piece_ids, weights + [weight] * len(piece_ids)
+    out = []
+    for i in range(chunks):
+        part, w = tokens[75 * i : 75 * (i + 1)], weights[75 * i : 75 * (i + 1)]
+        padding = [tokenizer.pad_token_id] * (75 - len(part))
+        row = np.array([[tokenizer.bos_token_id, *part, tokenizer.eos_token_id, *padding]])
+        expected = text_encoder(folder, row, suffix)
+        z = np.asarray(expected["penultimate" if penultimate else "last"], np.float64)
+        multiplied = z * np.array([1, *w, 1, *[1] * len(padding)])[None, :, None]
+        if not penultimate:
+            multiplied *= z.mean() / multiplied.mean()
+        out.append(multiplied[0])
+    return np.concatenate(out)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sd21-base", "sdxl"])
+def test_weighted_and_long_prompts(checkpoint, pipeline, kind):
+    pipe, folder = pipeline(kind), checkpoint(kind)
+    names, xl = pipe.checkpoint.text_encoders, kind == "sdxl"
+    cond = encode(
+        [pipe._tokenizer(n.replace("text_encoder", "tokenizer")) for n in names],
+        [pipe._part(n) for n in names],
+        [LONG, SHORT],
+        None,
+        size=(64, 64),
+        zeros_for_none=True,
+        weighted=True,
+        long=True,
+    )
+    chunks = cond.context.shape[1] // 77
+    assert chunks > 1
+    for i, text_ in enumerate((LONG, SHORT)):
+        expected = np.concatenate([encoded_by_hand(folder, n, text_, chunks, xl) for n in names], axis=-1)
+        assert error(cond.context[i], expected) < 1e-5
+
+
+def test_sdxl_reads_a_second_prompt(checkpoint, pipeline):
+    pipe = pipeline("sdxl")
+    names = pipe.checkpoint.text_encoders
+    cond = encode(
+        [pipe._tokenizer(n.replace("text_encoder", "tokenizer")) for n in names],
+        [pipe._part(n) for n in names],
+        ["a cat"],
+        ["a dog"],
+        size=(64, 64),
+        zeros_for_none=True,
+        prompt_2="oil on canvas",
+        negative_2="a photo",
+    )
+    with torch.no_grad():
+        given, without, pooled, pooled_without = shared(str(checkpoint("sdxl"))).encode_prompt(
+            "a cat", "oil on canvas", negative_prompt="a dog", negative_prompt_2="a photo"
+        )
+    assert error(cond.context, np.concatenate([without, given])) < 1e-5
+    assert error(cond.pooled, np.concatenate([pooled_without, pooled])) < 1e-5
