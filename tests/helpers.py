@@ -48,3 +48,10 @@ def conditioning(context, added):
 def at(unet, prompt, t):
     """The embedding of one timestep."""
     return unet.time_embed(mx.array([t], dtype=mx.float32), prompt)[0]
+
+
+def token_rows(tokenizer, texts):
+    """Token ids as an encoder reads them, (N, 77), each text cut to one chunk."""
+    from mlx_deepcache.prompts import chunked, tokenize
+
+    return chunked(tokenizer, [tokenize(tokenizer, text) for text in texts])[0][:, 0]

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from helpers import at, conditioning, error, to_mlx, to_torch_layout, unet_inputs
+from helpers import at, conditioning, error, to_mlx, to_torch_layout, token_rows, unet_inputs
 from oracle import generate, text_encoder, token_ids, unet_cached_call, unet_call, vae_decode, vae_encode
 
 from mlx_deepcache import StableDiffusion
 from mlx_deepcache.checkpoint import BUNDLED
 from mlx_deepcache.cli import main_generate
-from mlx_deepcache.prompts import load_tokenizer, tokenize
+from mlx_deepcache.prompts import load_tokenizer
 
 PROMPTS = ["a red apple", "a drawing of a cat", "", "three weird words: zyzzyva, quokka!"]
 
@@ -19,7 +19,7 @@ def emoji():
 
 
 def test_text_encoder(emoji):
-    ids = tokenize(load_tokenizer(BUNDLED / "tokenizer"), PROMPTS)
+    ids = token_rows(load_tokenizer(BUNDLED / "tokenizer"), PROMPTS)
     assert np.array_equal(ids, token_ids(BUNDLED, PROMPTS))
     hidden, _ = emoji._part("text_encoder")(ids)
     assert error(hidden, text_encoder(BUNDLED, np.array(ids))["last"]) < 1e-4

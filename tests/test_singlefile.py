@@ -24,7 +24,7 @@ from mlx_deepcache.cli import main_convert, main_generate
 from mlx_deepcache.clip import CLIPTextModel
 from mlx_deepcache.config import CLIPConfig, UNetConfig, VAEConfig
 from mlx_deepcache.errors import CheckpointError
-from mlx_deepcache.prompts import load_tokenizer, tokenize
+from mlx_deepcache.prompts import load_tokenizer
 from mlx_deepcache.singlefile import ModelWarning, SingleFile
 from mlx_deepcache.sources import Folder
 from mlx_deepcache.unet import UNet2DConditionModel
@@ -306,9 +306,9 @@ def test_vocabulary_is_clips(tmp_path):
     for pad, padding in (("!", 0), (vocabulary.END, 49407)):
         (tmp_path / str(padding)).mkdir()
         vocabulary.write(tmp_path / str(padding), pad)
-        ids = np.array(tokenize(vocabulary.tokenizer(pad), prompts))
+        ids = np.array(token_rows(vocabulary.tokenizer(pad), prompts))
         assert ids[0, :8].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, padding]
-        assert np.array_equal(tokenize(load_tokenizer(tmp_path / str(padding)), prompts), ids)
+        assert np.array_equal(token_rows(load_tokenizer(tmp_path / str(padding)), prompts), ids)
 
 
 def test_vocabulary_against_open_clip(monkeypatch):
@@ -322,7 +322,7 @@ def test_vocabulary_against_open_clip(monkeypatch):
     module_spec.loader.exec_module(theirs)
     prompts = ["Ein Märchenwald, 8k; it's 猫!", "hello, world... (test:1.2)", "", "🙂 émigré_42 don't", "zymurgy"]
     reference = theirs.SimpleTokenizer()(prompts).numpy()
-    ours = np.array(tokenize(vocabulary.tokenizer(vocabulary.END), prompts))
+    ours = np.array(token_rows(vocabulary.tokenizer(vocabulary.END), prompts))
     for row, expected in zip(ours, reference, strict=True):
         n = int(np.argmax(expected)) + 1  # its padding is 0
         assert np.array_equal(row[:n], expected[:n])

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import KINDS
-from helpers import error
+from helpers import error, token_rows
 from oracle import shared, text, text_encoder, token_ids
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from mlx_deepcache.clip import CLIPTextModel
 from mlx_deepcache.config import CLIPConfig
 from mlx_deepcache.emphasis import parse
-from mlx_deepcache.prompts import PromptWarning, chunked, encode, load_tokenizer, tokenize
+from mlx_deepcache.prompts import PromptWarning, encode, load_tokenizer
 
 PROMPTS = ["a small red cat", "", "a cat! in the rain!!", "An OLD tree, at night: naïve 猫"]
 
@@ -21,23 +21,18 @@ def tokenizers(folder):
     return [name for name in ("tokenizer", "tokenizer_2") if (folder / name).is_dir()]
 
 
-def ids(tokenizer, texts):
-    """(N, 77)."""
-    return chunked(tokenizer, [tokenize(tokenizer, text) for text in texts])[0][:, 0]
-
-
 @pytest.mark.parametrize("kind", ["sd15", "sd21", "sdxl"])
 def test_token_ids(checkpoint, kind):
     folder = checkpoint(kind)
     for name in tokenizers(folder):
-        ours = ids(load_tokenizer(folder / name), PROMPTS)
+        ours = token_rows(load_tokenizer(folder / name), PROMPTS)
         assert np.array_equal(ours, token_ids(folder, PROMPTS, name.removeprefix("tokenizer")))
 
 
 def test_a_long_prompt_is_cut_and_says_what_is_lost(checkpoint):
     prompt = "a cat " * 60 + "blue flower"
     with pytest.warns(PromptWarning, match="not used: .*blue flower"):
-        ours = ids(load_tokenizer(checkpoint("sd15") / "tokenizer"), [prompt])
+        ours = token_rows(load_tokenizer(checkpoint("sd15") / "tokenizer"), [prompt])
     assert np.array_equal(ours, token_ids(checkpoint("sd15"), [prompt]))
 
 
