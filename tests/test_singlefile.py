@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel as UNet2DCondition
 from diffusers.loaders import single_file_utils as theirs
+from helpers import token_rows
 from mlx.utils import tree_flatten
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
