@@ -3,7 +3,7 @@
 from . import host
 
 __version__ = "0.1.0"
-__all__ = ["CacheSchedule", "StableDiffusion", "__version__"]
+__all__ = ["CacheSchedule", "Control", "StableDiffusion", "__version__"]
 
 FAST_BLAS = host.prepare()  # before anything imports mlx
 
@@ -17,4 +17,8 @@ def __getattr__(name: str):
         from .cache import CacheSchedule
 
         return CacheSchedule
+    if name == "Control":
+        from .settings import Control
+
+        return Control
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,8 +15,11 @@ from mlx.utils import tree_flatten
 
 from . import weights
 from .clip import CLIPTextModel
-from .config import CLIPConfig, UNetConfig, VAEConfig
+from .config import CLIPConfig, UNetConfig, VAEConfig, read_json
+from .controlnet import ControlNetConfig, ControlNetModel
 from .errors import CheckpointError, Failure, UsageError
+from .fewstep import FewStep, few_step
+from .hub import find
 from .schedulers import NoiseSchedule
 from .sources import Folder, Source, find_source
 from .unet import UNet2DConditionModel
@@ -24,7 +27,15 @@ from .vae import AutoencoderKL
 
 BUNDLED = Path(__file__).parent / "models" / "emoji"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
-_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline")
+_PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
+    "LatentConsistencyModelPipeline",
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class Checkpoint:
     source: Source
     unet_config: UNetConfig
     vae_config: VAEConfig
+    name_or_path: str | None = None  # what the U-Net's config says that it was loaded from
 
     @classmethod
     def open(cls, model: str | None, *, half: bool = False, prediction_type: str | None = None) -> Checkpoint:
@@ -56,16 +68,17 @@ class Checkpoint:
         kind = source.index.get("_class_name", _PIPELINES[0])
         if kind not in _PIPELINES:
             raise CheckpointError(f"{source.path} holds a {kind}, which is not supported, only {', '.join(_PIPELINES)}")
-        for name in ("unet", "vae", "text_encoder"):
+        for name in ("unet", "vae", "text_encoder_2" if _refines(source.index) else "text_encoder"):
             source.require(name)
-        unet = UNetConfig.from_dict(source.config("unet"))
+        described = source.config("unet")
+        unet = UNetConfig.from_dict(described)
         vae = VAEConfig.from_dict(source.config("vae"))
-        if unet.in_channels != vae.latent_channels:
+        if unet.in_channels not in (vae.latent_channels, 2 * vae.latent_channels + 1):
             raise CheckpointError(
                 f"the U-Net reads {unet.in_channels} channels where the VAE's latents have {vae.latent_channels}; "
-                "inpainting and other variants with further inputs are not supported"
+                "of variants with further inputs only inpainting is supported, with a mask and a second picture"
             )
-        return cls(source, unet, vae)
+        return cls(source, unet, vae, described.get("_name_or_path"))
 
     @property
     def index(self) -> dict:
@@ -78,9 +91,21 @@ class Checkpoint:
         return self.unet_config.addition_embed_type == "text_time"
 
     @property
+    def inpainting(self) -> bool:
+        """Whether the U-Net also reads a mask and the latents of the picture under it."""
+        return self.unet_config.in_channels > self.vae_config.latent_channels
+
+    @property
     def text_encoders(self) -> tuple[str, ...]:
         """Folder names of the text encoders; each has a tokenizer of the same ending."""
+        if self.refiner:
+            return ("text_encoder_2",)
         return ("text_encoder", "text_encoder_2") if self.xl else ("text_encoder",)
+
+    @property
+    def refiner(self) -> bool:
+        """Whether this is SDXL's refiner: one text encoder, and a U-Net that is told how good the picture should be."""
+        return _refines(self.index)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -95,9 +120,22 @@ class Checkpoint:
         return height * self.vae_config.factor, width * self.vae_config.factor
 
     @property
+    def few_step(self) -> FewStep | None:
+        """The defaults of a model made for few steps, or None."""
+        path = self.source.path
+        hub = next((part for part in path.parts if part.startswith("models--")), "")
+        names = [hub, path.name, self.index.get("_name_or_path"), self.name_or_path]
+        scheduler = self.source.config("scheduler")
+        texts = (name for name in names if isinstance(name, str))
+        return few_step(texts, scheduler, self.unet_config.time_cond_proj_dim is not None)
+
+    @property
     def guidance_scale(self) -> float:
         """The default: what the checkpoint says, or its family's usual one."""
-        scale = self.index.get("default_guidance_scale", 5.0 if self.xl else 7.5)
+        usual = 5.0 if self.xl else 7.5
+        if (few := self.few_step) is not None:
+            usual = few.guidance_scale
+        scale = self.index.get("default_guidance_scale", usual)
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
             raise CheckpointError(f"model_index.json: default_guidance_scale should be a number, got {scale!r}")
         return float(scale)
@@ -137,6 +175,33 @@ class Checkpoint:
         """
         for name in self.components:
             self.source.tensors(name)
+
+
+def _refines(index: dict) -> bool:
+    return bool(index.get("requires_aesthetics_score"))
+
+
+def load_controlnet(model: str, checkpoint: Checkpoint, dtype: mx.Dtype) -> ControlNetModel:
+    """A ControlNet by a folder or a hub id, strictly loaded, for use with `checkpoint`.
+
+    Raises:
+        CheckpointError: it cannot be had, is damaged or not supported, or is for another kind of U-Net.
+    """
+    folder = find(model, half=dtype == mx.float16, alone=True)
+    if folder.is_file() or (folder / "model_index.json").is_file():
+        what = "a file" if folder.is_file() else "a whole model"
+        raise CheckpointError(f"{folder} is {what}; expected a ControlNet, a folder with its config.json")
+    config = ControlNetConfig.from_dict(read_json(folder / "config.json"))
+    for name in ("block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type"):
+        its, ours = getattr(config, name), getattr(checkpoint.unet_config, name)
+        if its != ours:
+            raise CheckpointError(f"{folder} is for another kind of model: its {name} is {its}, the model's {ours}")
+    if config.picture_factor != checkpoint.vae_config.factor:
+        raise CheckpointError(
+            f"{folder} makes {config.picture_factor} pixels of its picture into one, the model's VAE "
+            f"{checkpoint.vae_config.factor}; they do not go together"
+        )
+    return weights.load(ControlNetModel(config), folder, dtype)
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,7 @@ def _generate(args: argparse.Namespace) -> None:
         memory_limit=args.memory_limit,
         loras=args.lora,
         embeddings=args.embedding,
+        refiner=args.refiner,
     )
 
     latents, n, height, width = None, args.num_images or 1, args.height, args.width
@@ -117,14 +118,26 @@ def _generate(args: argparse.Namespace) -> None:
         cache_interval=args.cache_interval,
         cache_branch=args.cache_branch,
         vae_tiling=args.vae_tiling,
+        image=args.image,
+        mask=args.mask,
+        strength=args.strength,
+        fit=args.fit,
+        controls=_controls(args),
+        control_every_step=args.control_every_step,
+        refiner_start=args.refiner_start,
     )
-    if args.cache_interval is None and settings.steps < FEWEST_STEPS_TO_CACHE:
-        say(f"cache: off below {FEWEST_STEPS_TO_CACHE} steps; --cache-interval turns it on")
+    if args.cache_interval is None and settings.cache.interval == 1:
+        few = pipe.checkpoint.few_step
+        if few is None:
+            say(f"cache: off below {FEWEST_STEPS_TO_CACHE} steps; --cache-interval turns it on")
+        else:
+            say(f"cache: off, as this is a few-step model ({few.reason}); --cache-interval turns it on")
 
     files = [args.output] if n == 1 else [args.output.with_stem(f"{args.output.stem}-{i}") for i in range(1, n + 1)]
     for file in files:
         _check_writable(file)
-    pipe.checkpoint.check_files()
+    for checkpoint in pipe.checkpoints:
+        checkpoint.check_files()
 
     steps = []
     full_steps = settings.full_steps
@@ -136,7 +149,7 @@ def _generate(args: argparse.Namespace) -> None:
             if progress.index + 1 < len(full_steps):
                 bar.set_postfix_str("full" if full_steps[progress.index + 1] else "cached")
     final = steps[-1].latents
-    images = pipe.decode(final, settings.vae_tiling)
+    images = pipe.decode(final, settings.vae_tiling, settings.source)
 
     if args.save_latents is not None:
         write_latents(args.save_latents, final)
@@ -156,6 +169,22 @@ def _generate(args: argparse.Namespace) -> None:
         ", ".join(f"{phase} {seconds[phase]:.2f} s" for phase in seconds)
         + f", peak memory {stats['peak_memory_bytes'] / 2**20:,.0f} MiB"
     )
+
+
+def _controls(args: argparse.Namespace) -> list:
+    """The ControlNets that repeated flags describe; a scale, start or end given once is every net's."""
+    from .settings import Control
+
+    n = len(args.controlnet)
+    if len(args.control_image) != n:
+        raise UsageError(f"each --controlnet needs a --control-image, got {n} and {len(args.control_image)}")
+    columns = []
+    for name, default in (("scale", 1.0), ("start", 0.0), ("end", 1.0)):
+        values = getattr(args, f"control_{name}") or [default]
+        if len(values) > 1 and len(values) != n or not n and values != [default]:
+            raise UsageError(f"--control-{name} should be given once, or once a --controlnet ({n}), got {len(values)}")
+        columns.append(values * n if len(values) == 1 else values)
+    return [Control(*row) for row in zip(args.controlnet, args.control_image, *columns, strict=True)]
 
 
 def _metadata(args: argparse.Namespace, settings, pipe, seed: int) -> dict:
@@ -178,6 +207,17 @@ def _metadata(args: argparse.Namespace, settings, pipe, seed: int) -> dict:
         "embedding": [f"{file}:{word}" if word else str(file) for file, word in args.embedding],
         "dtype": str(pipe.dtype).removeprefix("mlx.core."),
         "latents": args.latents.name if args.latents else None,
+        "image": args.image.name if args.image else None,
+        "mask": args.mask.name if args.mask else None,
+        "strength": settings.strength,
+        "fit": settings.fit,
+        "controls": [
+            {"model": c.model, "image": file.name, "scale": c.scale, "start": c.start, "end": c.end}
+            for c, file in zip(settings.controls, args.control_image, strict=True)
+        ],
+        "control_every_step": settings.control_every_step,
+        "refiner": args.refiner,
+        "refiner_start": settings.refiner_start,
         "version": f"mlx_deepcache {__version__}",
     }
 

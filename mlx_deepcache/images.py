@@ -45,6 +45,7 @@ def parameters_text(settings: dict) -> str:
         "CFG scale": settings["guidance_scale"],
         "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}",
+        **({} if settings.get("strength") is None else {"Denoising strength": settings["strength"]}),
         "Model": settings["model"],
         "RNG": {"torch": "CPU", "torch-cuda": "NV", "mlx": "MLX"}[settings["rng"]],
         "DeepCache interval": settings["cache_interval"],

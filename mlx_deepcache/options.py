@@ -7,6 +7,7 @@ from pathlib import Path
 
 from . import __version__
 from .noise import GENERATORS
+from .pictures import FITS
 
 DTYPES = ("float16", "bfloat16", "float32")
 _PREDICTION_TYPE = {
@@ -29,8 +30,8 @@ def generate_parser() -> argparse.ArgumentParser:
         "--model",
         metavar="M",
         help="a folder from convert.py or in the diffusers layout, a single .safetensors file in the original layout, "
-        "a hub id (owner/name[@revision]), or sd15, sd21, sdxl, sdxl-turbo; default: the small model that comes with "
-        "the package",
+        "a hub id (owner/name[@revision]), or sd15, sd21, sdxl, sdxl-refiner, sdxl-turbo, sd-turbo; default: the small "
+        "model that comes with the package",
     )
     what.add_argument(
         "--lora",
@@ -53,10 +54,62 @@ def generate_parser() -> argparse.ArgumentParser:
     what.add_argument("--height", type=positive, metavar="PX", help="default: the model's native size")
     what.add_argument("--width", type=positive, metavar="PX")
 
+    source = parser.add_argument_group("from a picture")
+    source.add_argument("--image", type=Path, metavar="FILE", help="start from this picture; its size is the default")
+    source.add_argument("--mask", type=Path, metavar="FILE", help="change it only where this one is white")
+    source.add_argument(
+        "--strength",
+        type=number,
+        metavar="X",
+        help="how much to change, in (0, 1]: the share of the steps that is run. Default 0.8, SDXL 0.3; with a mask 1",
+    )
+    source.add_argument(
+        "--fit", choices=FITS, help="a picture of other proportions than --height and --width: stretch (the default)"
+    )
+
+    control = parser.add_argument_group("ControlNet (repeat the flags for several)")
+    control.add_argument(
+        "--controlnet",
+        action="append",
+        default=[],
+        metavar="M",
+        help="a ControlNet in the diffusers layout: a folder or a hub id",
+    )
+    control.add_argument(
+        "--control-image", action="append", default=[], type=Path, metavar="FILE", help="the edges, pose, ... to follow"
+    )
+    control.add_argument(
+        "--control-scale", action="append", type=number, metavar="X", help="how strictly it is followed (1)"
+    )
+    control.add_argument(
+        "--control-start", action="append", type=number, metavar="X", help="the share of the steps before it starts (0)"
+    )
+    control.add_argument(
+        "--control-end",
+        action="append",
+        type=number,
+        metavar="X",
+        help="the share after which it stops (1)",
+    )
+    control.add_argument(
+        "--control-every-step",
+        action="store_true",
+        help="run it on cached steps too; else these use what it said on the last full one",
+    )
+
+    refiner = parser.add_argument_group("SDXL refiner")
+    refiner.add_argument("--refiner", metavar="M", help="the model that draws the last steps, such as sdxl-refiner")
+    refiner.add_argument(
+        "--refiner-start", type=number, metavar="X", help="the share of the way from noise where it takes over (0.8)"
+    )
+
     how = parser.add_argument_group("how")
-    how.add_argument("--steps", type=positive, metavar="N", help="default 50")
+    how.add_argument("--steps", type=positive, metavar="N", help="default 50; few-step models such as sdxl-turbo: 4")
     how.add_argument(
-        "--guidance-scale", type=number, metavar="G", help="default 7.5 for SD, 5 for SDXL; 1 turns it off"
+        "--guidance-scale",
+        type=number,
+        metavar="G",
+        help="default 7.5 for SD, 5 for SDXL; 1 turns it off (few-step models)",
     )
     how.add_argument(
         "--scheduler", metavar="NAME", help="default: the model's own; one of " + ", ".join(scheduler_names())
@@ -85,7 +138,7 @@ def generate_parser() -> argparse.ArgumentParser:
         "--cache-interval",
         type=positive,
         metavar="N",
-        help="run the deep part of the U-Net every N-th step; 1: always. Default 3, and 1 below 10 steps",
+        help="run the deep part of the U-Net every N-th step; 1: always. Default 3; few steps or few-step models: 1",
     )
     cache.add_argument(
         "--cache-branch",

@@ -12,7 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,16 +22,20 @@ from PIL import Image
 
 from . import __version__
 from .addons import Addons
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, load_controlnet
+from .controlnet import Controlled
 from .errors import Failure, UsageError
 from .images import to_uint8
 from .macs import unet_macs
 from .memory import limit_memory
 from .noise import BatchNoise
 from .ops import on_gpu
+from .pictures import Source
 from .prompts import encode
 from .sampler import Denoiser, Progress, sample
-from .settings import Settings, settings_for
+from .schedulers import Plan
+from .settings import Control, Settings, settings_for
+from .solvers import Level
 from .tiling import decode_tiled, tiled
 from .unet import Conditioning, UNet2DConditionModel
 from .weights import dtype_of
@@ -54,7 +58,8 @@ class StableDiffusion:
     keep: hold every component for the next call; without it each is freed once its phase is over, so that the most
     memory in use is that of the largest one. compile: run the U-Net through `mx.compile`; auto does on a GPU, as on the
     CPU it gains nothing. memory_limit: see `limit_memory`, in GB. loras: files, each by itself or with its
-    scale; embeddings: files of textual inversion, each by itself or with the word that calls it.
+    scale; embeddings: files of textual inversion, each by itself or with the word that calls it. refiner: the model
+    that draws the last steps (SDXL's refiner; Podell et al. 2023, section 2.5), without LoRAs and embeddings.
     """
 
     def __init__(
@@ -67,15 +72,19 @@ class StableDiffusion:
         memory_limit: float | None = None,
         loras: Sequence[str | Path | tuple[str | Path, float]] = (),
         embeddings: Sequence[str | Path | tuple[str | Path, str]] = (),
+        refiner: Checkpoint | None = None,
     ):
         if compile not in COMPILE:
             raise UsageError(f"compile should be one of {', '.join(COMPILE)}, got {compile!r}")
+        if refiner is not None and not (refiner.xl and checkpoint.xl):
+            raise UsageError("a refiner goes with SDXL only; both models should be of that family")
         self.checkpoint = checkpoint
         self.dtype = dtype_of(dtype)
         self.keep = keep
         self.compile = on_gpu() if compile == "auto" else compile == "on"
         self.budget = limit_memory(memory_limit)
         self.addons = Addons(checkpoint, loras, embeddings)
+        self.refiner = None if refiner is None else StableDiffusion(refiner, dtype, keep=keep, compile=compile)
         self._peak: dict[str, int] = {}
         self._parts: dict = {}
         self._started: set[str] = set()  # parts whose weights are still being read
@@ -83,27 +92,41 @@ class StableDiffusion:
 
     @classmethod
     def from_pretrained(
-        cls, model: str | None = None, dtype: str = "auto", *, prediction_type: str | None = None, **options
+        cls,
+        model: str | None = None,
+        dtype: str = "auto",
+        *,
+        prediction_type: str | None = None,
+        refiner: str | None = None,
+        **options,
     ) -> StableDiffusion:
-        """model: a folder, a single file, a hub id, `sd15`, `sd21`, `sdxl`, `sdxl-turbo`, or None for the bundled
-        model; dtype: auto, float16, bfloat16 or float32; prediction_type: epsilon or v_prediction, if not what the
-        model says; options: as for the class.
+        """model: a folder, a single file, a hub id, one of `hub.SHORT_NAMES`, or None for the bundled model; dtype:
+        auto, float16, bfloat16 or float32; prediction_type: epsilon or v_prediction, if not what the model says;
+        refiner: the same as model; options: as for the class.
 
         Raises:
             CheckpointError: the model cannot be found or is not supported, or a LoRA or embedding does not fit it.
             UsageError: no such dtype, prediction type or option.
         """
         half = dtype_of(dtype) == mx.float16
-        return cls(Checkpoint.open(model, half=half, prediction_type=prediction_type), dtype, **options)
+        second = None if refiner is None else Checkpoint.open(refiner, half=half)
+        first = Checkpoint.open(model, half=half, prediction_type=prediction_type)
+        return cls(first, dtype, refiner=second, **options)
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """The model, and its refiner if there is one."""
+        return [self.checkpoint] if self.refiner is None else [self.checkpoint, self.refiner.checkpoint]
 
     def settings(self, prompt: str | Sequence[str], **options) -> Settings:
         """What to draw and how, complete and checked: see `settings_for`, which takes the same options."""
-        return settings_for(self.checkpoint, prompt, **options)
+        refiner = None if self.refiner is None else self.refiner.checkpoint
+        return settings_for(self.checkpoint, prompt, refiner=refiner, **options)
 
     def denoise(self, settings: Settings, latents: mx.array | None = None) -> Iterator[Progress]:
         """Draw, up to the latents: yields after every step; stop iterating to cancel.
 
-        latents: (N, h, w, C) standard normal, to start from in place of the seeds' own noise.
+        latents: (N, h, w, C) standard normal, to start from in place of the seeds' own noise, also in a picture.
 
         Raises:
             UsageError: `latents` have another shape.
@@ -111,40 +134,58 @@ class StableDiffusion:
         """
         self._seconds = {"load": 0.0, "encode": 0.0, "denoise": 0.0, "decode": 0.0}
         self._peak = {}
-        noise, x = self._noise(settings)
-        if latents is not None:
-            if latents.shape != x:
-                raise UsageError(
-                    f"latents should have shape {_channels_first(x)} for {len(settings.seeds)} pictures of "
-                    f"{settings.width} x {settings.height}, got {_channels_first(latents.shape)}"
-                )
-            x = latents
-        else:
-            x = noise()
-        cond, guidance_scale = self._encode(settings)
-        unet: UNet2DConditionModel = self._part("unet")
-        if self.compile and "compiled" not in self._parts:
-            self._parts["compiled"] = unet.compiled()
-        with self._clock("denoise"):
-            denoiser = Denoiser(unet, cond, settings.plan, guidance_scale, self._parts.get("compiled"))
-        steps = sample(denoiser, x, settings.cache, noise)
-        while True:
-            with self._clock("denoise"):
-                progress = next(steps, None)
-            if progress is None:
-                break
-            last = progress
+        noise, shape = self._noise(settings)
+        if latents is not None and latents.shape != shape:
+            raise UsageError(
+                f"latents should have shape {_channels_first(shape)} for {len(settings.seeds)} pictures of "
+                f"{settings.width} x {settings.height}, got {_channels_first(latents.shape)}"
+            )
+        x, keep, beside = self._first_latents(settings, latents, noise)
+        for progress in self._loop(settings, settings.plan, x, noise, keep, beside):
             yield progress
-        del denoiser, steps, unet
-        self._release("unet", "compiled")
-        if not mx.isfinite(last.latents).all():
+        if self.refiner is not None:
+            self.refiner._seconds, self.refiner._peak = self._seconds, self._peak
+            given = replace(settings, controls=())  # a ControlNet is for the base model
+            for refined in self.refiner._loop(given, settings.refiner_plan, progress.latents, noise, None, None):
+                yield replace(refined, index=len(settings.plan.steps) + refined.index)
+            progress = refined
+        if not mx.isfinite(progress.latents).all():
             raise Failure(
                 f"the final latents hold NaN or infinite values in {_name(self.dtype)}; try --dtype float32, a lower "
                 "--guidance-scale or another --scheduler, and check the checkpoint"
             )
 
-    def decode(self, latents: mx.array, vae_tiling: str = "auto") -> np.ndarray:
-        """latents: (N, h, w, C) -> pictures (N, H, W, 3) in 0-255, decoded one by one; vae_tiling: see `tiled`.
+    def _loop(self, settings: Settings, plan: Plan, x: mx.array, noise, keep, beside) -> Iterator[Progress]:
+        """This model's share of the steps, with its own text encoders."""
+        cond, guidance_scale = self._encode(settings)
+        unet: UNet2DConditionModel = self._part("unet")
+        if self.compile and "compiled" not in self._parts:
+            self._parts["compiled"] = unet.compiled()
+        controls = [self._controlled(control) for control in settings.controls]
+        with self._clock("denoise"):
+            denoiser = Denoiser(
+                unet,
+                cond,
+                plan,
+                guidance_scale,
+                self._parts.get("compiled"),
+                beside=beside,
+                controlled=controls,
+                control_every_step=settings.control_every_step,
+            )
+        steps = sample(denoiser, x, settings.cache, noise, keep)
+        while True:
+            with self._clock("denoise"):
+                progress = next(steps, None)
+            if progress is None:
+                break
+            yield progress
+        del denoiser, steps, unet, controls
+        self._release("unet", "compiled", *(_key(control) for control in settings.controls))
+
+    def decode(self, latents: mx.array, vae_tiling: str = "auto", source: Source | None = None) -> np.ndarray:
+        """latents: (N, h, w, C) -> pictures (N, H, W, 3) in 0-255, decoded one by one; vae_tiling: see `tiled`; with a
+        `source` that has a mask, every pixel outside the mask is the source's own.
 
         Raises:
             Failure: a picture holds values that are not finite.
@@ -163,7 +204,8 @@ class StableDiffusion:
                 images.append(image)
         del vae
         self._release("vae")
-        return to_uint8(np.concatenate(images))
+        drawn = to_uint8(np.concatenate(images))
+        return drawn if source is None else source.paste(drawn)
 
     def __call__(
         self,
@@ -180,23 +222,24 @@ class StableDiffusion:
             steps.append(progress)
             if on_step is not None:
                 on_step(progress)
-        images = self.decode(steps[-1].latents, settings.vae_tiling)
+        images = self.decode(steps[-1].latents, settings.vae_tiling, settings.source)
         return Result([Image.fromarray(image) for image in images], steps[-1].latents, self.stats(settings, steps))
 
     def stats(self, settings: Settings, steps: Sequence[Progress]) -> dict:
         """What the last picture cost: seconds by phase, each step's kind, U-Net multiply-adds against an uncached run,
         peak memory, and where it ran."""
-        factor = self.checkpoint.vae_config.factor
-        size = (settings.height // factor, settings.width // factor)
-        batch = len(settings.seeds) * (2 if self._guided(settings) else 1)
-        full, cached = unet_macs(self.checkpoint.module("unet"), size, settings.cache.branch)
+        first = len(settings.plan.steps)
+        macs, macs_uncached = self._macs(settings, steps[:first])
+        if self.refiner is not None:
+            more, more_uncached = self.refiner._macs(settings, steps[first:])
+            macs, macs_uncached = macs + more, macs_uncached + more_uncached
         return {
             "seconds": {phase: round(seconds, 4) for phase, seconds in self._seconds.items()},
             "steps": ["full" if step.full else "cached" for step in steps],
             "full_steps": sum(step.full for step in steps),
             "cached_steps": sum(not step.full for step in steps),
-            "unet_macs": batch * sum(step.calls * (full if step.full else cached) for step in steps),
-            "unet_macs_uncached": batch * sum(step.calls * full for step in steps),
+            "unet_macs": macs,
+            "unet_macs_uncached": macs_uncached,
             "peak_memory_bytes": max(self._peak.values()),
             "peak_memory_bytes_by_phase": dict(self._peak),
             "device": device_name(),
@@ -209,6 +252,17 @@ class StableDiffusion:
             },
         }
 
+    def _macs(self, settings: Settings, steps: Sequence[Progress]) -> tuple[int, int]:
+        """This model's multiply-adds in these steps, and those of an uncached run."""
+        factor = self.checkpoint.vae_config.factor
+        size = (settings.height // factor, settings.width // factor)
+        batch = len(settings.seeds) * (2 if self._guided(settings) else 1)
+        full, cached = unet_macs(self.checkpoint.module("unet"), size, settings.cache.branch)
+        return (
+            batch * sum(step.calls * (full if step.full else cached) for step in steps),
+            batch * sum(step.calls * full for step in steps),
+        )
+
     # Parts and phases
 
     def _noise(self, settings: Settings) -> tuple[Callable[[], mx.array], tuple[int, ...]]:
@@ -218,6 +272,47 @@ class StableDiffusion:
         source = BatchNoise(settings.rng, list(settings.seeds))
         channels_last = (len(settings.seeds), *shape[1:], shape[0])
         return lambda: mx.array(source.normal(shape)).transpose(0, 2, 3, 1), channels_last
+
+    def _first_latents(self, settings: Settings, latents: mx.array | None, noise: Callable[[], mx.array]):
+        """What the loop starts from: latents at the first step's level; for inpainting also the function that puts back
+        what is not masked, or, for a net made for it, what it is shown beside the latents.
+
+        Noise is drawn in the order of diffusers' pipelines: for the picture's latents, the start, the masked picture's.
+        """
+        source, plan = settings.source, settings.plan
+        if source is None:
+            return (noise() if latents is None else latents) * plan.init_scale, None, None
+        level, keep, beside = plan.steps[0].here, None, None
+        picture = mx.array(source.image)[None].astype(mx.float32) / 255 * 2 - 1
+        filling = self.checkpoint.inpainting
+        from_noise = source.mask is not None and settings.strength == 1
+        clean = None if from_noise and filling else self._encode_picture(picture, noise())
+        added = noise() if latents is None else latents
+        x = added * plan.init_scale if from_noise else level.alpha * clean + level.sigma * added
+        if source.mask is not None:
+            mask = mx.array(source.mask)[None, ..., None].astype(mx.float32)
+            factor = self.checkpoint.vae_config.factor
+            small = mask[:, ::factor, ::factor]
+            again = noise()
+            if filling:
+                hidden = self._encode_picture(picture * (1 - mask), again)
+                beside = mx.concatenate([mx.broadcast_to(small, (*hidden.shape[:3], 1)), hidden], axis=-1)
+            else:
+
+                def keep(x: mx.array, level: Level) -> mx.array:
+                    return small * x + (1 - small) * (level.alpha * clean + level.sigma * added)
+
+        self._release("vae")
+        return x, keep, beside
+
+    def _encode_picture(self, picture: mx.array, noise: mx.array) -> mx.array:
+        """picture: (1, H, W, 3) in [-1, 1], noise: (N, h, w, C) -> latents like the noise, one draw a picture."""
+        vae, dtype = self._part("vae"), self._dtype_of_part("vae")
+        with self._clock("encode"):
+            latents = vae.encode(picture.astype(dtype), noise.astype(dtype)).astype(mx.float32)
+            if not mx.isfinite(latents).all():
+                raise Failure(f"the VAE's latents hold NaN or infinite values in {_name(dtype)}; try --dtype float32")
+        return latents
 
     def _guided(self, settings: Settings) -> bool:
         """Whether the U-Net also runs without the prompt: not if it is told the guidance scale (LCM)."""
@@ -239,6 +334,7 @@ class StableDiffusion:
                 [settings.negative_prompt] * len(settings.prompts) if guided else None,
                 size=(settings.height, settings.width),
                 zeros_for_none=bool(self.checkpoint.index.get("force_zeros_for_empty_prompt", True)),
+                refiner=self.checkpoint.refiner,
             )
             if self.checkpoint.unet_config.time_cond_proj_dim is not None:
                 scale = mx.full((len(settings.prompts),), settings.guidance_scale)
@@ -247,6 +343,16 @@ class StableDiffusion:
         del encoders
         self._release(*names)
         return cond, settings.guidance_scale if guided else None
+
+    def _controlled(self, control: Control) -> Controlled:
+        key = _key(control)
+        if key not in self._parts:
+            with self._clock("load"):
+                net = load_controlnet(control.model, self.checkpoint, self.dtype)
+                mx.eval(net.parameters())
+                self._parts[key] = net
+        picture = mx.array(control.image)[None].astype(mx.float32) / 255
+        return Controlled(self._parts[key], picture, control.scale, control.start, control.end)
 
     def _part(self, name: str):
         """A component, ready to be used."""
@@ -299,6 +405,10 @@ def device_name() -> str:
     device = mx.default_device()
     info = mx.device_info(device) if hasattr(mx, "device_info") else {}
     return str(info.get("device_name", platform.processor() or platform.machine())) + f" ({device.type.name})"
+
+
+def _key(control: Control) -> str:
+    return f"controlnet {control.model}"
 
 
 def _name(dtype: mx.Dtype) -> str:

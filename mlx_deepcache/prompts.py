@@ -15,6 +15,7 @@ from .emphasis import parse
 from .errors import CheckpointError
 from .unet import Conditioning
 
+GOOD_SCORE, BAD_SCORE = 6.0, 2.5  # of LAION's aesthetic scores, 1-10: what diffusers asks the refiner for and not for
 POSITIONS = 77  # what every CLIP text encoder here reads
 
 
@@ -111,6 +112,7 @@ def encode(
     negative_2: str | None = None,
     weighted: bool = False,
     long: bool = False,
+    refiner: bool = False,
 ) -> Conditioning:
     """What the U-Net reads for these prompts; with `negatives`, they come first in a batch of twice the size.
 
@@ -118,11 +120,12 @@ def encode(
     side by side, the second's pooled text, and `size`, (height, width) in pixels, as original and target size.
     zeros_for_none: a negative prompt of None is all zeros (SDXL base) and not the encoding of ""; prompt_2, negative_2:
     what SDXL's second encoder reads instead; weighted, long: see `tokenize`. Of a long text in chunks the encodings are
-    put one after the other, and the first one's pooled text is used.
+    put one after the other, and the first one's pooled text is used. refiner: SDXL's, with the second encoder alone, is
+    told how good the picture should be in place of the target size.
     """
     texts = [(negative or "", negative_2) for negative in negatives or ()] + [(text, prompt_2) for text in prompts]
     distinct = list(dict.fromkeys(texts))  # a text is encoded once, however many pictures use it
-    xl = len(encoders) == 2
+    xl = refiner or len(encoders) == 2
     tokens = []
     for i, tokenizer in enumerate(tokenizers):
         own = [second if i == 1 and second is not None else first for first, second in distinct]
@@ -151,5 +154,7 @@ def encode(
         keep = mx.array([negative is not None for negative in negatives] + [True] * len(prompts)).astype(context.dtype)
         context, pooled = context * keep[:, None, None], pooled * keep[:, None]
     height, width = size
-    time_ids = mx.array([[height, width, 0, 0, height, width]] * len(texts), dtype=mx.float32)
+    last = [[BAD_SCORE]] * (len(texts) - len(prompts)) + [[GOOD_SCORE]] * len(prompts)
+    rest = last if refiner else [[height, width]] * len(texts)
+    time_ids = mx.array([[height, width, 0, 0, *ids] for ids in rest], dtype=mx.float32)
     return Conditioning(context, pooled, time_ids)

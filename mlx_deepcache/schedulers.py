@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .errors import CheckpointError, UsageError
-from .solvers import Level, Step, ddim, ddpm, dpm_2m, euler_ancestral, heun, lcm, plms, unipc
+from .solvers import CLEAN, Level, Step, ddim, ddpm, dpm_2m, euler_ancestral, heun, lcm, plms, unipc
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,9 @@ class NoiseSchedule:
         self.name, self.kind, self.config = name, kind, c
         self.alphas_cumprod = _alphas_cumprod(c, floor=kind.zero_snr_floor)
 
-    def plan(self, steps: int) -> Plan:
-        """The steps of a picture drawn from pure noise.
+    def plan(self, steps: int, start: int = 0, stop: int | None = None) -> Plan:
+        """The steps of a picture drawn from pure noise, or from a picture with noise added: then without the first
+        `start` of them; and without those from `stop` on, for another model to take.
 
         Raises:
             UsageError: this scheduler has no schedule with so many steps.
@@ -72,8 +73,18 @@ class NoiseSchedule:
         if not 1 <= steps <= c["num_train_timesteps"]:
             raise UsageError(f"steps should be from 1 to {c['num_train_timesteps']}, got {steps}")
         made, init_scale = self.kind.steps(self, steps)
+        if start:
+            made = self.kind.late(self, steps, made, start)
+        made = made if stop is None else made[: stop - start]
         clip = c["clip_sample_range"] if c.get("clip_sample") else None
         return Plan(tuple(made), self.kind.solver(c), init_scale, c["prediction_type"], clip)
+
+    def handover(self, steps: int, share: float) -> int:
+        """The first step of a plan that starts below the timestep where `share` of the noise schedule has gone by
+        (diffusers' denoising_end and denoising_start)."""
+        total = self.config["num_train_timesteps"]
+        cutoff = round(total - share * total)
+        return sum(step.here.t >= cutoff for step in self.plan(steps).steps)
 
     def level(self, t: int) -> Level:
         """The level of a whole training timestep; one before the first is the level that DDIM ends at."""
@@ -231,11 +242,32 @@ def _lcm_steps(s: NoiseSchedule, n: int):
     if n > len(grid):
         raise UsageError(f"steps should be at most {len(grid)} with lcm, got {n}")
     t = (grid - 1)[::-1][np.floor(np.linspace(0, len(grid), n, endpoint=False)).astype(int)]
-    return _chain([*(s.level(t) for t in t), Level(-1.0, 1.0, 0.0)]), 1.0
+    return _chain([*(s.level(t) for t in t), CLEAN]), 1.0
+
+
+def _late(s: NoiseSchedule, n: int, steps: list[Step], start: int) -> list[Step]:
+    """The steps of a run that starts late: a multistep method starts at order 1 all the same."""
+    return [replace(steps[start], order=1), *steps[start + 1 :]]
+
+
+def _pndm_late(s: NoiseSchedule, n: int, steps: list[Step], start: int) -> list[Step]:
+    """PNDM's in diffusers, where only the timesteps are those of a later start: what is done with the first of them,
+    with the second and so on stays as it is. So one call is made at a timestep that the latents are not at."""
+    stride = s.config["num_train_timesteps"] // n
+    late = []
+    for (i, usual), step in zip(enumerate(steps), steps[start:], strict=False):
+        t = int(step.here.t)
+        if usual.stage.startswith("rk"):
+            late.append(replace(usual, here=s.level(t), there=s.level(t - (0 if i % 2 else stride // 2))))
+        elif usual.stage == "again":
+            late.append(Step(s.level(t), s.level(t), stage="again", base=s.level(t + stride)))
+        else:
+            late.append(Step(s.level(t), s.level(t - stride)))
+    return late
 
 
 def _ddpm_steps(s: NoiseSchedule, n: int):
-    return _chain([*(s.level(t) for t in s.spaced(n).astype(int)), Level(-1.0, 1.0, 0.0)]), 1.0
+    return _chain([*(s.level(t) for t in s.spaced(n).astype(int)), CLEAN]), 1.0
 
 
 # The table of names
@@ -243,7 +275,8 @@ def _ddpm_steps(s: NoiseSchedule, n: int):
 
 @dataclass(frozen=True)
 class Scheduler:
-    """A row: diffusers' class, how steps are laid out, the solver for a config, and the class's own defaults."""
+    """A row: diffusers' class, how steps are laid out, the solver for a config, the class's own defaults, and what is
+    left of the steps in a run that starts late."""
 
     diffusers_class: str
     steps: Callable
@@ -251,6 +284,7 @@ class Scheduler:
     defaults: dict[str, Any]
     overrides: dict[str, Any]
     zero_snr_floor: float = 2**-24
+    late: Callable = _late
 
 
 _COMMON = {
@@ -357,6 +391,7 @@ SCHEDULERS = {
         lambda c: partial(plms, prediction_type=c["prediction_type"]),
         {"skip_prk_steps": False, "set_alpha_to_one": False},
         {},
+        late=_pndm_late,
     ),
     "euler": Scheduler("EulerDiscreteScheduler", _euler_steps, _fixed(ddim), _EULER, {}),
     "euler-a": Scheduler(

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL.Image import Image
 
 from .cache import CacheSchedule
 from .checkpoint import Checkpoint
 from .errors import UsageError
 from .noise import GENERATORS
-from .schedulers import Plan
+from .pictures import FITS, Source, read_mask, read_picture, size_for, source
+from .schedulers import NoiseSchedule, Plan
 from .tiling import TILINGS
 
 DEFAULT_STEPS = 50
 DEFAULT_INTERVAL = 3
 FEWEST_STEPS_TO_CACHE = 10  # below this, steps differ too much for features to be reused
+
+
+@dataclass(frozen=True)
+class Control:
+    """A ControlNet and what it is to do. model: a folder or hub id; image: what it follows (a file or Pillow's; in
+    complete settings (H, W, 3) uint8); scale: the factor on what it adds; start, end: the share of the steps that it
+    takes part in."""
+
+    model: str
+    image: Path | str | Image | np.ndarray
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -33,11 +52,19 @@ class Settings:
     cache: CacheSchedule
     plan: Plan
     vae_tiling: str
+    source: Source | None = None
+    strength: float | None = None
+    fit: str | None = None
+    controls: tuple[Control, ...] = ()
+    control_every_step: bool = False
+    refiner_start: float | None = None
+    refiner_plan: Plan | None = None
 
     @property
     def full_steps(self) -> list[bool]:
-        """For each step of the sampler, whether the whole U-Net runs."""
-        return self.cache.full_steps(len(self.plan.steps))
+        """For each step of the sampler, whether the whole U-Net runs; a refiner's steps come last and count anew."""
+        plans = [self.plan] if self.refiner_plan is None else [self.plan, self.refiner_plan]
+        return [full for plan in plans for full in self.cache.full_steps(len(plan.steps))]
 
 
 def settings_for(
@@ -55,19 +82,60 @@ def settings_for(
     cache_interval: int | None = None,
     cache_branch: int = 0,
     vae_tiling: str = "auto",
+    image: Path | str | Image | None = None,
+    mask: Path | str | Image | None = None,
+    strength: float | None = None,
+    fit: str | None = None,
+    controls: Sequence[Control] = (),
+    control_every_step: bool = False,
+    refiner: Checkpoint | None = None,
+    refiner_start: float | None = None,
 ) -> Settings:
     """Fill in the checkpoint's defaults and check everything, before any work is done.
 
-    prompt: one for all seeds, or one a seed; steps: 50; guidance_scale: the checkpoint's, 1 or less turns guidance
-    off; height, width: pixels, the checkpoint's own size; scheduler: one of `SCHEDULERS`, the checkpoint's own;
-    rng: torch, torch-cuda or mlx; cache_interval: 3, or 1 (no caching) below 10 steps;
-    vae_tiling: auto (when memory is short), on or off.
+    prompt: one for all seeds, or one a seed; steps: 50, or what a few-step model wants; guidance_scale: the
+    checkpoint's, 1 or less turns guidance off; height, width: pixels, the checkpoint's own size; scheduler: one of
+    `SCHEDULERS`, the checkpoint's own; rng: torch, torch-cuda or mlx; cache_interval: 3, or 1 (no caching) below 10
+    steps and for a few-step model (see `fewstep`); vae_tiling: auto (when memory is short), on or off.
+
+    image: a picture to start from, a file or Pillow's; the default size is then its own, see `pictures.size_for`;
+    mask: white where it should change; strength: how much to change, in (0, 1]: the share of the steps that is run,
+    the last ones; 0.8, for SDXL 0.3, with a mask 1, for SDXL 0.9999 (diffusers' own); fit: one of `FITS`.
+
+    controls: ControlNets; without an `image`, the first one's picture gives the default size; control_every_step: run
+    them on cached steps too, where else the last full step's residuals serve.
+
+    refiner: takes over when `refiner_start` (0.8) of the noise schedule has gone by.
 
     Raises:
         UsageError: a value that cannot be; says which are possible.
+        Failure: a picture cannot be read.
     """
-    steps = DEFAULT_STEPS if steps is None else steps
+    few = checkpoint.few_step
+    if steps is None:
+        steps = DEFAULT_STEPS if few is None else few.steps
     schedule = checkpoint.schedule(scheduler)
+    for control in controls:
+        if not abs(control.scale) < math.inf:
+            raise UsageError(f"a ControlNet's scale should be a number, got {control.scale}")
+        if not 0 <= control.start < control.end <= 1:
+            raise UsageError(
+                f"a ControlNet should start before it ends, both in [0, 1], got {control.start} and {control.end}"
+            )
+    if fit is not None and fit not in FITS:
+        raise UsageError(f"fit should be one of {', '.join(FITS)}, got {fit!r}")
+    if fit is not None and image is None and not controls:
+        raise UsageError("fit has no meaning without an image")
+    if checkpoint.refiner and image is None:
+        raise UsageError("this model refines pictures: give it an image, or name it as another model's refiner")
+    strength, start = _start(checkpoint, steps, image, mask, strength)
+    followed = [read_picture(control.image) for control in controls]
+    if image is not None:
+        image = read_picture(image)
+        mask = None if mask is None else read_mask(mask)
+    if image is not None or followed:
+        first = followed[0] if image is None else image
+        height, width = size_for(first, height, width, checkpoint.vae_config.factor)
     native = checkpoint.native_size
     height, width = (given if given is not None else own for given, own in zip((height, width), native, strict=True))
     factor = checkpoint.vae_config.factor
@@ -82,9 +150,17 @@ def settings_for(
     if not seeds:
         raise UsageError("at least one seed is needed, one a picture")
     if cache_interval is None:
-        cache_interval = DEFAULT_INTERVAL if steps >= FEWEST_STEPS_TO_CACHE else 1
+        cache_interval = 1 if few is not None or steps - start < FEWEST_STEPS_TO_CACHE else DEFAULT_INTERVAL
     cache = CacheSchedule(cache_interval, cache_branch)
-    branches = checkpoint.unet_config.branches
+    stop, refiner_plan = None, None
+    if refiner is not None:
+        refiner_start = 0.8 if refiner_start is None else refiner_start
+        stop, refiner_plan = _handover(schedule, refiner, steps, start, refiner_start, scheduler)
+        if mask is not None:
+            raise UsageError("a mask and a refiner do not go together; refine the result with --image")
+    elif refiner_start is not None:
+        raise UsageError("refiner_start has no meaning without a refiner")
+    branches = min(c.unet_config.branches for c in (checkpoint, refiner) if c is not None)
     if cache_branch >= branches:
         raise UsageError(f"cache branch must be in [0, {branches}) for this U-Net, got {cache_branch}")
     prompts = (prompt,) * len(seeds) if isinstance(prompt, str) else tuple(prompt)
@@ -101,6 +177,53 @@ def settings_for(
         schedule.name,
         rng,
         cache,
-        schedule.plan(steps),
+        schedule.plan(steps, start, stop),
         vae_tiling,
+        None if image is None else source(image, mask, height, width, fit or FITS[0]),
+        strength,
+        None if image is None and not controls else fit or FITS[0],
+        tuple(
+            replace(control, image=source(picture, None, height, width, fit or FITS[0]).image)
+            for control, picture in zip(controls, followed, strict=True)
+        ),
+        control_every_step,
+        refiner_start,
+        refiner_plan,
     )
+
+
+def _handover(schedule: NoiseSchedule, refiner: Checkpoint, steps: int, start: int, share: float, name: str | None):
+    """The step at which the base model stops, and the refiner's plan."""
+    if not 0 < share < 1:
+        raise UsageError(f"refiner_start should be between 0 and 1, got {share}")
+    its = refiner.schedule(name)
+    stop, first = schedule.handover(steps, share), its.handover(steps, share)
+    if stop <= start:
+        raise UsageError(f"refiner_start = {share} leaves the base model no steps; make it larger, or use more steps")
+    if first >= len(its.plan(steps).steps):
+        raise UsageError(f"refiner_start = {share} leaves the refiner no steps; make it smaller, or use more steps")
+    return stop, its.plan(steps, first)
+
+
+def _start(checkpoint: Checkpoint, steps: int, image, mask, strength) -> tuple[float | None, int]:
+    """The strength, and how many steps are left out at the start."""
+    if image is None:
+        for name, value in (("mask", mask), ("strength", strength)):
+            if value is not None:
+                raise UsageError(f"{name} has no meaning without an image to start from")
+        if checkpoint.inpainting:
+            raise UsageError("this model fills in parts of a picture: it needs an image and a mask")
+        return None, 0
+    if mask is None and checkpoint.inpainting:
+        raise UsageError("this model fills in parts of a picture: it needs a mask beside the image")
+    if strength is None:
+        strength = (0.3 if checkpoint.xl else 0.8) if mask is None else 0.9999 if checkpoint.xl else 1.0
+    if not 0 < strength <= 1:
+        raise UsageError(f"strength should be above 0 and at most 1, got {strength}")
+    run = min(int(steps * strength), steps)
+    if run < 1 <= steps:
+        raise UsageError(
+            f"a strength of {strength} leaves none of {steps} steps to run; the least that works is "
+            f"{math.ceil(1e4 / steps) / 1e4:g}, or {math.ceil(1 / strength)} steps"
+        )
+    return strength, steps - run

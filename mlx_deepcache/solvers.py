@@ -34,6 +34,9 @@ class Level:
         return math.inf if self.sigma == 0 else math.log(self.alpha / self.sigma)
 
 
+CLEAN = Level(-1.0, 1.0, 0.0)  # no noise
+
+
 @dataclass(frozen=True)
 class Step:
     """From one level to another. `order` is a multistep solver's; `stage` and `base` are PNDM's, see there."""
@@ -47,11 +50,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the network said at a level: its raw output, and the clean latents and the noise that follow from it."""
+    """What the network said at a level: its raw output, the clean latents and the noise that follow from it, and the
+    noisy latents that it was shown (not always those that the solver had: see `sampler.sample`)."""
 
     output: mx.array
     x0: mx.array
     eps: mx.array
+    x: mx.array
 
 
 def split(prediction_type: str, output: mx.array, x: mx.array, level: Level) -> tuple[mx.array, mx.array]:
@@ -81,17 +86,17 @@ def euler_ancestral(denoise, x, step: Step, history, noise):
 def heun(denoise, x, step: Step, history, noise):
     """Heun's second-order method (Karras et al. 2022, algorithm 1): two calls, one on the last step."""
     p = denoise(x, step.here)
-    slope = _slope(p, x, step.here)
+    slope = _slope(p, step.here)
     euler = step.there.alpha * p.x0 + step.there.sigma * slope
     if step.there.sigma == 0:
         return euler, None
-    slope = (slope + _slope(denoise(euler, step.there), euler, step.there)) / 2
+    slope = (slope + _slope(denoise(euler, step.there), step.there)) / 2
     return step.there.alpha * (x / step.here.alpha + (step.there.ratio - step.here.ratio) * slope), None
 
 
-def _slope(p: Prediction, x: mx.array, level: Level) -> mx.array:
-    """The noise that leads from x to p.x0; p.eps, unless x0 was clipped."""
-    return (x - level.alpha * p.x0) / level.sigma
+def _slope(p: Prediction, level: Level) -> mx.array:
+    """The noise that leads from p.x to p.x0; p.eps, unless x0 was clipped."""
+    return (p.x - level.alpha * p.x0) / level.sigma
 
 
 def plms(denoise, x, step: Step, history, noise, *, prediction_type: str):

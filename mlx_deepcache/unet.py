@@ -6,7 +6,7 @@ and one of decoder layers: the output of encoder layer b is skip b, and the deco
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -98,6 +98,11 @@ def run_up(layers: list[Layer], x: mx.array, skips: list[mx.array], temb: mx.arr
         x = layer(mx.concatenate([x, skips[-1]], axis=-1), temb, prompt, next_size(skips))
         skips = skips[:-1]
     return x
+
+
+def added(skips: list[mx.array], residuals: Sequence[mx.array]) -> list[mx.array]:
+    """Each skip with its residual, where there are residuals."""
+    return [skip + r for skip, r in zip(skips, residuals, strict=False)] if residuals else skips
 
 
 def next_size(skips: list[mx.array]) -> tuple[int, int] | None:
@@ -232,7 +237,14 @@ class UNet2DConditionModel(nn.Module):
         return silu(temb if prompt.added is None else temb + prompt.added)
 
     def __call__(
-        self, x: mx.array, temb: mx.array, prompt: Prepared, *, branch: int = 0, features: Fixed | None = None
+        self,
+        x: mx.array,
+        temb: mx.array,
+        prompt: Prepared,
+        *,
+        branch: int = 0,
+        features: Fixed | None = None,
+        residuals: Sequence[mx.array] = (),
     ) -> tuple[mx.array, Fixed]:
         """One prediction, and the features that a later call may reuse in place of the deep part.
 
@@ -241,7 +253,8 @@ class UNet2DConditionModel(nn.Module):
         What that layer's resnet makes of the features is as constant as they are, so that is what is kept of them.
 
         x: (B, H, W, in_channels) noisy latents; temb: (B or 1, temb_dim), one row of `time_embed`'s; features: None for
-        a full step, or those that an earlier call with the same branch and sizes returned
+        a full step, or those that an earlier call with the same branch and sizes returned; residuals: what a ControlNet
+        adds to the skips, outermost first, and to the middle, or nothing; a cached step reads the first `branch` + 1
         -> (B, H, W, out_channels), features.
 
         Raises:
@@ -257,8 +270,11 @@ class UNet2DConditionModel(nn.Module):
             h = (skips + deep)[-1]
             for layer, keys_values in zip(mid, prompt.mid, strict=True):
                 h = layer(h, temb, keys_values)
-            h = run_up(up[:cut], h, skips + deep, temb, prompt.up[:cut])
+            if residuals:
+                h = h + residuals[-1]
+            h = run_up(up[:cut], h, added(skips + deep, residuals), temb, prompt.up[:cut])
             features = up[cut].resnet.fixed_part(h)
+        skips = added(skips, residuals)
         x = up[cut].resnet.join(features, skips[-1], temb)
         x = up[cut].after_resnet(x, prompt.up[cut], next_size(skips))
         x = run_up(up[cut + 1 :], x, skips[:-1], temb, prompt.up[cut + 1 :])
@@ -272,15 +288,19 @@ class UNet2DConditionModel(nn.Module):
         for module in self.modules():
             if isinstance(module, Upsample2D):
                 module.fold()  # in the graph it would be folded at every step
-        full = mx.compile(lambda x, temb, prompt, branch: self(x, temb, prompt, branch=branch))
+        full = mx.compile(
+            lambda x, temb, prompt, branch, residuals: self(x, temb, prompt, branch=branch, residuals=residuals)
+        )
         cached = mx.compile(
-            lambda x, temb, prompt, branch, features: self(x, temb, prompt, branch=branch, features=features)
+            lambda x, temb, prompt, branch, residuals, features: self(
+                x, temb, prompt, branch=branch, residuals=residuals, features=features
+            )
         )
 
-        def call(x, temb, prompt, *, branch=0, features=None):
+        def call(x, temb, prompt, *, branch=0, features=None, residuals=()):
             if features is None:
-                return full(x, temb, prompt, branch)
-            return cached(x, temb, prompt, branch, features)
+                return full(x, temb, prompt, branch, list(residuals))
+            return cached(x, temb, prompt, branch, list(residuals), features)
 
         return call
 

@@ -112,13 +112,17 @@ class AutoencoderKL(nn.Module):
         if config.use_post_quant_conv:
             self.post_quant_conv = nn.Linear(config.latent_channels, config.latent_channels)
 
-    def encode(self, image: mx.array) -> mx.array:
-        """image: (B, H, W, 3) in [-1, 1] -> the mean latents, (B, H/f, W/f, latent_channels)."""
+    def encode(self, image: mx.array, noise: mx.array | None = None) -> mx.array:
+        """image: (B, H, W, 3) in [-1, 1] -> latents, (B, H/f, W/f, latent_channels): the mean of what the encoder says
+        that they may be, or a draw from it with `noise`, standard normal, of the latents' shape or of more pictures."""
         moments = self.encoder(image)
         if "quant_conv" in self:
             moments = self.quant_conv(moments)
+        latents, log_variance = mx.split(moments, 2, axis=-1)
+        if noise is not None:
+            latents = latents + mx.exp(mx.clip(log_variance, -30, 20) / 2) * noise
         mean, std = self._statistics()
-        return (moments[..., : self.config.latent_channels] - mean) / std * self.config.scaling_factor
+        return (latents - mean) / std * self.config.scaling_factor
 
     def decode(self, latents: mx.array) -> mx.array:
         """latents: (B, h, w, latent_channels) -> (B, f*h, f*w, 3), about [-1, 1]."""

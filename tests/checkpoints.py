@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -81,24 +81,49 @@ UNETS = {
     },
 }
 SCHEDULERS = {
+    "inpaint-xl": EULER,
+    "refiner": EULER,
     "sd21-base": PNDM | {"prediction_type": "epsilon"},
     "sd21": PNDM | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
     "sdxl": EULER,
 }
-KINDS = tuple(UNETS)
+KINDS = tuple(UNETS)  # that draw from text alone
+UNETS |= {
+    "inpaint": SD1 | {"in_channels": 9},
+    "inpaint-xl": UNETS["sdxl"] | {"in_channels": 9},
+    "refiner": UNETS["sdxl"]
+    | {
+        "down_block_types": (DOWN, CROSS, CROSS, DOWN),
+        "block_out_channels": (32, 40, 48, 48),
+        "attention_head_dim": (2, 4, 6, 6),
+        "transformer_layers_per_block": 2,
+        "cross_attention_dim": 48,
+        "projection_class_embeddings_input_dim": 40 + 5 * 8,
+    },
+}
+PIPELINES = {
+    "sdxl": "StableDiffusionXLPipeline",
+    "inpaint": "StableDiffusionInpaintPipeline",
+    "inpaint-xl": "StableDiffusionXLInpaintPipeline",
+    "refiner": "StableDiffusionXLImg2ImgPipeline",
+}
 
 
 def build(kind: str, folder: Path) -> Path:
-    """Write the tiny checkpoint `kind` (one of KINDS) to `folder`, in float32, and return the folder."""
+    """Write the tiny checkpoint `kind` (one of UNETS) to `folder`, in float32, and return the folder."""
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(1000 + KINDS.index(kind))
+        torch.manual_seed(1000 + list(UNETS).index(kind))
         write_unet(kind, folder / "unet")
         write_vae(kind, folder / "vae")
         write_text(kind, folder)
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULERS.get(kind, PNDM))
     write_json(folder / "model_index.json", model_index(kind))
     return folder
+
+
+def is_xl(kind):
+    return "addition_embed_type" in UNETS[kind]
 
 
 def write_json(path, value):
@@ -117,10 +142,12 @@ def model_index(kind):
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    if kind == "sdxl":
+    index["_class_name"] = PIPELINES.get(kind, index["_class_name"])
+    if is_xl(kind):
+        if kind == "refiner":
+            index |= {"text_encoder": [None, None], "tokenizer": [None, None], "requires_aesthetics_score": True}
         return index | {
-            "_class_name": "StableDiffusionXLPipeline",
-            "force_zeros_for_empty_prompt": True,
+            "force_zeros_for_empty_prompt": kind != "refiner",
             "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
             "tokenizer_2": ["transformers", "CLIPTokenizer"],
         }
@@ -166,6 +193,19 @@ def write_unet(kind, folder):
     unet.save_pretrained(folder)
 
 
+def write_controlnet(kind, folder, seed=0, **config):
+    """A lively ControlNet for the U-Net of `kind`, whose residuals are smaller than the skips."""
+    skipped = ("sample_size", "in_channels")
+    shared = {"layers_per_block": 2} | {key: v for key, v in UNETS[kind].items() if key not in skipped}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        net = enliven(ControlNetModel(conditioning_embedding_out_channels=(8, 8, 12, 16), **shared, **config))
+        for conv in [*net.controlnet_down_blocks, net.controlnet_mid_block]:
+            conv.weight.mul_(0.3)
+        net.save_pretrained(folder)
+    return folder
+
+
 def fit_noise(unet, images=32, side=16, wild=0.35):
     """conv_out := the least-squares fit of the noise in x from what enters conv_out, plus `wild` times itself."""
     config, seen = unet.config, []
@@ -173,10 +213,13 @@ def fit_noise(unet, images=32, side=16, wild=0.35):
     alpha = torch.linspace(0.00085**0.5, 0.012**0.5, 1000).square().neg().add(1).cumprod(0)[t].view(-1, 1, 1, 1)
     noise = torch.randn(images, 4, side, side)
     x = alpha.sqrt() * 0.7 * torch.randn_like(noise) + (1 - alpha).sqrt() * noise
+    x = torch.cat([x, torch.randn(images, config.in_channels - 4, side, side)], 1)
     added = None
     if config.addition_embed_type is not None:
-        pooled = torch.randn(images, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
-        added = {"text_embeds": pooled, "time_ids": torch.tensor([[128.0, 128, 0, 0, 128, 128]]).repeat(images, 1)}
+        numbers = (config.projection_class_embeddings_input_dim - 40) // config.addition_time_embed_dim
+        ids = [128.0, 128, 0, 0, 128, 128][:numbers]
+        pooled = torch.randn(images, 40)
+        added = {"text_embeds": pooled, "time_ids": torch.tensor([ids]).repeat(images, 1)}
     hook = unet.conv_out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     unet(x, t, torch.randn(images, 77, config.cross_attention_dim), added_cond_kwargs=added)
     hook.remove()
@@ -189,7 +232,7 @@ def fit_noise(unet, images=32, side=16, wild=0.35):
 
 def write_vae(kind, folder):
     """A lively autoencoder of factor 8. That of "sd15" has the old attention names, as the published file has."""
-    scale = 0.13025 if kind == "sdxl" else 0.18215
+    scale = 0.13025 if is_xl(kind) else 0.18215
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -199,7 +242,7 @@ def write_vae(kind, folder):
         latent_channels=4,
         sample_size=8 * UNETS[kind]["sample_size"],
         scaling_factor=scale,
-        force_upcast=kind == "sdxl",
+        force_upcast=is_xl(kind),
     )
     enliven(vae).post_quant_conv.weight.mul_(scale)  # so that sampler latents have about unit variance
     vae.quant_conv.weight.div_(scale)
@@ -222,8 +265,9 @@ def rename(file, table):
 
 def write_text(kind, folder):
     """Tokenizers and text encoders. config's eos_token_id is the legacy 2 in sd15, bk-* and both of sdxl's encoders."""
-    if kind == "sdxl":
-        write_encoder(folder, "", CLIPTextModel, 32, 3, "quick_gelu", 2)
+    if is_xl(kind):
+        if kind != "refiner":
+            write_encoder(folder, "", CLIPTextModel, 32, 3, "quick_gelu", 2)
         write_encoder(folder, "_2", CLIPTextModelWithProjection, 48, 4, "gelu", 2, projection_dim=40)
     elif kind in ("sd21-base", "sd21"):
         write_encoder(folder, "", CLIPTextModel, 48, 3, "gelu", None)

@@ -155,22 +155,102 @@ def generate(
     if not isinstance(prompt, str):
         num_images = 1
     with helper(pipe, interval, branch) as cache:
+        sizes = {} if "Img2Img" in type(pipe).__name__ else {"height": height, "width": width}
         out = pipe(
             prompt,
-            height=height,
-            width=width,
+            **sizes,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,
             num_images_per_prompt=num_images,
             generator=generators(seed),
-            latents=latents,
+            **({} if latents is None else {"latents": latents}),
             output_type="latent",
             **(options or {}),
         ).images
         full = list(cache.full)
     pixels = np.clip(decode(pipe, out) / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)
     return {"latents": out.numpy(), "image": (pixels * 255).round().astype(np.uint8), "full": full}
+
+
+PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler", "controlnet")
+
+
+def variant(pipe, purpose, **more):
+    """The diffusers pipeline for another purpose ("Img2Img", "Inpaint", "ControlNet"), over the same components."""
+    xl = "XL" in type(pipe).__name__
+    parts = {name: getattr(pipe, name) for name in PARTS if getattr(pipe, name, None) is not None} | more
+    if xl:
+        rest = {"add_watermarker": False}
+    else:
+        rest = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    name = f"StableDiffusion{'XL' * xl}{purpose}Pipeline"
+    result = getattr(diffusers, name)(**parts, **rest)
+    result.own_scheduler = pipe.own_scheduler
+    result.set_progress_bar_config(disable=True)
+    return result
+
+
+def from_picture(folder, prompt, image, mask=None, strength=None, **options):
+    """`generate`, from a Pillow picture: with the pipeline for image to image, or for inpainting if there is a mask.
+
+    With several seeds, inpainting is given a picture and a mask for each: else it takes one draw of the VAE for all.
+    """
+    pipe = shared(str(folder))
+    if "Img2Img" not in type(pipe).__name__:  # as the refiner's is
+        pipe = variant(pipe, "Img2Img" if mask is None else "Inpaint")
+    n = options.get("num_images", 1)
+    more = {"image": image} if mask is None else {"image": [image] * n, "mask_image": [mask] * n}
+    if mask is not None and n > 1:
+        prompt, options["num_images"] = [prompt] * n, 1
+        if options.get("negative_prompt") is not None:
+            options["negative_prompt"] = [options["negative_prompt"]] * n
+    if strength is not None:
+        more["strength"] = strength
+    return generate(folder, prompt, pipe=pipe, options=more, **options)
+
+
+def controlled(folder, prompt, nets, images, scales, windows, every_step=True, **options):
+    """`generate` with ControlNets; every_step False: a cached step is given the residuals of the last full one."""
+    nets = [diffusers.ControlNetModel.from_pretrained(net) for net in nets]
+    pipe = variant(shared(str(folder)), "ControlNet", controlnet=nets)
+    forward, kept, calls = pipe.controlnet.forward, [], []
+
+    def remembering(*args, **kwargs):
+        step = len(calls) // pipe.scheduler.order
+        calls.append(step)
+        if every_step or step % options["interval"] == 0:
+            kept[:] = [forward(*args, **kwargs)]
+        return kept[0]
+
+    pipe.controlnet.forward = remembering
+    starts, ends = map(list, zip(*windows, strict=True))
+    more = {
+        "image": images,
+        "controlnet_conditioning_scale": scales,
+        "control_guidance_start": starts,
+        "control_guidance_end": ends,
+    }
+    return generate(folder, prompt, pipe=pipe, options=more, **options)
+
+
+def refined(base, refiner, prompt, share, seed, height, width, **options):
+    """`generate`, first by SDXL up to `share` of the noise schedule, then by its refiner."""
+    draws = generators(seed)
+    options = options | {"num_images": len(seed), "seed": draws}
+    first = generate(base, prompt, height=height, width=width, options={"denoising_end": share}, **options)
+    more = {"denoising_start": share, "image": as_torch(first["latents"])}
+    last = generate(refiner, prompt, pipe=shared(str(refiner)), options=more, **options)
+    return last | {"full": first["full"] + last["full"]}
+
+
+@torch.no_grad()
+def controlnet_call(net, x, t, context, picture, added=None):
+    """One ControlNet call, picture (N, 3, H, W) in [0, 1]. Returns the residuals: one a skip, and the middle's."""
+    net = diffusers.ControlNetModel.from_pretrained(net)
+    args, kwargs = unet_arguments(x, t, context, added)
+    out = net(*args, controlnet_cond=as_torch(picture), **kwargs)
+    return [r.numpy() for r in (*out.down_block_res_samples, out.mid_block_res_sample)]
 
 
 def full_calls(folder, steps, interval, scheduler=None):

@@ -510,7 +510,7 @@ def test_no_weights(draw, copy, capfd):
     [
         ("unet/config.json", {"class_embed_type": "timestep"}, ["class_embed_type", "timestep"]),
         ("unet/config.json", {"mid_block_type": "UNetMidBlock2D"}, ["mid_block_type"]),
-        ("unet/config.json", {"in_channels": 9}, ["9 channels", "inpainting"]),
+        ("unet/config.json", {"in_channels": 8}, ["8 channels", "inpainting"]),
         ("unet/config.json", {"cross_attention_dim": "wide"}, ["cross_attention_dim"]),
         ("unet/config.json", {"block_out_channels": 32}, ["block_out_channels"]),
         ("unet/config.json", {"norm_num_groups": 0}, ["norm_num_groups"]),
@@ -691,3 +691,38 @@ def test_convert_errors(checkpoint, tmp_path, monkeypatch, capfd, flags, code, w
     flags = [flag.format(sd15=checkpoint("sd15")) for flag in flags]
     assert_fails(capfd, exit_code(main_convert, flags), code, word)
     assert (checkpoint("sd15") / UNET).is_file()
+
+
+# --------------------------------------------------------------------------------------------------- from a picture
+
+
+def test_picture_and_mask(draw):
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    mask = np.zeros((70, 90), np.uint8)
+    mask[20:50, 30:60] = 255
+    Image.fromarray(picture).save("in.png")
+    Image.fromarray(mask).save("mask.png")
+    flags = ["--image", "in.png", "--mask", "mask.png", "--fit", "crop", "--cache-interval", 2]
+    assert draw(*flags, "--strength", 0.7, "--scheduler", "ddim", "--height", 64, "--width", 80) == 0
+    inside = np.asarray(Image.fromarray(mask).resize((82, 64), Image.Resampling.LANCZOS).crop((1, 0, 81, 64))) > 127
+    kept = np.asarray(Image.fromarray(picture).resize((82, 64), Image.Resampling.LANCZOS).crop((1, 0, 81, 64)))
+    assert np.array_equal(pixels()[~inside], kept[~inside])
+    assert (pixels()[inside] != kept[inside]).any(axis=-1).mean() > 0.9
+    with Image.open("out.png") as image:
+        settings, text = json.loads(image.text["mlx_deepcache"]), image.text["parameters"]
+    assert {"image": "in.png", "mask": "mask.png", "strength": 0.7, "fit": "crop"}.items() <= settings.items()
+    assert "Denoising strength: 0.7" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--image", "nowhere.png"], 1, ["there is no picture nowhere.png"]),
+        (["--mask", "mask.png"], 2, ["mask has no meaning without an image"]),
+        (["--image", "nowhere.png", "--strength", "0.2"], 2, ["none of 3 steps", "0.3334"]),
+        (["--image", "nowhere.png", "--fit", "tile"], 2, ["--fit", "crop"]),
+    ],
+)
+def test_bad_pictures(draw, capfd, flags, code, words):
+    assert_fails(capfd, draw(*flags), code, *words)

@@ -9,9 +9,10 @@ import mlx_deepcache
 
 FLOORS = [
     {"errors", "host", "ops"},
-    {"config", "cache", "noise", "images", "memory", "emphasis", "vocabulary"},
+    {"config", "cache", "noise", "images", "memory", "emphasis", "vocabulary", "pictures", "fewstep"},
     {"blocks", "solvers", "clip", "ldm", "architecture"},
     {"schedulers", "unet", "vae"},
+    {"controlnet"},
     {"sampler", "prompts", "weights", "macs", "tiling"},
     {"hub", "singlefile", "lora", "embeddings"},
     {"sources"},

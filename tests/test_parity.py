@@ -85,7 +85,7 @@ def test_interval_1_is_bit_equal_to_a_loop_without_cache_code(pipeline):
             out, _ = unet(mx.concatenate([x, x]), temb[i], prompt)
             without, given = mx.split(out, 2)
             out = without + scale * (given - without)
-            return Prediction(out, *split("epsilon", out, x, level))
+            return Prediction(out, *split("epsilon", out, x, level), x)
 
         x, _ = settings.plan.solver(denoise, x, step, None, noise)
     assert mx.array_equal(x, last.latents)

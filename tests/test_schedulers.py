@@ -63,7 +63,7 @@ def ours(name, config, steps, start):
         calls += 1
         output = mx.array(network(np.array(x), level.t))
         x0, eps = split(plan.prediction_type, output, x, level)
-        return Prediction(output, x0 if plan.clip is None else mx.clip(x0, -plan.clip, plan.clip), eps)
+        return Prediction(output, x0 if plan.clip is None else mx.clip(x0, -plan.clip, plan.clip), eps, x)
 
     x, history = mx.array(start) * plan.init_scale, None
     for step in plan.steps:
@@ -114,7 +114,7 @@ def test_published_trajectories():
 
         def denoise(x, level, plan=plan):
             output = 0.5 * x + 0.1 * float(np.cos(level.t / 100))
-            return Prediction(output, *split(plan.prediction_type, output, x, level))
+            return Prediction(output, *split(plan.prediction_type, output, x, level), x)
 
         x, history = mx.array([1.0]) * plan.init_scale, None
         for step in plan.steps:

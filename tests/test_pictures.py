@@ -1,0 +1,277 @@
+"""From a picture to a picture: reading and fitting files, image to image and inpainting against diffusers."""
+
+import io
+
+import numpy as np
+import pytest
+from diffusers.image_processor import VaeImageProcessor
+from helpers import error, to_torch_layout
+from oracle import SCHEDULERS, from_picture
+from PIL import Image
+
+from mlx_deepcache.errors import Failure, UsageError
+from mlx_deepcache.pictures import fit, read_mask, read_picture, size_for, source
+
+RNG = np.random.default_rng(0)
+
+
+def smooth(height, width, channels=3, seed=0):
+    """A picture with large and small forms in it."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (5, 7, channels), dtype=np.uint8).squeeze()
+    large = np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+    return Image.fromarray(np.clip(large + rng.integers(-20, 20, large.shape), 0, 255).astype(np.uint8))
+
+
+PICTURE = smooth(72, 104)
+MASK = Image.fromarray(np.pad(np.full((40, 50), 255, np.uint8), ((12, 20), (30, 24))))
+
+
+# ------------------------------------------------------------------------------------------------- against diffusers
+
+
+def compare(checkpoint, pipeline, kind, mask=None, tolerance=1e-4, **options):
+    """Two pictures by diffusers with DeepCache and by us. Returns our result and the relative error of the latents."""
+    interval, branch = options.pop("interval", 1), options.pop("branch", 0)
+    expected = from_picture(
+        checkpoint(kind),
+        "a small red cat",
+        PICTURE,
+        mask,
+        interval=interval,
+        branch=branch,
+        seed=[3, 4],
+        num_images=2,
+        height=72,
+        width=104,
+        **options,
+    )
+    steps = []
+    result = pipeline(kind)(
+        "a small red cat",
+        image=PICTURE,
+        mask=mask,
+        seeds=[3, 4],
+        cache_interval=interval,
+        cache_branch=branch,
+        on_step=steps.append,
+        **options,
+    )
+    assert [step.full for step in steps for _ in range(step.calls)] == expected["full"]
+    assert error(to_torch_layout(result.latents), expected["latents"]) < tolerance
+    return result, expected
+
+
+@pytest.mark.parametrize("scheduler", [None, *SCHEDULERS])
+def test_image_to_image(checkpoint, pipeline, scheduler):
+    """Every scheduler's shortened schedule, cached; strengths that leave one and some of the steps."""
+    for steps, strength in ((6, 0.7), (8, 0.13)):
+        options = {"steps": steps, "guidance_scale": 2.0, "scheduler": scheduler, "strength": strength}
+        compare(checkpoint, pipeline, "sd15", interval=2, branch=1, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheduler", "strength"),
+    [("sd21", None, 0.6), ("sd15", "euler", 1.0), ("sdxl", None, 0.6), ("sdxl", "heun", 1.0), ("sdxl", "unipc", 0.6)],
+)
+def test_image_to_image_of_other_kinds(checkpoint, pipeline, kind, scheduler, strength):
+    options = {"steps": 5, "guidance_scale": 3.0, "scheduler": scheduler, "strength": strength}
+    compare(checkpoint, pipeline, kind, interval=2, branch=1, **options)
+
+
+@pytest.mark.parametrize("scheduler", [None, *SCHEDULERS])
+def test_inpainting_by_blending(checkpoint, pipeline, scheduler):
+    options = {"steps": 6, "guidance_scale": 2.0, "scheduler": scheduler, "strength": 0.7}
+    compare(checkpoint, pipeline, "sd15", MASK, interval=2, branch=1, **options)
+
+
+@pytest.mark.parametrize("kind", ["inpaint", "inpaint-xl"])
+@pytest.mark.parametrize(("scheduler", "strength"), [(None, 1.0), ("heun", 0.7), ("euler-a", 0.5)])
+def test_inpainting_with_a_net_made_for_it(checkpoint, pipeline, kind, scheduler, strength):
+    options = {"steps": 4, "guidance_scale": 2.0, "scheduler": scheduler, "strength": strength}
+    compare(checkpoint, pipeline, kind, MASK, interval=2, branch=1, **options)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_default_strength(checkpoint, pipeline, kind, mask):
+    result, expected = compare(checkpoint, pipeline, kind, mask, steps=5, scheduler="ddim", guidance_scale=1.0)
+    if mask is not None:  # outside, the very pixels of the picture; inside, diffusers' picture
+        inside = np.asarray(MASK) > 127
+        for image, reference in zip(result.images, expected["image"], strict=True):
+            assert np.array_equal(np.asarray(image)[~inside], np.asarray(PICTURE)[~inside])
+            assert np.abs(np.asarray(image).astype(int) - reference)[inside].mean() < 0.1
+            assert np.abs(np.asarray(image).astype(int) - np.asarray(PICTURE))[inside].mean() > 5
+
+
+def test_a_picture_does_not_depend_on_those_beside_it(pipeline):
+    options = {"image": PICTURE, "mask": MASK, "steps": 4, "strength": 0.6, "scheduler": "euler-a"}
+    both = pipeline("sd15")("a cat", seeds=[3, 4], **options)
+    alone = pipeline("sd15")("a cat", seeds=[4], **options)
+    assert error(both.latents[1:], alone.latents) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------- reading and fitting
+
+
+def saved(image, format="PNG", **options):
+    """What reading gives back of a picture in a file."""
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return read_picture(file)
+
+
+def test_turned_as_exif_says():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    sideways = PICTURE.transpose(Image.Transpose.ROTATE_90)
+    assert np.array_equal(saved(sideways, exif=exif), PICTURE)
+
+
+def test_transparency_is_over_white_and_in_a_mask_over_black():
+    alpha = np.zeros((72, 104), np.uint8)
+    alpha[:, 50:], alpha[:, 80:] = 128, 255
+    picture = PICTURE.copy()
+    picture.putalpha(Image.fromarray(alpha))
+    share = alpha[..., None] / 255
+    expected = np.asarray(PICTURE) * share + 255 * (1 - share)
+    assert np.abs(np.asarray(saved(picture)).astype(float) - expected).max() <= 1
+    grey = Image.merge("LA", [Image.new("L", (104, 72), 200), Image.fromarray(alpha)])
+    assert np.asarray(saved(grey))[0, 0].tolist() == [255, 255, 255]
+    assert np.asarray(read_mask(grey).convert("L"))[0, [0, 90]].tolist() == [0, 200]
+
+
+def test_a_palette_with_a_transparent_colour():
+    palette = PICTURE.quantize(16)
+    assert np.array_equal(saved(palette), palette.convert("RGB"))
+    read = np.asarray(saved(palette, transparency=3))
+    hidden = np.asarray(palette) == 3
+    assert (read[hidden] == 255).all()
+    assert np.array_equal(read[~hidden], np.asarray(palette.convert("RGB"))[~hidden])
+
+
+def test_sixteen_bits():
+    grey = RNG.integers(0, 65536, (8, 9), dtype=np.uint16)
+    read = np.asarray(saved(Image.fromarray(grey)))
+    assert np.abs(read[..., 0] - grey / 257).max() <= 0.5001
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "CMYK", "YCbCr", "LAB", "HSV", "RGBA", "RGBa", "PA"])
+def test_other_modes(mode):
+    picture = PICTURE.convert("RGBA").convert(mode) if mode in ("RGBa",) else _as_mode(mode)
+    read = read_picture(picture)
+    assert (read.mode, read.size) == ("RGB", PICTURE.size)
+    assert np.asarray(read).std() > 10
+
+
+def _as_mode(mode):
+    if mode == "LAB":
+        from PIL import ImageCms
+
+        profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        return ImageCms.profileToProfile(PICTURE, *profiles, outputMode="LAB")
+    if mode == "PA":
+        return PICTURE.convert("L").convert("LA").convert(mode)
+    return PICTURE.convert(mode)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (40, 200), (72, 104), (136, 48)])
+def test_fitted_as_diffusers_does(height, width):
+    processor = VaeImageProcessor()
+    for how, mode in (("stretch", "default"), ("crop", "crop")):
+        expected = processor.resize(PICTURE, height, width, resize_mode=mode)
+        assert np.array_equal(fit(PICTURE, height, width, how), expected)
+    ours = np.asarray(fit(PICTURE, height, width, "pad"))
+    theirs = np.asarray(processor.resize(PICTURE, height, width, resize_mode="fill"))
+    high, wide = min(height, 72 * width // 104), min(width, 104 * height // 72)
+    top, left = height // 2 - high // 2, width // 2 - wide // 2
+    assert np.array_equal(ours[top : top + high, left : left + wide], theirs[top : top + high, left : left + wide])
+    assert (ours[: top + 1] == ours[top]).all() and (ours[top + high - 1 :] == ours[top + high - 1]).all()
+    assert (ours[:, : left + 1] == ours[:, left : left + 1]).all() and (ours[:, left + wide :] == ours[:, -1:]).all()
+
+
+def test_a_mask_is_resized_and_binarized_as_diffusers_does():
+    mask = smooth(100, 90, seed=3)
+    processor = VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True)
+    expected = processor.preprocess(mask, height=64, width=48)[0, 0].numpy()
+    ours = source(PICTURE, read_mask(mask), 64, 48, "stretch").mask
+    assert np.array_equal(ours, expected > 0.5)
+    assert 0.1 < ours.mean() < 0.9
+
+
+@pytest.mark.parametrize("how", ["crop", "pad"])
+def test_a_mask_goes_where_its_picture_goes(how):
+    """A picture that is its own mask, at half the size."""
+    small = MASK.resize((52, 36), Image.Resampling.BOX)
+    fitted = source(MASK.convert("RGB"), read_mask(small), 64, 64, how)
+    differ = fitted.mask != (fitted.image[..., 0] > 127)
+    assert differ.mean() < 0.06
+
+
+def test_sizes():
+    assert size_for(PICTURE, None, None, 8) == (72, 104)
+    assert size_for(Image.new("L", (79, 7)), None, None, 8) == (8, 72)
+    assert size_for(PICTURE, 48, None, 8) == (48, 72)
+    assert size_for(PICTURE, None, 208, 8) == (144, 208)
+    assert size_for(PICTURE, 64, 64, 8) == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is no picture"),
+        (b"", "no picture of a kind that can be read"),
+        (b"GIF89a", "cannot be read|no picture of a kind"),
+        ("truncated", "cannot be read"),
+        ("bomb", "more than 89,478,485 pixels"),
+    ],
+)
+def test_unreadable(tmp_path, content, message):
+    file = tmp_path / "a.png"
+    if content == "bomb":
+        Image.new("1", (20000, 5000)).save(file)
+    elif content == "truncated":
+        PICTURE.save(file)
+        file.write_bytes(file.read_bytes()[:5000])
+    elif content is not None:
+        file.write_bytes(content)
+    with pytest.raises(Failure, match=message):
+        read_picture(file)
+
+
+def test_a_folder_is_no_picture(tmp_path):
+    with pytest.raises(Failure, match="cannot be read: Is a directory"):
+        read_picture(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask": MASK}, "mask has no meaning without an image"),
+        ({"strength": 0.5}, "strength has no meaning without an image"),
+        ({"fit": "crop"}, "fit has no meaning without an image"),
+        ({"image": PICTURE, "strength": 0}, "strength should be above 0 and at most 1, got 0"),
+        ({"image": PICTURE, "strength": 1.01}, "at most 1, got 1.01"),
+        ({"image": PICTURE, "strength": float("nan")}, "at most 1, got nan"),
+        ({"image": PICTURE, "fit": "tile"}, "fit should be one of stretch, crop, pad, got 'tile'"),
+        ({"image": PICTURE, "steps": 7, "strength": 0.1}, r"none of 7 steps to run.* is 0\.1429, or 10 steps"),
+    ],
+)
+def test_settings_that_cannot_be(pipeline, options, message):
+    with pytest.raises(UsageError, match=message):
+        pipeline("sd15").settings("a cat", **options)
+
+
+def test_the_smallest_strength_works(pipeline):
+    import math
+
+    for steps in range(1, 200):
+        assert int(steps * (math.ceil(1e4 / steps) / 1e4)) >= 1
+    settings = pipeline("sd15").settings("a cat", image=PICTURE, steps=7, strength=0.1429, scheduler="ddim")
+    assert len(settings.plan.steps) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"image": PICTURE}])
+def test_a_net_for_inpainting_needs_picture_and_mask(pipeline, options):
+    with pytest.raises(UsageError, match="this model fills in parts of a picture: it needs"):
+        pipeline("inpaint").settings("a cat", **options)
