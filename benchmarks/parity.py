@@ -222,7 +222,7 @@ class Ours:
         return {name: self.numpy(part) for name, part in parts.items()}
 
     def unet(self, net, given: dict, dtype: str, config: str) -> dict:
-        from mlx_deepcache.cache import CacheSchedule
+        from mlx_deepcache.policies import Caches, DeepCache
         from mlx_deepcache.sampler import Denoiser, sample
         from mlx_deepcache.schedulers import NoiseSchedule
         from mlx_deepcache.unet import Conditioning
@@ -236,7 +236,7 @@ class Ours:
         call, _ = net(self.array(given["x"], dtype), net.time_embed(self.mx.array([T]), prompt)[0], prompt)
 
         denoiser = Denoiser(net, cond, NoiseSchedule(models.SCHEDULER, "ddim").plan(STEPS), None)
-        for progress in sample(denoiser, self.array(given["x"], "float32"), CacheSchedule(INTERVAL, BRANCH), None):
+        for progress in sample(denoiser, self.array(given["x"], "float32"), Caches(DeepCache(INTERVAL, BRANCH)), None):
             latents = progress.latents
         return {"U-Net call": self.numpy(call), "cached run": self.numpy(latents)}
 

@@ -3,7 +3,17 @@
 from . import host
 
 __version__ = "0.1.0"
-__all__ = ["CacheSchedule", "Control", "StableDiffusion", "__version__"]
+POLICIES = (
+    "DeepCache",
+    "Adaptive",
+    "TaylorSeer",
+    "Spectrum",
+    "PyramidAttentionBroadcast",
+    "FasterCache",
+    "TGate",
+    "GuidanceInterval",
+)
+__all__ = [*POLICIES, "CacheSchedule", "Control", "StableDiffusion", "__version__"]  # noqa: PLE0604
 
 FAST_BLAS = host.prepare()  # before anything imports mlx
 
@@ -13,6 +23,10 @@ def __getattr__(name: str):
         from .pipeline import StableDiffusion
 
         return StableDiffusion
+    if name in POLICIES:
+        from . import policies
+
+        return getattr(policies, name)
     if name == "CacheSchedule":
         from .cache import CacheSchedule
 

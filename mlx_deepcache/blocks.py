@@ -6,6 +6,7 @@ Arrays are channels-last: B pictures, H x W positions, C channels, S tokens. A 1
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -247,10 +248,12 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dims)
         self.ff = FeedForward(dims)
 
-    def __call__(self, x: mx.array, prompt: tuple[mx.array, mx.array]) -> mx.array:
-        """x: (B, S, dims); prompt: keys and values of `attn2`."""
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), prompt)
+    def __call__(
+        self, x: mx.array, prompt: tuple[mx.array, mx.array], attend: Callable[..., mx.array] = Attention.__call__
+    ) -> mx.array:
+        """x: (B, S, dims); prompt: keys and values of `attn2`; attend: see `UNet2DConditionModel.__call__`."""
+        x = x + attend(self.attn1, self.norm1(x))
+        x = x + attend(self.attn2, self.norm2(x), prompt)
         return x + self.ff(self.norm3(x))
 
 
@@ -268,10 +271,12 @@ class Transformer2DModel(nn.Module):
         """The prompt's keys and values for each transformer block, the same at every step; context: (B, S, dims)."""
         return [block.attn2.keys_values(context) for block in self.transformer_blocks]
 
-    def __call__(self, x: mx.array, prompt: list[tuple[mx.array, mx.array]]) -> mx.array:
-        """x: (B, H, W, C); prompt: what `keys_values` returned."""
+    def __call__(
+        self, x: mx.array, prompt: list[tuple[mx.array, mx.array]], attend: Callable[..., mx.array] = Attention.__call__
+    ) -> mx.array:
+        """x: (B, H, W, C); prompt: what `keys_values` returned; attend: see `UNet2DConditionModel.__call__`."""
         B, H, W, C = x.shape
         h = self.proj_in(self.norm(x).reshape(B, H * W, C))
         for block, keys_values in zip(self.transformer_blocks, prompt, strict=True):
-            h = block(h, keys_values)
+            h = block(h, keys_values, attend)
         return x + self.proj_out(h).reshape(B, H, W, C)

@@ -125,8 +125,9 @@ def _generate(args: argparse.Namespace) -> None:
         controls=_controls(args),
         control_every_step=args.control_every_step,
         refiner_start=args.refiner_start,
+        cache=args.cache,
     )
-    if args.cache_interval is None and settings.cache.interval == 1:
+    if args.cache_interval is None and args.cache is None and getattr(settings.cache.when, "interval", None) == 1:
         few = pipe.checkpoint.few_step
         if few is None:
             say(f"cache: off below {FEWEST_STEPS_TO_CACHE} steps; --cache-interval turns it on")
@@ -140,14 +141,11 @@ def _generate(args: argparse.Namespace) -> None:
         checkpoint.check_files()
 
     steps = []
-    full_steps = settings.full_steps
-    with tqdm(total=len(full_steps), disable=args.quiet, unit="step") as bar:
-        bar.set_postfix_str("full")
+    with tqdm(total=len(settings.plan.steps), disable=args.quiet, unit="step") as bar:
         for progress in pipe.denoise(settings, latents):
             steps.append(progress)
+            bar.set_postfix_str("full" if progress.full else "cached", refresh=False)
             bar.update()
-            if progress.index + 1 < len(full_steps):
-                bar.set_postfix_str("full" if full_steps[progress.index + 1] else "cached")
     final = steps[-1].latents
     images = pipe.decode(final, settings.vae_tiling, settings.source)
 
@@ -189,6 +187,8 @@ def _controls(args: argparse.Namespace) -> list:
 
 def _metadata(args: argparse.Namespace, settings, pipe, seed: int) -> dict:
     """All settings of one picture."""
+    from .policy_text import write
+
     return {
         "prompt": args.prompt,
         "negative_prompt": settings.negative_prompt,
@@ -200,11 +200,12 @@ def _metadata(args: argparse.Namespace, settings, pipe, seed: int) -> dict:
         "width": settings.width,
         "scheduler": settings.scheduler,
         "rng": settings.rng,
-        "cache_interval": settings.cache.interval,
+        "cache_interval": getattr(settings.cache.when, "interval", None),
         "cache_branch": settings.cache.branch,
         "prediction_type": args.prediction_type,
         "lora": [f"{file}:{scale:g}" for file, scale in args.lora],
         "embedding": [f"{file}:{word}" if word else str(file) for file, word in args.embedding],
+        "cache": None if args.cache is None else [write(policy) for policy in settings.cache.policies],
         "dtype": str(pipe.dtype).removeprefix("mlx.core."),
         "latents": args.latents.name if args.latents else None,
         "image": args.image.name if args.image else None,

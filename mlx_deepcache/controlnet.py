@@ -136,7 +136,7 @@ class Controls:
     def __init__(
         self, controlled: Sequence[Controlled], cond: Conditioning, times: list[float], every_step: bool = False
     ):
-        self.controlled, self.every_step = controlled, every_step
+        self.controlled, self.every_step, self.batch = controlled, every_step, len(cond.context)
         self.prompts = [c.net.prepare(cond) for c in controlled]
         self.pictures = [c.net.embed_picture(c.picture) for c in controlled]
         self.temb = [
@@ -151,6 +151,9 @@ class Controls:
         for c, prompt, picture, temb in zip(self.controlled, self.prompts, self.pictures, self.temb, strict=True):
             if step / steps < c.start or (step + 1) / steps > c.end:
                 continue
-            residuals = [c.scale * r for r in c.net(x, temb[t], prompt, picture, skip=skip)]
+            row = temb[t]
+            if len(x) < self.batch:  # the conditional half alone
+                prompt, row = prompt.last(len(x)), row[-len(x) :]
+            residuals = [c.scale * r for r in c.net(x, row, prompt, picture, skip=skip)]
             total = [a + b for a, b in zip(total, residuals, strict=True)] if total else residuals
         return total

@@ -50,9 +50,10 @@ def parameters_text(settings: dict) -> str:
         "RNG": {"torch": "CPU", "torch-cuda": "NV", "mlx": "MLX"}[settings["rng"]],
         "DeepCache interval": settings["cache_interval"],
         "DeepCache branch": settings["cache_branch"],
+        "Caches": " + ".join(settings.get("cache") or []) or None,
         "Version": settings["version"],
     }
-    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items()))
+    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items() if value is not None))
     return "\n".join(lines)
 
 

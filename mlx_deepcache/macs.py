@@ -33,6 +33,18 @@ def unet_macs(unet: UNet2DConditionModel, size: tuple[int, int], branch: int, to
     return always + sum(counts) + middle + sum(ups), shallow
 
 
+def attention_macs(attention: Attention, positions: int, keys: int) -> int:
+    """Multiply-adds of one attention layer for one picture, whose positions attend to so many keys."""
+    named = attention.named_modules()
+    linear = sum(_own_macs(m, keys if name in ("to_k", "to_v") else positions) for name, m in named)
+    return linear + _products(attention, positions, keys)
+
+
+def _products(attention: Attention, positions: int, keys: int) -> int:
+    """Of the queries with the keys, and of the weights with the values."""
+    return 2 * positions * keys * attention.to_out[0].weight.shape[0]
+
+
 def _layer_macs(layer: Layer, here: tuple[int, int], after: tuple[int, int], tokens: int) -> int:
     positions = here[0] * here[1]
     total = 0 if layer.conv is None else _leaf_macs(layer.conv, positions)
@@ -43,8 +55,7 @@ def _layer_macs(layer: Layer, here: tuple[int, int], after: tuple[int, int], tok
             reads_prompt = name.endswith(("attn2.to_k", "attn2.to_v"))
             total += _own_macs(module, tokens if reads_prompt else positions)
             if isinstance(module, Attention):
-                keys = tokens if name.endswith("attn2") else positions
-                total += 2 * positions * keys * module.to_out[0].weight.shape[0]
+                total += _products(module, positions, tokens if name.endswith("attn2") else positions)
     if layer.upsample is not None:
         total += _leaf_macs(layer.upsample, after[0] * after[1])
     return total

@@ -8,6 +8,7 @@ from pathlib import Path
 from . import __version__
 from .noise import GENERATORS
 from .pictures import FITS
+from .policy_text import explain
 
 DTYPES = ("float16", "bfloat16", "float32")
 _PREDICTION_TYPE = {
@@ -133,7 +134,7 @@ def generate_parser() -> argparse.ArgumentParser:
         help="decode large pictures in overlapping parts; auto: when memory is short",
     )
 
-    cache = parser.add_argument_group("DeepCache")
+    cache = parser.add_argument_group("caches")
     cache.add_argument(
         "--cache-interval",
         type=positive,
@@ -147,6 +148,13 @@ def generate_parser() -> argparse.ArgumentParser:
         metavar="B",
         help="how much of the U-Net a cached step runs: 0 (the default) is least, up to 11 for SD and 8 for SDXL",
     )
+    cache.add_argument(
+        "--cache",
+        action=_Cache,
+        metavar="NAME[:key=value,...]",
+        help="a caching policy in place of the default one; give the flag again to combine several, and "
+        "--cache-interval for plain DeepCache beside them; `--cache list` explains each",
+    )
 
     files = parser.add_argument_group("files")
     files.add_argument("--output", type=Path, default=Path("out.png"), metavar="FILE", help="default out.png")
@@ -157,6 +165,16 @@ def generate_parser() -> argparse.ArgumentParser:
     files.add_argument("--quiet", action="store_true", help="print nothing but errors")
     add("--version", action="version", version=f"mlx_deepcache {__version__}")
     return parser
+
+
+class _Cache(argparse.Action):
+    """Collects policies; `list` explains them and exits, before anything else is asked for."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        if value == "list":
+            print("\n".join(explain()))
+            parser.exit()
+        namespace.cache = [*(namespace.cache or []), value]
 
 
 def convert_parser() -> argparse.ArgumentParser:

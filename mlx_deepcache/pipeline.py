@@ -31,6 +31,7 @@ from .memory import limit_memory
 from .noise import BatchNoise
 from .ops import on_gpu
 from .pictures import Source
+from .policy_text import write
 from .prompts import encode
 from .sampler import Denoiser, Progress, sample
 from .schedulers import Plan
@@ -227,7 +228,8 @@ class StableDiffusion:
 
     def stats(self, settings: Settings, steps: Sequence[Progress]) -> dict:
         """What the last picture cost: seconds by phase, each step's kind, U-Net multiply-adds against an uncached run,
-        peak memory, and where it ran."""
+        the most bytes that each cache remembered, what an adaptive cache decided and from which relative change, peak
+        memory, and where it ran."""
         first = len(settings.plan.steps)
         macs, macs_uncached = self._macs(settings, steps[:first])
         if self.refiner is not None:
@@ -240,6 +242,13 @@ class StableDiffusion:
             "cached_steps": sum(not step.full for step in steps),
             "unet_macs": macs,
             "unet_macs_uncached": macs_uncached,
+            "caches": [write(policy) for policy in settings.cache.policies],
+            "cache_bytes": {name: max(step.cache_bytes[name] for step in steps) for name in steps[-1].cache_bytes},
+            "decisions": [
+                {"step": step.index, "change": step.change, "full": step.full}
+                for step in steps
+                if step.change is not None
+            ],
             "peak_memory_bytes": max(self._peak.values()),
             "peak_memory_bytes_by_phase": dict(self._peak),
             "device": device_name(),
@@ -259,7 +268,7 @@ class StableDiffusion:
         batch = len(settings.seeds) * (2 if self._guided(settings) else 1)
         full, cached = unet_macs(self.checkpoint.module("unet"), size, settings.cache.branch)
         return (
-            batch * sum(step.calls * (full if step.full else cached) for step in steps),
+            sum(call.pictures * (full if call.full else cached) - call.saved for step in steps for call in step.work),
             batch * sum(step.calls * full for step in steps),
         )
 

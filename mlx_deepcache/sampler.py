@@ -7,14 +7,12 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .blocks import Fixed
-from .cache import CacheSchedule
-from .controlnet import Controlled, Controls, Residuals
+from .cache_run import CacheRun, Call
+from .controlnet import Controlled, Controls
+from .policies import Caches
 from .schedulers import Plan
 from .solvers import CLEAN, Level, Prediction, split
 from .unet import Conditioning, UNet2DConditionModel
-
-Features = tuple[Fixed, Residuals]  # what a cached step reuses, of the U-Net and of its ControlNets
 
 
 class Denoiser:
@@ -47,79 +45,110 @@ class Denoiser:
         self.temb = dict(zip(times, unet.time_embed(mx.array(times), self.prompt), strict=True))
         self.dtype = cond.context.dtype
         self.controls = Controls(controlled, cond, times, control_every_step)
+        self._conditional: tuple | None = None  # prompt and temb without the unconditional half, made when first needed
 
-    def __call__(
-        self, x: mx.array, level: Level, branch: int, features: Features | None, step: int = 0
-    ) -> tuple[Prediction, Features]:
-        """x: (N, h, w, C) float32; features: None for a full step, else what the last one returned; step: its index,
-        for ControlNets that take part in some."""
+    def __call__(self, x: mx.array, level: Level, run: CacheRun) -> Prediction:
+        """x: (N, h, w, C) float32; run: knows what to reuse, and whether both halves of guidance are wanted."""
+        both = run.begin_call(level.t)
+        prompt, temb = self.prompt, self.temb
+        if self.guidance_scale is not None and not both:
+            prompt, temb = self._conditional_half(len(x))
         shown = x if self.beside is None else mx.concatenate([x, self.beside], axis=-1)
-        batch = (shown if self.guidance_scale is None else mx.concatenate([shown, shown])).astype(self.dtype)
-        fixed, residuals = (None, []) if features is None else features
-        if features is None or self.controls.every_step:
-            skip = None if features is None else self.unet.skip_of(branch)
-            steps = len(self.plan.steps)
-            residuals = self.controls(batch[..., : x.shape[-1]], level.t, step, steps, skip)
-        output, fixed = self.predict(
-            batch, self.temb[level.t], self.prompt, branch=branch, features=fixed, residuals=residuals
+        batch = (mx.concatenate([shown, shown]) if both else shown).astype(self.dtype)
+        features = run.reuse()
+        output, features = self.predict(
+            batch,
+            temb[level.t],
+            prompt,
+            branch=run.branch,
+            features=features,
+            residuals=self._residuals(batch[..., : x.shape[-1]], level.t, run, features),
+            attend=run.attend,
         )
-        features = fixed, residuals[: self.unet.skip_of(branch) + 1]  # all that a cached step reads
+        run.finish(features)
         output = output.astype(mx.float32)
-        if self.guidance_scale is not None:
-            without, given = mx.split(output, 2)
-            output = without + self.guidance_scale * (given - without)
+        if run.guidance is not None:
+            output = run.guidance(output)
         x0, eps = split(self.plan.prediction_type, output, x, level)
         if self.plan.clip is not None:
             x0 = mx.clip(x0, -self.plan.clip, self.plan.clip)
-        return Prediction(output, x0, eps, x), features
+        return Prediction(output, x0, eps, x)
+
+    def _residuals(self, x: mx.array, t: float, run: CacheRun, features) -> list[mx.array]:
+        """What the ControlNets say: anew on a full step, and on one of which it is not known yet whether it is full."""
+        if not self.controls.controlled:
+            return []
+        known = features is not None and not callable(features)
+        skip = self.unet.skip_of(run.branch)
+        if known and not self.controls.every_step:
+            return [r[-len(x) :] for r in run.residuals]
+        residuals = self.controls(x, t, run.index, len(self.plan.steps), skip if known else None)
+        run.residuals = residuals[: skip + 1]  # all that a cached step reads
+        return residuals
+
+    def _conditional_half(self, pictures: int) -> tuple:
+        if self._conditional is None:
+            temb = {t: row[-pictures:] for t, row in self.temb.items()}
+            self._conditional = self.prompt.last(pictures), temb
+        return self._conditional
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A step that has been taken: its index, whether the whole U-Net ran, in how many U-Net calls (Heun makes two), and
-    the latents after it, (N, h, w, C)."""
+    """A step that has been taken.
+
+    index: its number; full: whether the whole U-Net ran; work: its U-Net calls (Heun makes two); latents: (N, h, w, C)
+    after it; cache_bytes: what each cache remembers; change: that an adaptive cache saw, where it decided.
+    """
 
     index: int
     full: bool
-    calls: int
+    work: tuple[Call, ...]
     latents: mx.array
+    cache_bytes: dict[str, int]
+    change: float | None = None
+
+    @property
+    def calls(self) -> int:
+        """How many times the U-Net was called."""
+        return len(self.work)
 
 
 def sample(
     denoiser: Denoiser,
     x: mx.array,
-    cache: CacheSchedule,
+    cache: Caches,
     noise: Callable[[], mx.array],
     keep: Callable[[mx.array, Level], mx.array] | None = None,
 ) -> Iterator[Progress]:
     """Draw: yields after every step, evaluated, while the next one is under way; stop iterating to cancel.
 
     x: (N, h, w, C) float32, at the first step's level, or standard normal times the plan's `init_scale`; cache: says
-    which steps are full; noise: draws like x, for the solvers that want fresh noise; keep: given latents and their
+    what is reused, and when; noise: draws like x, for the solvers that want fresh noise; keep: given latents and their
     level, puts back what should stay as it was (inpainting): before every U-Net call but the first, and at the end.
-    `features`, all that DeepCache keeps, lives and dies with this loop.
+    `run`, all that the caches keep, lives and dies with this loop.
     """
     plan = denoiser.plan
-    full_steps = cache.full_steps(len(plan.steps))
-    history, features, last = None, None, None
-    for index, (step, full) in enumerate(zip(plan.steps, full_steps, strict=True)):
-        calls = 0
+    run = CacheRun(cache, plan, len(x), denoiser.guidance_scale)
 
-        def denoise(x: mx.array, level: Level, full: bool = full, index: int = index) -> Prediction:
-            nonlocal features, calls
-            if keep is not None and calls:  # Heun's second call
-                x = keep(x, level)
-            prediction, features = denoiser(x, level, cache.branch, None if full else features, index)
-            calls += 1
-            return prediction
+    def denoise(x: mx.array, level: Level) -> Prediction:
+        if keep is not None and run.calls:  # Heun's second call
+            x = keep(x, level)
+        return denoiser(x, level, run)
 
+    history, last = None, None
+    for index, step in enumerate(plan.steps):
+        run.begin_step(index)
         x, history = plan.solver(denoise, x, step, history, noise)
         if keep is not None:
             x = keep(x, plan.steps[index + 1].here if index + 1 < len(plan.steps) else CLEAN)
-        mx.async_eval(x, features)  # the device starts on this step while the one before is reported
+        kept = run.arrays
+        mx.async_eval(x, kept)  # the device starts on this step while the one before is reported
         if last is not None:
             mx.eval(last.latents)
             yield last
-        last = Progress(index, full, calls, x)
+        sizes = {name: sum(array.nbytes for array in arrays) for name, arrays in kept.items()}
+        full = any(call.full for call in run.calls)
+        last = Progress(index, full, tuple(run.calls), x, sizes, run.change)
     mx.eval(last.latents)
     yield last

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 from PIL.Image import Image
 
-from .cache import CacheSchedule
+from .cache import DeepCache
 from .checkpoint import Checkpoint
 from .errors import UsageError
 from .noise import GENERATORS
 from .pictures import FITS, Source, read_mask, read_picture, size_for, source
+from .policies import KINDS, Caches, Policy
+from .policy_text import parse
 from .schedulers import NoiseSchedule, Plan
 from .tiling import TILINGS
 
@@ -49,7 +51,7 @@ class Settings:
     seeds: tuple[int, ...]
     scheduler: str
     rng: str
-    cache: CacheSchedule
+    cache: Caches
     plan: Plan
     vae_tiling: str
     source: Source | None = None
@@ -59,12 +61,6 @@ class Settings:
     control_every_step: bool = False
     refiner_start: float | None = None
     refiner_plan: Plan | None = None
-
-    @property
-    def full_steps(self) -> list[bool]:
-        """For each step of the sampler, whether the whole U-Net runs; a refiner's steps come last and count anew."""
-        plans = [self.plan] if self.refiner_plan is None else [self.plan, self.refiner_plan]
-        return [full for plan in plans for full in self.cache.full_steps(len(plan.steps))]
 
 
 def settings_for(
@@ -90,13 +86,16 @@ def settings_for(
     control_every_step: bool = False,
     refiner: Checkpoint | None = None,
     refiner_start: float | None = None,
+    cache: Policy | str | Sequence[Policy | str] | None = None,
 ) -> Settings:
     """Fill in the checkpoint's defaults and check everything, before any work is done.
 
     prompt: one for all seeds, or one a seed; steps: 50, or what a few-step model wants; guidance_scale: the
     checkpoint's, 1 or less turns guidance off; height, width: pixels, the checkpoint's own size; scheduler: one of
     `SCHEDULERS`, the checkpoint's own; rng: torch, torch-cuda or mlx; cache_interval: 3, or 1 (no caching) below 10
-    steps and for a few-step model (see `fewstep`); vae_tiling: auto (when memory is short), on or off.
+    steps and for a few-step model (see `fewstep`); cache: policies in place of that default, as values or as text, see
+    `policies` and `policy_text.parse`; cache_interval and cache_branch join them; vae_tiling: auto (when memory is
+    short), on or off.
 
     image: a picture to start from, a file or Pillow's; the default size is then its own, see `pictures.size_for`;
     mask: white where it should change; strength: how much to change, in (0, 1]: the share of the steps that is run,
@@ -149,9 +148,8 @@ def settings_for(
         raise UsageError(f"vae_tiling should be one of {', '.join(TILINGS)}, got {vae_tiling!r}")
     if not seeds:
         raise UsageError("at least one seed is needed, one a picture")
-    if cache_interval is None:
-        cache_interval = 1 if few is not None or steps - start < FEWEST_STEPS_TO_CACHE else DEFAULT_INTERVAL
-    cache = CacheSchedule(cache_interval, cache_branch)
+    scale = checkpoint.guidance_scale if guidance_scale is None else guidance_scale
+    caches = _caches(cache, cache_interval, cache_branch, off=few is not None or steps - start < FEWEST_STEPS_TO_CACHE)
     stop, refiner_plan = None, None
     if refiner is not None:
         refiner_start = 0.8 if refiner_start is None else refiner_start
@@ -160,9 +158,13 @@ def settings_for(
             raise UsageError("a mask and a refiner do not go together; refine the result with --image")
     elif refiner_start is not None:
         raise UsageError("refiner_start has no meaning without a refiner")
+    plan = schedule.plan(steps, start, stop)
+    for part in (plan, refiner_plan):
+        if part is not None:
+            caches.check(len(part.steps), scale > 1 and checkpoint.unet_config.time_cond_proj_dim is None)
     branches = min(c.unet_config.branches for c in (checkpoint, refiner) if c is not None)
-    if cache_branch >= branches:
-        raise UsageError(f"cache branch must be in [0, {branches}) for this U-Net, got {cache_branch}")
+    if caches.branch >= branches:
+        raise UsageError(f"cache branch must be in [0, {branches}) for this U-Net, got {caches.branch}")
     prompts = (prompt,) * len(seeds) if isinstance(prompt, str) else tuple(prompt)
     if len(prompts) != len(seeds):
         raise UsageError(f"there should be one prompt, or one a seed ({len(seeds)}), got {len(prompts)}")
@@ -170,14 +172,14 @@ def settings_for(
         prompts,
         negative_prompt,
         steps,
-        checkpoint.guidance_scale if guidance_scale is None else guidance_scale,
+        scale,
         height,
         width,
         tuple(seeds),
         schedule.name,
         rng,
-        cache,
-        schedule.plan(steps, start, stop),
+        caches,
+        plan,
         vae_tiling,
         None if image is None else source(image, mask, height, width, fit or FITS[0]),
         strength,
@@ -227,3 +229,17 @@ def _start(checkpoint: Checkpoint, steps: int, image, mask, strength) -> tuple[f
             f"{math.ceil(1e4 / steps) / 1e4:g}, or {math.ceil(1 / strength)} steps"
         )
     return strength, steps - run
+
+
+def _caches(given: Policy | str | Sequence | None, interval: int | None, branch: int, *, off: bool) -> Caches:
+    """What `cache`, `cache_interval` and `cache_branch` come to; off: by default there is none."""
+    if isinstance(given, (str, *KINDS)):
+        given = [given]
+    policies = [parse(policy) if isinstance(policy, str) else policy for policy in given or ()]
+    if given is None and interval is None:
+        interval = 1 if off else DEFAULT_INTERVAL
+    if interval is not None:
+        policies.append(DeepCache(interval, branch))
+    elif branch:
+        raise UsageError("a cache branch belongs to a cache interval: give that too, or write branch= into the policy")
+    return Caches.of(policies)

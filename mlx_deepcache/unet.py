@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 
 from .blocks import (
+    Attention,
     Downsample2D,
     Fixed,
     GroupNorm,
@@ -26,6 +28,8 @@ from .blocks import (
 from .config import UNetConfig
 from .errors import UsageError
 from .ops import silu
+
+Attend = Callable[..., mx.array]
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,11 @@ class Prepared(NamedTuple):
     added: mx.array | None
     guidance: mx.array | None
 
+    def last(self, n: int) -> Prepared:
+        """The same for the last n pictures of the batch."""
+        parts = [self.down, self.mid, self.up, self.added, self.guidance]
+        return Prepared(*(None if part is None else tree_map(lambda array: array[-n:], part) for part in parts))
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -68,34 +77,50 @@ class Layer:
     def keys_values(self, context: mx.array) -> list:
         return [] if self.attention is None else self.attention.keys_values(context)
 
-    def __call__(self, x: mx.array, temb: mx.array, prompt: list, size: tuple[int, int] | None = None) -> mx.array:
+    def __call__(
+        self,
+        x: mx.array,
+        temb: mx.array,
+        prompt: list,
+        size: tuple[int, int] | None = None,
+        attend: Attend = Attention.__call__,
+    ) -> mx.array:
         """x: (B, H, W, C); size: what an upsampler should reach."""
         if self.conv is not None:
             x = self.conv(x)
         if self.resnet is not None:
             x = self.resnet(x, temb)
-        return self.after_resnet(x, prompt, size)
+        return self.after_resnet(x, prompt, size, attend)
 
-    def after_resnet(self, x: mx.array, prompt: list, size: tuple[int, int] | None) -> mx.array:
+    def after_resnet(self, x: mx.array, prompt: list, size: tuple[int, int] | None, attend: Attend) -> mx.array:
         """The rest of the layer."""
         if self.attention is not None:
-            x = self.attention(x, prompt)
+            x = self.attention(x, prompt, attend)
         return x if self.upsample is None else self.upsample(x, size)
 
 
-def run_down(layers: list[Layer], x: mx.array, temb: mx.array, prompts: list) -> list[mx.array]:
+def run_down(
+    layers: list[Layer], x: mx.array, temb: mx.array, prompts: list, attend: Attend = Attention.__call__
+) -> list[mx.array]:
     """The outputs of all these encoder layers: their skips."""
     skips = []
     for layer, prompt in zip(layers, prompts, strict=True):
-        x = layer(x, temb, prompt)
+        x = layer(x, temb, prompt, None, attend)
         skips.append(x)
     return skips
 
 
-def run_up(layers: list[Layer], x: mx.array, skips: list[mx.array], temb: mx.array, prompts: list) -> mx.array:
+def run_up(
+    layers: list[Layer],
+    x: mx.array,
+    skips: list[mx.array],
+    temb: mx.array,
+    prompts: list,
+    attend: Attend = Attention.__call__,
+) -> mx.array:
     """Decoder layers, each reading the last skip not yet read; upsamplers aim at the size of the next one."""
     for layer, prompt in zip(layers, prompts, strict=True):
-        x = layer(mx.concatenate([x, skips[-1]], axis=-1), temb, prompt, next_size(skips))
+        x = layer(mx.concatenate([x, skips[-1]], axis=-1), temb, prompt, next_size(skips), attend)
         skips = skips[:-1]
     return x
 
@@ -243,8 +268,9 @@ class UNet2DConditionModel(nn.Module):
         prompt: Prepared,
         *,
         branch: int = 0,
-        features: Fixed | None = None,
+        features: Fixed | Callable[[mx.array], Fixed | None] | None = None,
         residuals: Sequence[mx.array] = (),
+        attend: Attend = Attention.__call__,
     ) -> tuple[mx.array, Fixed]:
         """One prediction, and the features that a later call may reuse in place of the deep part.
 
@@ -253,8 +279,10 @@ class UNet2DConditionModel(nn.Module):
         What that layer's resnet makes of the features is as constant as they are, so that is what is kept of them.
 
         x: (B, H, W, in_channels) noisy latents; temb: (B or 1, temb_dim), one row of `time_embed`'s; features: None for
-        a full step, or those that an earlier call with the same branch and sizes returned; residuals: what a ControlNet
-        adds to the skips, outermost first, and to the middle, or nothing; a cached step reads the first `branch` + 1
+        a full step, or those that an earlier call with the same branch and sizes returned, or a function that is given
+        the branch's skip and decides; residuals: what a ControlNet adds to the skips, outermost first, and to the
+        middle, or nothing; a cached step reads the first `branch` + 1; attend: runs an attention layer, or remembers
+        what it gave: (layer, x, keys and values of the prompt, if it reads it) -> x
         -> (B, H, W, out_channels), features.
 
         Raises:
@@ -264,26 +292,29 @@ class UNet2DConditionModel(nn.Module):
         skip = self.skip_of(branch)
         cut = len(up) - 1 - skip  # the decoder layer that reads this skip
 
-        skips = run_down(down[: skip + 1], x, temb, prompt.down[: skip + 1])
+        skips = run_down(down[: skip + 1], x, temb, prompt.down[: skip + 1], attend)
+        if callable(features):
+            features = features(skips[-1])
         if features is None:  # a full step: run the deep part
-            deep = run_down(down[skip + 1 :], skips[-1], temb, prompt.down[skip + 1 :])
+            deep = run_down(down[skip + 1 :], skips[-1], temb, prompt.down[skip + 1 :], attend)
             h = (skips + deep)[-1]
             for layer, keys_values in zip(mid, prompt.mid, strict=True):
-                h = layer(h, temb, keys_values)
+                h = layer(h, temb, keys_values, None, attend)
             if residuals:
                 h = h + residuals[-1]
-            h = run_up(up[:cut], h, added(skips + deep, residuals), temb, prompt.up[:cut])
+            h = run_up(up[:cut], h, added(skips + deep, residuals), temb, prompt.up[:cut], attend)
             features = up[cut].resnet.fixed_part(h)
         skips = added(skips, residuals)
         x = up[cut].resnet.join(features, skips[-1], temb)
-        x = up[cut].after_resnet(x, prompt.up[cut], next_size(skips))
-        x = run_up(up[cut + 1 :], x, skips[:-1], temb, prompt.up[cut + 1 :])
+        x = up[cut].after_resnet(x, prompt.up[cut], next_size(skips), attend)
+        x = run_up(up[cut + 1 :], x, skips[:-1], temb, prompt.up[cut + 1 :], attend)
         return self.conv_out(silu(self.conv_norm_out(x))), features
 
     def compiled(self) -> Callable[..., tuple[mx.array, Fixed]]:
         """The same call with its graph built once for each kind of step, branch and shape, and simple operations fused.
 
-        The weights of this moment are built in, so it is for a U-Net that is loaded and stays as it is.
+        The weights of this moment are built in, so it is for a U-Net that is loaded and stays as it is. A call that is
+        given a function for its features or its attention runs as it is: what those remember cannot be built in.
         """
         for module in self.modules():
             if isinstance(module, Upsample2D):
@@ -297,7 +328,9 @@ class UNet2DConditionModel(nn.Module):
             )
         )
 
-        def call(x, temb, prompt, *, branch=0, features=None, residuals=()):
+        def call(x, temb, prompt, *, branch=0, features=None, residuals=(), attend=Attention.__call__):
+            if callable(features) or attend is not Attention.__call__:
+                return self(x, temb, prompt, branch=branch, features=features, residuals=residuals, attend=attend)
             if features is None:
                 return full(x, temb, prompt, branch, list(residuals))
             return cached(x, temb, prompt, branch, list(residuals), features)

@@ -6,6 +6,7 @@ import mlx.core as mx
 import pytest
 from helpers import at, conditioning, error, unet_inputs
 
+from mlx_deepcache.blocks import Attention
 from mlx_deepcache.checkpoint import Checkpoint
 from mlx_deepcache.ops import on_gpu
 
@@ -75,3 +76,21 @@ def test_another_prompt_and_timestep_need_no_new_graph(checkpoint):
         prompt = unet.prepare(conditioning(context, added))
         call(mx.array(x.transpose(0, 2, 3, 1)), at(unet, prompt, 10 + seed), prompt, branch=0)
     assert counting.built == [(0, True)]
+
+
+def test_functions_that_remember_are_not_built_in(parts):
+    """A compiled U-Net given one for its attention, or its features, calls it every time."""
+    unet = parts.load("unet", mx.float32)
+    x, temb, prompt = inputs(unet)
+    call, attended, decided = unet.compiled(), [], []
+
+    def attend(layer, x, keys_values=None):
+        attended.append(layer)
+        return layer(x, keys_values)
+
+    plain, _ = unet(x, temb, prompt, branch=BRANCH)
+    for _ in range(2):
+        out, _ = call(x, temb, prompt, branch=BRANCH, attend=attend)
+        assert mx.array_equal(out, plain)
+        call(x, temb, prompt, branch=BRANCH, features=decided.append)
+    assert len(attended) == 2 * sum(isinstance(m, Attention) for m in unet.modules()) and len(decided) == 2

@@ -9,14 +9,15 @@ import mlx_deepcache
 
 FLOORS = [
     {"errors", "host", "ops"},
-    {"config", "cache", "noise", "images", "memory", "emphasis", "vocabulary", "pictures", "fewstep"},
-    {"blocks", "solvers", "clip", "ldm", "architecture"},
-    {"schedulers", "unet", "vae"},
-    {"controlnet"},
-    {"sampler", "prompts", "weights", "macs", "tiling"},
-    {"hub", "singlefile", "lora", "embeddings"},
-    {"sources"},
-    {"checkpoint"},
+    {
+        *("config", "cache", "forecast", "noise", "images", "memory", "emphasis", "vocabulary", "pictures", "fewstep"),
+    },
+    {"policies", "blocks", "solvers", "clip", "ldm", "architecture"},
+    {"policy_text", "schedulers", "unet", "vae", "guidance"},
+    {"prompts", "weights", "macs", "tiling", "controlnet"},
+    {"attention_cache", "hub", "singlefile", "lora", "embeddings"},
+    {"cache_run", "sources"},
+    {"sampler", "checkpoint"},
     {"settings", "options", "addons"},
     {"pipeline"},
     {"cli"},

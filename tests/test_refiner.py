@@ -156,10 +156,10 @@ def test_defaults_follow(checkpoint, tmp_path, monkeypatch, capfd):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"scheduler": ["diffusers", ANCESTRAL["_class_name"]]}))
     pipe = StableDiffusion.from_pretrained(str(folder), "float32")
     settings = pipe.settings("a cat")
-    assert (settings.steps, settings.guidance_scale, settings.cache.interval) == (4, 1.0, 1)
-    assert pipe.settings("a cat", steps=20).cache.interval == 1
+    assert (settings.steps, settings.guidance_scale, settings.cache.when.interval) == (4, 1.0, 1)
+    assert pipe.settings("a cat", steps=20).cache.when.interval == 1
     over = pipe.settings("a cat", steps=20, guidance_scale=5.0, cache_interval=3)
-    assert (over.steps, over.guidance_scale, over.cache.interval) == (20, 5.0, 3)
+    assert (over.steps, over.guidance_scale, over.cache.when.interval) == (20, 5.0, 3)
     result = pipe("a cat", seeds=[7], height=64, width=64)
     expected = oracle.generate(folder, "a cat", steps=4, guidance_scale=0.0, height=64, width=64, seed=[7])
     assert error(to_torch_layout(result.latents), expected["latents"]) < 1e-4

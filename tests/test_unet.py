@@ -11,7 +11,7 @@ from helpers import at, conditioning, error, to_mlx, to_torch_layout, unet_input
 from oracle import unet_cached_call, unet_call
 
 from mlx_deepcache import unet as unet_module
-from mlx_deepcache.cache import CacheSchedule
+from mlx_deepcache.cache import DeepCache
 from mlx_deepcache.config import UNetConfig
 from mlx_deepcache.errors import UsageError
 from mlx_deepcache.weights import load
@@ -73,13 +73,13 @@ def test_the_deep_part_runs_on_full_steps_only(pipeline, monkeypatch, interval):
 
     monkeypatch.setattr(unet_module.ResnetBlock2D, "__call__", counted)
     pipe("a cat", steps=11, height=64, width=64, scheduler="ddim", cache_interval=interval)
-    assert count == sum(CacheSchedule(interval).full_steps(11)) == -(-11 // interval)
+    assert count == sum(DeepCache(interval).full_steps(11)) == -(-11 // interval)
 
 
 @pytest.mark.parametrize("interval", range(1, 13))
 @pytest.mark.parametrize("n", [1, 2, 7, 50])
 def test_first_step_is_full_whatever_the_interval(interval, n):
-    full = CacheSchedule(interval).full_steps(n)
+    full = DeepCache(interval).full_steps(n)
     assert full[0] and len(full) == n and [i for i, f in enumerate(full) if f] == list(range(0, n, interval))
 
 
