@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from . import FAST_BLAS, __version__
@@ -47,7 +47,7 @@ def _run(
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ncancelled; nothing was written", file=sys.stderr)
+        print("\ncancelled; the picture under way was not written", file=sys.stderr)
         return 130
     except MemoryError:
         print("error: there is not enough memory; try a smaller --height and --width or fewer images", file=sys.stderr)
@@ -62,9 +62,8 @@ def _run(
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
+    import mlx.core as mx
 
-    from .images import save_png
     from .pipeline import StableDiffusion
     from .schedulers import SCHEDULERS
     from .settings import FEWEST_STEPS_TO_CACHE
@@ -86,10 +85,15 @@ def _generate(args: argparse.Namespace) -> None:
                 raise UsageError(f"{flag} and {other} name the same file, {file}")
     if args.model is None:
         say("model: the bundled text-to-emoji model; --model sd15 or --model sdxl draws anything, after a download")
+    prompts = _prompts(args)
+    if len(args.seed) > 1 and args.num_images is not None:
+        raise UsageError("--num-images counts on from one --seed, and several are given; leave out one of the two")
     pipe = StableDiffusion.from_pretrained(
         args.model,
         args.dtype,
-        keep=False,
+        keep=len(prompts) > 1,
+        quantize=args.quantize,
+        low_memory=args.low_memory,
         prediction_type=args.prediction_type,
         compile=args.compile,
         memory_limit=args.memory_limit,
@@ -98,35 +102,45 @@ def _generate(args: argparse.Namespace) -> None:
         refiner=args.refiner,
     )
 
-    latents, n, height, width = None, args.num_images or 1, args.height, args.width
+    latents, n, height, width = None, args.num_images or len(args.seed), args.height, args.width
     if args.latents is not None:
         latents = read_latents(args.latents)
         factor = pipe.checkpoint.vae_config.factor
-        n = args.num_images or len(latents)
+        n = n if args.num_images or len(args.seed) > 1 else len(latents)
         height = height or latents.shape[1] * factor
         width = width or latents.shape[2] * factor
-    settings = pipe.settings(
-        args.prompt,
-        negative_prompt=args.negative_prompt,
-        steps=args.steps,
-        guidance_scale=args.guidance_scale,
-        height=height,
-        width=width,
-        seeds=range(args.seed, args.seed + n),
-        scheduler=args.scheduler,
-        rng=args.rng,
-        cache_interval=args.cache_interval,
-        cache_branch=args.cache_branch,
-        vae_tiling=args.vae_tiling,
-        image=args.image,
-        mask=args.mask,
-        strength=args.strength,
-        fit=args.fit,
-        controls=_controls(args),
-        control_every_step=args.control_every_step,
-        refiner_start=args.refiner_start,
-        cache=args.cache,
-    )
+    options = {
+        "negative_prompt": args.negative_prompt,
+        "steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+        "height": height,
+        "width": width,
+        "prompt_2": args.prompt_2,
+        "negative_prompt_2": args.negative_prompt_2,
+        "prompt_weights": not args.plain_prompt,
+        "long_prompt": args.long_prompt,
+        "scheduler": args.scheduler,
+        "rng": args.rng,
+        "cache_interval": args.cache_interval,
+        "cache_branch": args.cache_branch,
+        "vae_tiling": args.vae_tiling,
+        "image": args.image,
+        "mask": args.mask,
+        "strength": args.strength,
+        "fit": args.fit,
+        "controls": _controls(args),
+        "control_every_step": args.control_every_step,
+        "refiner_start": args.refiner_start,
+        "cache": args.cache,
+    }
+    seeds = args.seed if len(args.seed) > 1 else range(args.seed[0], args.seed[0] + n)
+    together = 1 if args.low_memory else n
+    batches = [
+        (slice(i, i + together), pipe.settings(prompt, seeds=seeds[i : i + together], **options))
+        for prompt in prompts
+        for i in range(0, n, together)
+    ]
+    settings = batches[0][1]
     if args.cache_interval is None and args.cache is None and getattr(settings.cache.when, "interval", None) == 1:
         few = pipe.checkpoint.few_step
         if few is None:
@@ -134,29 +148,44 @@ def _generate(args: argparse.Namespace) -> None:
         else:
             say(f"cache: off, as this is a few-step model ({few.reason}); --cache-interval turns it on")
 
-    files = [args.output] if n == 1 else [args.output.with_stem(f"{args.output.stem}-{i}") for i in range(1, n + 1)]
-    for file in files:
+    n *= len(prompts)
+    names = [args.output] if n == 1 else [args.output.with_stem(f"{args.output.stem}-{i}") for i in range(1, n + 1)]
+    for file in names:
         _check_writable(file)
     for checkpoint in pipe.checkpoints:
         checkpoint.check_files()
 
+    files, finals, stats = iter(names), [], []
+    for part, settings in batches:
+        final, report = _draw(args, pipe, settings, None if latents is None else latents[part], files, say)
+        finals.append(final)
+        stats.append(report)
+    if args.save_latents is not None:
+        write_latents(args.save_latents, mx.concatenate(finals))
+    if args.stats is not None:
+        _write_text(args.stats, json.dumps(stats[0] if len(stats) == 1 else stats, indent=2) + "\n")
+
+
+def _draw(args, pipe, settings, latents, files: Iterator[Path], say: Callable[[str], None]):
+    """Draw one batch and write its pictures; returns the final latents and what it cost."""
+    from tqdm import tqdm
+
+    from .images import save_png
+
     steps = []
-    with tqdm(total=len(settings.plan.steps), disable=args.quiet, unit="step") as bar:
+    plans = [plan for plan in (settings.plan, settings.refiner_plan) if plan is not None]
+    with tqdm(total=sum(len(plan.steps) for plan in plans), disable=args.quiet, unit="step") as bar:
         for progress in pipe.denoise(settings, latents):
             steps.append(progress)
             bar.set_postfix_str("full" if progress.full else "cached", refresh=False)
             bar.update()
     final = steps[-1].latents
     images = pipe.decode(final, settings.vae_tiling, settings.source)
-
-    if args.save_latents is not None:
-        write_latents(args.save_latents, final)
-    for file, image, seed in zip(files, images, settings.seeds, strict=True):
-        save_png(file, image, None if args.no_metadata else _metadata(args, settings, pipe, seed))
+    for image, prompt, seed in zip(images, settings.prompts, settings.seeds, strict=True):
+        file = next(files)
+        save_png(file, image, None if args.no_metadata else _metadata(args, settings, pipe, prompt, seed))
         say(f"wrote {file}")
     stats = pipe.stats(settings, steps)
-    if args.stats is not None:
-        _write_text(args.stats, json.dumps(stats, indent=2) + "\n")
     seconds = stats["seconds"]
     say(
         f"{stats['full_steps']} full and {stats['cached_steps']} cached steps, "
@@ -167,6 +196,22 @@ def _generate(args: argparse.Namespace) -> None:
         ", ".join(f"{phase} {seconds[phase]:.2f} s" for phase in seconds)
         + f", peak memory {stats['peak_memory_bytes'] / 2**20:,.0f} MiB"
     )
+    return final, stats
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    """The prompt, or those of a file."""
+    if args.prompt_file is None:
+        return [args.prompt]
+    try:
+        text = sys.stdin.read() if args.prompt_file == "-" else Path(args.prompt_file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise Failure(f"cannot read {args.prompt_file}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise Failure(f"cannot read {args.prompt_file}: expected text in UTF-8") from None
+    if not (lines := [line.strip() for line in text.splitlines() if line.strip()]):
+        raise Failure(f"{args.prompt_file} has no prompts; expected one a line")
+    return lines
 
 
 def _controls(args: argparse.Namespace) -> list:
@@ -185,13 +230,18 @@ def _controls(args: argparse.Namespace) -> list:
     return [Control(*row) for row in zip(args.controlnet, args.control_image, *columns, strict=True)]
 
 
-def _metadata(args: argparse.Namespace, settings, pipe, seed: int) -> dict:
+def _metadata(args: argparse.Namespace, settings, pipe, prompt: str, seed: int) -> dict:
     """All settings of one picture."""
     from .policy_text import write
 
     return {
-        "prompt": args.prompt,
+        "prompt": prompt,
         "negative_prompt": settings.negative_prompt,
+        "prompt_2": settings.prompt_2,
+        "negative_prompt_2": settings.negative_prompt_2,
+        "plain_prompt": args.plain_prompt,
+        "long_prompt": args.long_prompt,
+        "quantize": args.quantize,
         "model": args.model or "emoji",
         "seed": seed,
         "steps": settings.steps,

@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import CLIPConfig
+from .errors import CheckpointError
 
 
 def quick_gelu(x: mx.array) -> mx.array:
@@ -75,7 +76,16 @@ class CLIPTextModel(nn.Module):
 
         `penultimate` gives the hidden states before the last layer, unnormalised, as SDXL uses them; else they are the
         last layer's, normalised. The pooled text is the last layer's at the end-of-text token either way.
+
+        Raises:
+            CheckpointError: an id is past the end of the vocabulary, where MLX would read anything.
         """
+        vocabulary = len(self.embeddings.token_embedding.weight)
+        if ids.max().item() >= vocabulary:
+            raise CheckpointError(
+                f"the tokenizer gives token {ids.max().item()} to a text encoder that knows {vocabulary}; "
+                "they are not of one checkpoint"
+            )
         x = self.embeddings.token_embedding(ids) + self.embeddings.position_embedding.weight[: ids.shape[1]]
         for layer in self.encoder.layers:
             before_last, x = x, layer(x)

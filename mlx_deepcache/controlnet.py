@@ -153,7 +153,7 @@ class Controls:
                 continue
             row = temb[t]
             if len(x) < self.batch:  # the conditional half alone
-                prompt, row = prompt.last(len(x)), row[-len(x) :]
+                prompt, row = prompt.rows(slice(-len(x), None)), row[-len(x) :]
             residuals = [c.scale * r for r in c.net(x, row, prompt, picture, skip=skip)]
             total = [a + b for a, b in zip(total, residuals, strict=True)] if total else residuals
         return total

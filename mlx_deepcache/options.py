@@ -25,8 +25,18 @@ def generate_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     what = parser.add_argument_group("what to draw")
-    what.add_argument("--prompt", type=unicode_text, required=True, help="what the picture should show")
+    prompts = what.add_mutually_exclusive_group(required=True)
+    prompts.add_argument(
+        "--prompt",
+        type=unicode_text,
+        help="what the picture should show; (word:1.3) counts more, (word) 1.1 times, [word] less",
+    )
+    prompts.add_argument("--prompt-file", metavar="FILE", help="draw every line of a text file; -: of standard input")
     what.add_argument("--negative-prompt", type=unicode_text, metavar="TEXT", help="what it should not show")
+    what.add_argument("--prompt-2", type=unicode_text, metavar="TEXT", help="for SDXL's second text encoder")
+    what.add_argument("--negative-prompt-2", type=unicode_text, metavar="TEXT", help="likewise")
+    what.add_argument("--plain-prompt", action="store_true", help="brackets are only brackets")
+    what.add_argument("--long-prompt", action="store_true", help="use all of a prompt of more than 75 tokens")
     what.add_argument(
         "--model",
         metavar="M",
@@ -51,7 +61,7 @@ def generate_parser() -> argparse.ArgumentParser:
         help="a textual inversion (safetensors), and the word that calls it in prompts; repeatable",
     )
     what.add_argument("--num-images", type=positive, metavar="N", help="pictures, with seeds S, S+1, ... (1)")
-    what.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
+    what.add_argument("--seed", type=int, nargs="+", default=[0], metavar="S", help="one or several; default 0")
     what.add_argument("--height", type=positive, metavar="PX", help="default: the model's native size")
     what.add_argument("--width", type=positive, metavar="PX")
 
@@ -126,6 +136,8 @@ def generate_parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--compile", choices=["auto", "on", "off"], default="auto", help="fuse the U-Net's operations; auto: on a GPU"
     )
+    how.add_argument("--quantize", type=int, choices=(4, 8), help="bits of the linear layers, to save memory")
+    how.add_argument("--low-memory", action="store_true", help="one thing at a time: slower, in less memory")
     how.add_argument("--memory-limit", type=number, metavar="GB", help="memory to stay within, where possible")
     how.add_argument(
         "--vae-tiling",

@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from PIL import Image
 
@@ -39,7 +41,7 @@ from .settings import Control, Settings, settings_for
 from .solvers import Level
 from .tiling import decode_tiled, tiled
 from .unet import Conditioning, UNet2DConditionModel
-from .weights import dtype_of
+from .weights import dtype_of, quantize
 
 COMPILE = ("auto", "on", "off")
 
@@ -60,7 +62,9 @@ class StableDiffusion:
     memory in use is that of the largest one. compile: run the U-Net through `mx.compile`; auto does on a GPU, as on the
     CPU it gains nothing. memory_limit: see `limit_memory`, in GB. loras: files, each by itself or with its
     scale; embeddings: files of textual inversion, each by itself or with the word that calls it. refiner: the model
-    that draws the last steps (SDXL's refiner; Podell et al. 2023, section 2.5), without LoRAs and embeddings.
+    that draws the last steps (SDXL's refiner; Podell et al. 2023, section 2.5), without LoRAs and embeddings. quantize:
+    4 or 8, bits of the U-Net's and text encoders' linear layers, after LoRAs; low_memory: never more than one component
+    in memory, guidance's two halves one after the other, and large pictures decoded in tiles.
     """
 
     def __init__(
@@ -74,18 +78,24 @@ class StableDiffusion:
         loras: Sequence[str | Path | tuple[str | Path, float]] = (),
         embeddings: Sequence[str | Path | tuple[str | Path, str]] = (),
         refiner: Checkpoint | None = None,
+        quantize: int | None = None,
+        low_memory: bool = False,
     ):
         if compile not in COMPILE:
             raise UsageError(f"compile should be one of {', '.join(COMPILE)}, got {compile!r}")
+        if quantize not in (None, 4, 8):
+            raise UsageError(f"quantize should be 4 or 8 bits, got {quantize}")
         if refiner is not None and not (refiner.xl and checkpoint.xl):
             raise UsageError("a refiner goes with SDXL only; both models should be of that family")
         self.checkpoint = checkpoint
         self.dtype = dtype_of(dtype)
-        self.keep = keep
+        self.keep = keep and not low_memory
+        self.quantize, self.low_memory = quantize, low_memory
         self.compile = on_gpu() if compile == "auto" else compile == "on"
         self.budget = limit_memory(memory_limit)
         self.addons = Addons(checkpoint, loras, embeddings)
-        self.refiner = None if refiner is None else StableDiffusion(refiner, dtype, keep=keep, compile=compile)
+        shared = {"keep": keep, "compile": compile, "quantize": quantize, "low_memory": low_memory}
+        self.refiner = None if refiner is None else StableDiffusion(refiner, dtype, **shared)
         self._peak: dict[str, int] = {}
         self._parts: dict = {}
         self._started: set[str] = set()  # parts whose weights are still being read
@@ -173,6 +183,7 @@ class StableDiffusion:
                 beside=beside,
                 controlled=controls,
                 control_every_step=settings.control_every_step,
+                in_turn=self.low_memory,
             )
         steps = sample(denoiser, x, settings.cache, noise, keep)
         while True:
@@ -192,7 +203,8 @@ class StableDiffusion:
             Failure: a picture holds values that are not finite.
         """
         vae, dtype = self._part("vae"), self._dtype_of_part("vae")
-        in_tiles = tiled(vae_tiling, vae.config, latents.shape[1:3], dtype.size, self.budget)
+        tiling = "on" if self.low_memory and vae_tiling == "auto" else vae_tiling
+        in_tiles = tiled(tiling, vae.config, latents.shape[1:3], dtype.size, self.budget)
         images = []
         with self._clock("decode"):
             for i in range(len(latents)):
@@ -330,10 +342,10 @@ class StableDiffusion:
     def _encode(self, settings: Settings) -> tuple[Conditioning, float | None]:
         """The U-Net's inputs, and the guidance scale to apply to its outputs."""
         names = self.checkpoint.text_encoders
-        for name in (*names, "unet") if self.keep else names:
+        for name in () if self.low_memory else (*names, "unet") if self.keep else names:
             self._start(name)  # files are read while transformers, slow to import, makes the tokenizers
         tokenizers = [self._tokenizer(name.replace("text_encoder", "tokenizer")) for name in names]
-        encoders = [self._part(name) for name in names]
+        encoders = [partial(self._run_encoder, name) for name in names]
         guided = self._guided(settings)
         with self._clock("encode"):
             cond = encode(
@@ -344,14 +356,23 @@ class StableDiffusion:
                 size=(settings.height, settings.width),
                 zeros_for_none=bool(self.checkpoint.index.get("force_zeros_for_empty_prompt", True)),
                 refiner=self.checkpoint.refiner,
+                prompt_2=settings.prompt_2,
+                negative_2=settings.negative_prompt_2,
+                weighted=settings.prompt_weights,
+                long=settings.long_prompt,
             )
             if self.checkpoint.unet_config.time_cond_proj_dim is not None:
                 scale = mx.full((len(settings.prompts),), settings.guidance_scale)
                 cond = Conditioning(cond.context, cond.pooled, cond.time_ids, scale)
             mx.eval(cond.context, cond.pooled)
-        del encoders
-        self._release(*names)
         return cond, settings.guidance_scale if guided else None
+
+    def _run_encoder(self, name: str, ids: mx.array, **options) -> tuple[mx.array, mx.array]:
+        """A text encoder's output, after which it is not needed for this picture."""
+        output = self._part(name)(ids, **options)
+        mx.eval(output)
+        self._release(name)
+        return output
 
     def _controlled(self, control: Control) -> Controlled:
         key = _key(control)
@@ -378,8 +399,16 @@ class StableDiffusion:
             with self._clock("load"):
                 self._parts[name] = self.checkpoint.load(name, self._dtype_of_part(name))
                 self.addons.apply(self._parts[name], name)
+                if self.quantize is not None and name != "vae":
+                    self._quantize(name)
                 mx.async_eval(self._parts[name].parameters())
             self._started.add(name)
+
+    def _quantize(self, name: str) -> None:
+        module = self._parts[name]
+        if any(isinstance(layer, nn.QuantizedLinear) for layer in module.modules()):
+            raise UsageError(f"{self.checkpoint.source.where(name)} is quantized already; leave out --quantize")
+        quantize(module, self.quantize)
 
     def _tokenizer(self, name: str):
         if name not in self._parts:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from .blocks import Attention, Fixed
 from .cache_run import CacheRun, Call
 from .controlnet import Controlled, Controls
 from .policies import Caches
@@ -23,7 +24,8 @@ class Denoiser:
 
     What does not change from step to step is computed here, once: the prompt's keys and values, and the embeddings of
     all timesteps. predict: the U-Net's call, compiled perhaps. `beside`, (N, h, w, C'), is shown to the U-Net beside
-    the latents: an inpainting net's mask and masked picture.
+    the latents: an inpainting net's mask and masked picture. in_turn: run guidance's halves one after the other where
+    no cache looks at both.
     """
 
     def __init__(
@@ -37,34 +39,39 @@ class Denoiser:
         beside: mx.array | None = None,
         controlled: Sequence[Controlled] = (),
         control_every_step: bool = False,
+        in_turn: bool = False,
     ):
-        self.unet, self.predict = unet, unet if predict is None else predict
+        self.unet, self.predict, self.in_turn = unet, unet if predict is None else predict, in_turn
         self.plan, self.guidance_scale, self.beside = plan, guidance_scale, beside
         self.prompt = unet.prepare(cond)
         times = list(dict.fromkeys(step.here.t for step in plan.steps))
         self.temb = dict(zip(times, unet.time_embed(mx.array(times), self.prompt), strict=True))
         self.dtype = cond.context.dtype
         self.controls = Controls(controlled, cond, times, control_every_step)
-        self._conditional: tuple | None = None  # prompt and temb without the unconditional half, made when first needed
+        self._halves: dict[int, tuple] = {}  # prompt and temb of one half, made when first needed
 
     def __call__(self, x: mx.array, level: Level, run: CacheRun) -> Prediction:
         """x: (N, h, w, C) float32; run: knows what to reuse, and whether both halves of guidance are wanted."""
         both = run.begin_call(level.t)
         prompt, temb = self.prompt, self.temb
         if self.guidance_scale is not None and not both:
-            prompt, temb = self._conditional_half(len(x))
+            prompt, temb = self._half(len(x), 1)
         shown = x if self.beside is None else mx.concatenate([x, self.beside], axis=-1)
         batch = (mx.concatenate([shown, shown]) if both else shown).astype(self.dtype)
         features = run.reuse()
-        output, features = self.predict(
-            batch,
-            temb[level.t],
-            prompt,
-            branch=run.branch,
-            features=features,
-            residuals=self._residuals(batch[..., : x.shape[-1]], level.t, run, features),
-            attend=run.attend,
-        )
+        residuals = self._residuals(batch[..., : x.shape[-1]], level.t, run, features)
+        if self.in_turn and both and run.attend is Attention.__call__ and not callable(features):
+            output, features = self._in_turn(batch, level.t, run, features, residuals)
+        else:
+            output, features = self.predict(
+                batch,
+                temb[level.t],
+                prompt,
+                branch=run.branch,
+                features=features,
+                residuals=residuals,
+                attend=run.attend,
+            )
         run.finish(features)
         output = output.astype(mx.float32)
         if run.guidance is not None:
@@ -86,11 +93,35 @@ class Denoiser:
         run.residuals = residuals[: skip + 1]  # all that a cached step reads
         return residuals
 
-    def _conditional_half(self, pictures: int) -> tuple:
-        if self._conditional is None:
-            temb = {t: row[-pictures:] for t, row in self.temb.items()}
-            self._conditional = self.prompt.last(pictures), temb
-        return self._conditional
+    def _in_turn(self, batch: mx.array, t: float, run: CacheRun, features: Fixed | None, residuals: list[mx.array]):
+        """Guidance's two halves one after the other, each done before the next begins: half the memory."""
+        pictures, outputs = len(batch) // 2, []
+        for half in (0, 1):
+            rows = slice(half * pictures, (half + 1) * pictures)
+            prompt, temb = self._half(pictures, half)
+            own = None if features is None else Fixed(*(part[rows] for part in features))
+            outputs.append(
+                self.predict(
+                    batch[rows],
+                    temb[t],
+                    prompt,
+                    branch=run.branch,
+                    features=own,
+                    residuals=[r[rows] for r in residuals],
+                )
+            )
+            mx.eval(outputs[-1])
+        (first, its_features), (second, other_features) = outputs
+        kept = (mx.concatenate(parts) for parts in zip(its_features, other_features, strict=True))
+        return mx.concatenate([first, second]), Fixed(*kept) if features is None else features
+
+    def _half(self, pictures: int, half: int) -> tuple:
+        """Prompt and time embeddings of guidance's first or second half of the batch."""
+        if half not in self._halves:
+            rows = slice(half * pictures, (half + 1) * pictures)
+            temb = {t: row[rows] if len(row) > 1 else row for t, row in self.temb.items()}
+            self._halves[half] = self.prompt.rows(rows), temb
+        return self._halves[half]
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,10 @@ class Settings:
     cache: Caches
     plan: Plan
     vae_tiling: str
+    prompt_2: str | None = None
+    negative_prompt_2: str | None = None
+    prompt_weights: bool = True
+    long_prompt: bool = False
     source: Source | None = None
     strength: float | None = None
     fit: str | None = None
@@ -78,6 +82,10 @@ def settings_for(
     cache_interval: int | None = None,
     cache_branch: int = 0,
     vae_tiling: str = "auto",
+    prompt_2: str | None = None,
+    negative_prompt_2: str | None = None,
+    prompt_weights: bool = True,
+    long_prompt: bool = False,
     image: Path | str | Image | None = None,
     mask: Path | str | Image | None = None,
     strength: float | None = None,
@@ -96,6 +104,9 @@ def settings_for(
     steps and for a few-step model (see `fewstep`); cache: policies in place of that default, as values or as text, see
     `policies` and `policy_text.parse`; cache_interval and cache_branch join them; vae_tiling: auto (when memory is
     short), on or off.
+
+    prompt_2, negative_prompt_2: what SDXL's second text encoder reads in place of the others; prompt_weights: read
+    (word:1.3) and [word], see `emphasis`; long_prompt: use all of a prompt of more than 75 tokens.
 
     image: a picture to start from, a file or Pillow's; the default size is then its own, see `pictures.size_for`;
     mask: white where it should change; strength: how much to change, in (0, 1]: the share of the steps that is run,
@@ -146,6 +157,8 @@ def settings_for(
         raise UsageError(f"rng should be one of {', '.join(GENERATORS)}, got {rng!r}")
     if vae_tiling not in TILINGS:
         raise UsageError(f"vae_tiling should be one of {', '.join(TILINGS)}, got {vae_tiling!r}")
+    if not checkpoint.xl and not (prompt_2 is None and negative_prompt_2 is None):
+        raise UsageError("a second prompt is for SDXL's second text encoder, and this model has only one")
     if not seeds:
         raise UsageError("at least one seed is needed, one a picture")
     scale = checkpoint.guidance_scale if guidance_scale is None else guidance_scale
@@ -181,6 +194,10 @@ def settings_for(
         caches,
         plan,
         vae_tiling,
+        prompt_2,
+        negative_prompt_2,
+        prompt_weights,
+        long_prompt,
         None if image is None else source(image, mask, height, width, fit or FITS[0]),
         strength,
         None if image is None and not controls else fit or FITS[0],

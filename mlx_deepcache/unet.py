@@ -59,10 +59,10 @@ class Prepared(NamedTuple):
     added: mx.array | None
     guidance: mx.array | None
 
-    def last(self, n: int) -> Prepared:
-        """The same for the last n pictures of the batch."""
+    def rows(self, rows: slice) -> Prepared:
+        """The same for some of the pictures of the batch."""
         parts = [self.down, self.mid, self.up, self.added, self.guidance]
-        return Prepared(*(None if part is None else tree_map(lambda array: array[-n:], part) for part in parts))
+        return Prepared(*(None if part is None else tree_map(lambda array: array[rows], part) for part in parts))
 
 
 @dataclass(frozen=True)
