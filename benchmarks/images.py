@@ -47,6 +47,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--batches", type=numbers, default=[1], metavar="N,..", help="pictures at once (1)")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--dtype", choices=["auto", "float16", "bfloat16", "float32"], default="auto")
+    parser.add_argument("--intervals", type=numbers, metavar="N,..", help="of the table's rows, only these (1,3,5)")
     parser.add_argument("--against", choices=["torch"], help="compare with diffusers and DeepCache")
     parser.add_argument("--repeats", type=int, default=3, metavar="R", help="median of R (3)")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -72,15 +73,24 @@ def random_ids(text: str, vocabulary: int = 49408) -> list[int]:
     return [vocabulary - 2, *ids.tolist(), vocabulary - 1]
 
 
-def ours(config: str, dtype: str):
-    """Our pipeline, keeping each phase's seconds and peak memory."""
+def ours(config: str, dtype: str, **options):
+    """Our pipeline, keeping each phase's seconds and peak memory; options: the pipeline's."""
     from mlx_deepcache import StableDiffusion
     from mlx_deepcache.checkpoint import Checkpoint
     from mlx_deepcache.config import UNetConfig, VAEConfig
     from mlx_deepcache.schedulers import NoiseSchedule
 
+    class Nowhere:
+        """A checkpoint's source without files."""
+
+        def __init__(self):
+            self.path, self.index = Path(config), {}
+
+        def config(self, name):
+            return models.SCHEDULER if name == "scheduler" else models.TEXT_ENCODERS[config][name]
+
     class RandomCheckpoint(Checkpoint):
-        """Without a folder: the published architectures, filled with random weights."""
+        """The published architectures, filled with random weights."""
 
         def schedule(self, name):
             return NoiseSchedule(models.SCHEDULER, name)
@@ -117,8 +127,8 @@ def ours(config: str, dtype: str):
         checkpoint = Checkpoint.open(None)
     else:
         unet, vae = UNetConfig.from_dict(models.UNETS[config]), VAEConfig.from_dict(models.VAES[config])
-        checkpoint = RandomCheckpoint(Path(config), {}, unet, vae)
-    return Measured(checkpoint, dtype)
+        checkpoint = RandomCheckpoint(Nowhere(), unet, vae)
+    return Measured(checkpoint, dtype, **options)
 
 
 # PyTorch
@@ -234,14 +244,14 @@ class Theirs:
 # The table
 
 
-def measure(sides: list, size: int, batch: int, steps: int, repeats: int) -> list[dict]:
+def measure(sides: list, variants: dict, size: int, batch: int, steps: int, repeats: int) -> list[dict]:
     """A row for each variant and framework; the frameworks take turns, variant by variant, `repeats` times."""
-    for branch in {branch for _, branch in VARIANTS.values()}:
+    for branch in {branch for _, branch in variants.values()}:
         for side in sides:
             side.picture(size, batch, 2, 2, branch)  # warm up: a full and a cached step
-    runs = {(variant, side.name): [] for variant in VARIANTS for side in sides}
+    runs = {(variant, side.name): [] for variant in variants for side in sides}
     for _ in range(repeats):
-        for variant, (interval, branch) in VARIANTS.items():
+        for variant, (interval, branch) in variants.items():
             for side in sides:
                 runs[variant, side.name].append(side.picture(size, batch, steps, interval, branch))
     rows = [
@@ -303,10 +313,12 @@ def main(argv=None) -> None:
         f"{args.config}, {header(about)}" + (f"; PyTorch on {about['torch_device']}" if args.against else ""),
         flush=True,
     )
+    kept = {1, *(args.intervals or (3, 5))}
+    variants = {name: row for name, row in VARIANTS.items() if row[0] in kept}
     rows = []
     for size in args.sizes or [pipe.checkpoint.native_size[0]]:
         for batch in args.batches:
-            made = measure(sides, size, batch, args.steps, args.repeats)
+            made = measure(sides, variants, size, batch, args.steps, args.repeats)
             show(made, args.repeats)
             rows += made
     write_json(args.json, about | {"config": args.config, "repeats": args.repeats, "rows": rows})

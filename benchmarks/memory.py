@@ -1,0 +1,69 @@
+"""Peak memory of one picture by phase, for each way to save some: what fits into which machine.
+
+python benchmarks/memory.py --config sd15 --size 256
+
+Random weights at real size. A phase's peak is MLX's own count, weights and all. "kept" is the pipeline as Python users
+have it, with every component kept loaded; "freed" is what generate.py does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import images, models
+from benchmarks.timing import header, machine, write_json
+
+WAYS = {
+    "kept": {},
+    "freed": {"keep": False},
+    "low memory": {"low_memory": True},
+    "low memory, 8 bits": {"low_memory": True, "quantize": 8},
+    "low memory, 4 bits": {"low_memory": True, "quantize": 4},
+}
+PHASES = ("load", "encode", "denoise", "decode")
+
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", choices=list(models.UNETS), default="sd15")
+    parser.add_argument("--size", type=int, default=512, metavar="PX")
+    parser.add_argument("--dtype", choices=["auto", "float16", "bfloat16", "float32"], default="auto")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    args = parse(argv)
+    import mlx.core as mx
+
+    rows = []
+    for way, options in WAYS.items():
+        pipe = images.ours(args.config, args.dtype, **options)
+        result = pipe(
+            "a picture",
+            steps=2,
+            height=args.size,
+            width=args.size,
+            scheduler="ddim",
+            cache_interval=2,
+            guidance_scale=5,
+        )
+        dtype, peak = str(pipe.dtype).removeprefix("mlx.core."), result.stats["peak_memory_bytes_by_phase"]
+        rows.append({"way": way, "peak_bytes": peak})
+        if len(rows) == 1:
+            about = machine(dtype)
+            print(f"{args.config}, {args.size} px; {header(about)}\nGB{'':19}" + "".join(f"{p:>9}" for p in PHASES))
+        print(f"{way:20} " + "".join(f"{peak[phase] / 1e9:9.2f}" for phase in PHASES), flush=True)
+        del pipe, result
+        gc.collect()
+        mx.clear_cache()
+    write_json(args.json, about | {"config": args.config, "size": args.size, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
