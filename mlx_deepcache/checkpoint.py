@@ -14,8 +14,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from . import weights
+from .autoencoders import OtherVAE, vae_config, vae_module
 from .clip import CLIPTextModel
-from .config import CLIPConfig, UNetConfig, VAEConfig, read_json
+from .config import CLIPConfig, TinyVAEConfig, UNetConfig, VAEConfig, read_json
 from .controlnet import ControlNetConfig, ControlNetModel
 from .errors import CheckpointError, Failure, UsageError
 from .fewstep import FewStep, few_step
@@ -23,7 +24,6 @@ from .hub import find
 from .schedulers import NoiseSchedule
 from .sources import Folder, Source, find_source
 from .unet import UNet2DConditionModel
-from .vae import AutoencoderKL
 
 BUNDLED = Path(__file__).parent / "models" / "emoji"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -44,14 +44,16 @@ class Checkpoint:
 
     source: Source
     unet_config: UNetConfig
-    vae_config: VAEConfig
+    vae_config: VAEConfig | TinyVAEConfig
     name_or_path: str | None = None  # what the U-Net's config says that it was loaded from
 
     @classmethod
-    def open(cls, model: str | None, *, half: bool = False, prediction_type: str | None = None) -> Checkpoint:
+    def open(
+        cls, model: str | None, *, half: bool = False, prediction_type: str | None = None, vae: str | None = None
+    ) -> Checkpoint:
         """Find a model (see `hub.find`; None is the bundled one) and read what it is, without its weights.
 
-        prediction_type: `epsilon` or `v_prediction`, if not what the model says of itself.
+        prediction_type: `epsilon` or `v_prediction`, if not what the model says of itself; vae: see `OtherVAE.open`.
 
         Raises:
             CheckpointError: it cannot be found, is no checkpoint, or is of a kind that is not supported.
@@ -72,13 +74,16 @@ class Checkpoint:
             source.require(name)
         described = source.config("unet")
         unet = UNetConfig.from_dict(described)
-        vae = VAEConfig.from_dict(source.config("vae"))
-        if unet.in_channels not in (vae.latent_channels, 2 * vae.latent_channels + 1):
+        own = vae_config(source.config("vae"))
+        if vae is not None:
+            source = OtherVAE.open(vae, own, half=half).beside(source)
+        latents = vae_config(source.config("vae"))
+        if unet.in_channels not in (latents.latent_channels, 2 * latents.latent_channels + 1):
             raise CheckpointError(
-                f"the U-Net reads {unet.in_channels} channels where the VAE's latents have {vae.latent_channels}; "
+                f"the U-Net reads {unet.in_channels} channels where the VAE's latents have {latents.latent_channels}; "
                 "of variants with further inputs only inpainting is supported, with a mask and a second picture"
             )
-        return cls(source, unet, vae, described.get("_name_or_path"))
+        return cls(source, unet, latents, described.get("_name_or_path"))
 
     @property
     def index(self) -> dict:
@@ -156,7 +161,7 @@ class Checkpoint:
         if name == "unet":
             return UNet2DConditionModel(self.unet_config)
         if name == "vae":
-            return AutoencoderKL(self.vae_config)
+            return vae_module(self.vae_config)
         return CLIPTextModel(CLIPConfig.from_dict(self.source.config(name)))
 
     def load(self, name: str, dtype: mx.Dtype | None) -> nn.Module:

@@ -236,6 +236,49 @@ class VAEConfig:
 
 
 @dataclass(frozen=True)
+class TinyVAEConfig:
+    """AutoencoderTiny's config.json (TAESD). `latent_magnitude` and `latent_shift` are for storing latents as bytes, which
+    nothing here does."""
+
+    encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
+    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    act_fn: str = "relu"
+    upsampling_scaling_factor: int = 2
+    scaling_factor: float = 1.0
+    shift_factor: float | None = 0.0
+    force_upcast: bool = False
+
+    @classmethod
+    def from_dict(cls, data: dict) -> TinyVAEConfig:
+        """Raises CheckpointError for a value that this VAE cannot honour."""
+        config = _build(cls, data, {"act_fn": ("relu",), "upsample_fn": ("nearest",)})
+        for kind in ("encoder", "decoder"):
+            per_level(getattr(config, f"num_{kind}_blocks"), len(getattr(config, f"{kind}_block_out_channels")), kind)
+            if len(set(getattr(config, f"{kind}_block_out_channels"))) > 1:
+                raise CheckpointError(f"{kind}_block_out_channels should all be equal in an AutoencoderTiny")
+        if 2 ** (len(config.num_encoder_blocks) - 1) != config.factor:
+            raise CheckpointError("an AutoencoderTiny's encoder and decoder should scale by the same factor")
+        if not config.scaling_factor:
+            raise CheckpointError("scaling_factor = 0 is not supported in a VAE")
+        return config
+
+    @property
+    def block_out_channels(self) -> tuple[int, ...]:
+        """The decoder's, by the name that AutoencoderKL's config has for them."""
+        return self.decoder_block_out_channels
+
+    @property
+    def factor(self) -> int:
+        """Pixels along one side of a latent."""
+        return self.upsampling_scaling_factor ** (len(self.decoder_block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
 class CLIPConfig:
     """CLIPTextModel's (or CLIPTextModelWithProjection's) config.json."""
 

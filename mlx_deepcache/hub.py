@@ -69,8 +69,11 @@ def _download(repository: str, revision: str | None, half: bool, components: tup
         if constants.HF_HUB_OFFLINE:
             return Path(hub.snapshot_download(repository, revision=revision, local_files_only=True))
         files = [file.rfilename for file in hub.model_info(repository, revision=revision, timeout=10).siblings]
+        if components == ("",) and "config.json" not in files and "vae/config.json" in files:
+            components = ("vae",)  # of a whole model, this one is of use by itself
         weights = [f for name in components for f in _wanted(repository, name, files, half)]
-        patterns = ["config.json", *weights] if components == ("",) else [*_CONFIGS, *_TOKENIZERS, *weights]
+        configs = _CONFIGS + _TOKENIZERS if components == COMPONENTS else [str(Path(components[0], "config.json"))]
+        patterns = [*configs, *weights]
         return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except CheckpointError:
         raise

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from .errors import Failure
@@ -74,10 +76,61 @@ def save_png(file: Path, image: np.ndarray, settings: dict | None) -> None:
         info = PngInfo()
         info.add_itxt("parameters", parameters_text(settings))
         info.add_itxt(JSON_KEY, json.dumps(settings, ensure_ascii=False))
+    write_image(file, image, pnginfo=info)
+
+
+def write_image(file: Path, image: np.ndarray, **options) -> None:
+    """Write (H, W, 3) uint8 as PNG, whole or not at all; options: Pillow's.
+
+    Raises:
+        Failure: the file cannot be written.
+    """
     temporary = file.with_name(f".{os.getpid()}.part")  # a short name, however long the file's own is
     try:
-        Image.fromarray(image).save(temporary, format="PNG", pnginfo=info)
+        Image.fromarray(image).save(temporary, format="PNG", **options)
         os.replace(temporary, file)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise Failure(f"cannot write {file}: {error.strerror or error}") from None
+
+
+def side_by_side(images: Sequence[np.ndarray], columns: int | None = None) -> np.ndarray:
+    """Pictures (H, W, 3) of one size as one picture, row by row; columns: all, unless given; a last row's rest is
+    white."""
+    columns = columns or len(images)
+    rows = -(-len(images) // columns)
+    height, width, _ = images[0].shape
+    sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        y, x = i // columns * height, i % columns * width
+        sheet[y : y + height, x : x + width] = image
+    return sheet
+
+
+def grid(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures as one picture, about as many columns as rows."""
+    return side_by_side(images, math.ceil(math.sqrt(len(images))))
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two pictures in 0-255, in dB; infinite for equal ones."""
+    mse = np.mean((one.astype(np.float64) - other) ** 2)
+    return math.inf if mse == 0 else 10 * math.log10(255**2 / mse)
+
+
+def captioned(image: np.ndarray, lines: Sequence[str]) -> np.ndarray:
+    """A picture with lines of text under it, as large as its width allows, in Pillow's own font."""
+    height, width, _ = image.shape
+    size = max(8, min(20, width // 24))
+    while True:
+        font = ImageFont.load_default(size)
+        if size <= 6 or max(font.getlength(line) for line in lines) <= width - 8:
+            break
+        size -= 1
+    step = round(size * 1.4)
+    sheet = Image.new("RGB", (width, height + step * len(lines) + 6), "white")
+    sheet.paste(Image.fromarray(image), (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    for i, line in enumerate(lines):
+        draw.text((4, height + 3 + i * step), line, fill="black", font=font)
+    return np.asarray(sheet)

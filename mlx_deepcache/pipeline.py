@@ -109,11 +109,13 @@ class StableDiffusion:
         *,
         prediction_type: str | None = None,
         refiner: str | None = None,
+        vae: str | None = None,
         **options,
     ) -> StableDiffusion:
         """model: a folder, a single file, a hub id, one of `hub.SHORT_NAMES`, or None for the bundled model; dtype:
         auto, float16, bfloat16 or float32; prediction_type: epsilon or v_prediction, if not what the model says;
-        refiner: the same as model; options: as for the class.
+        refiner: the same as model; vae: one in place of the model's own, a folder or hub id of an AutoencoderKL or
+        AutoencoderTiny, or of a model that has one; options: as for the class.
 
         Raises:
             CheckpointError: the model cannot be found or is not supported, or a LoRA or embedding does not fit it.
@@ -121,7 +123,7 @@ class StableDiffusion:
         """
         half = dtype_of(dtype) == mx.float16
         second = None if refiner is None else Checkpoint.open(refiner, half=half)
-        first = Checkpoint.open(model, half=half, prediction_type=prediction_type)
+        first = Checkpoint.open(model, half=half, prediction_type=prediction_type, vae=vae)
         return cls(first, dtype, refiner=second, **options)
 
     @property
