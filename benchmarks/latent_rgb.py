@@ -17,7 +17,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import benchmarks  # noqa: F401  (before MLX)
 
-PROMPTS = ["a red apple", "a rocket", "a panda", "a sunflower", "a castle", "a whale", "a banana", "a rainbow", "a tree"]
+PROMPTS = [
+    "a red apple",
+    "a rocket",
+    "a panda",
+    "a sunflower",
+    "a castle",
+    "a whale",
+    "a banana",
+    "a rainbow",
+    "a tree",
+]
 
 
 def main() -> None:

@@ -64,6 +64,8 @@ def _run(
 def _generate(args: argparse.Namespace) -> None:
     import mlx.core as mx
 
+    from .comparison import check_comparable, comparison, without_cache
+    from .images import grid, write_image
     from .pipeline import StableDiffusion
     from .schedulers import SCHEDULERS
     from .settings import FEWEST_STEPS_TO_CACHE
@@ -78,7 +80,8 @@ def _generate(args: argparse.Namespace) -> None:
     if args.output.suffix.lower() != ".png":
         raise UsageError(f"--output should end in .png, got {str(args.output)!r}")
     written = {}
-    for flag, file in (("--output", args.output), ("--save-latents", args.save_latents), ("--stats", args.stats)):
+    for flag in ("--output", "--save-latents", "--stats", "--preview"):
+        file = getattr(args, flag[2:].replace("-", "_"))
         if file is not None:
             _check_writable(file)
             if (other := written.setdefault(file.resolve(), flag)) != flag:
@@ -100,6 +103,7 @@ def _generate(args: argparse.Namespace) -> None:
         loras=args.lora,
         embeddings=args.embedding,
         refiner=args.refiner,
+        vae=args.vae,
     )
 
     latents, n, height, width = None, args.num_images or len(args.seed), args.height, args.width
@@ -150,24 +154,42 @@ def _generate(args: argparse.Namespace) -> None:
 
     n *= len(prompts)
     names = [args.output] if n == 1 else [args.output.with_stem(f"{args.output.stem}-{i}") for i in range(1, n + 1)]
-    for file in names:
+    sheets = {kind: args.output.with_stem(f"{args.output.stem}-{kind}") for kind in ("grid", "compare")}
+    for file in [*names, *(file for kind, file in sheets.items() if getattr(args, kind))]:
         _check_writable(file)
+    if args.grid and n == 1:
+        raise UsageError("--grid shows several pictures, and this draws one; see --num-images")
+    if args.compare:
+        check_comparable(settings)
+    watch = _watcher(args, pipe)
     for checkpoint in pipe.checkpoints:
         checkpoint.check_files()
 
-    files, finals, stats = iter(names), [], []
-    for part, settings in batches:
-        final, report = _draw(args, pipe, settings, None if latents is None else latents[part], files, say)
+    files, finals, stats, images, uncached = iter(names), [], [], [], []
+    for number, (part, settings) in enumerate(batches, 1):
+        start = None if latents is None else latents[part]
+        watch.begin(f"{number}-" if len(batches) > 1 else "")
+        final, drawn, report = _draw(args, pipe, settings, start, files, watch, say)
         finals.append(final)
         stats.append(report)
+        images.extend(drawn)
+        if args.compare:
+            uncached.append(without_cache(pipe, settings, start))
+    if args.grid:
+        write_image(sheets["grid"], grid(images))
+        say(f"wrote {sheets['grid']}")
+    if args.compare:
+        seconds = sum(report["seconds"]["denoise"] for report in stats)
+        write_image(sheets["compare"], comparison(settings.cache, images, seconds, uncached))
+        say(f"wrote {sheets['compare']}")
     if args.save_latents is not None:
         write_latents(args.save_latents, mx.concatenate(finals))
     if args.stats is not None:
         _write_text(args.stats, json.dumps(stats[0] if len(stats) == 1 else stats, indent=2) + "\n")
 
 
-def _draw(args, pipe, settings, latents, files: Iterator[Path], say: Callable[[str], None]):
-    """Draw one batch and write its pictures; returns the final latents and what it cost."""
+def _draw(args, pipe, settings, latents, files: Iterator[Path], watch, say: Callable[[str], None]):
+    """Draw one batch and write its pictures; returns the final latents, the pictures, and what they cost."""
     from tqdm import tqdm
 
     from .images import save_png
@@ -177,6 +199,7 @@ def _draw(args, pipe, settings, latents, files: Iterator[Path], say: Callable[[s
     with tqdm(total=sum(len(plan.steps) for plan in plans), disable=args.quiet, unit="step") as bar:
         for progress in pipe.denoise(settings, latents):
             steps.append(progress)
+            watch(progress)
             bar.set_postfix_str("full" if progress.full else "cached", refresh=False)
             bar.update()
     final = steps[-1].latents
@@ -196,7 +219,7 @@ def _draw(args, pipe, settings, latents, files: Iterator[Path], say: Callable[[s
         ", ".join(f"{phase} {seconds[phase]:.2f} s" for phase in seconds)
         + f", peak memory {stats['peak_memory_bytes'] / 2**20:,.0f} MiB"
     )
-    return final, stats
+    return final, images, stats
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
@@ -212,6 +235,23 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if not (lines := [line.strip() for line in text.splitlines() if line.strip()]):
         raise Failure(f"{args.prompt_file} has no prompts; expected one a line")
     return lines
+
+
+def _watcher(args: argparse.Namespace, pipe):
+    """What shows each step, as the flags want it; makes the folder for the pictures of single steps."""
+    from .preview import Watcher, latent_rgb, make_folder, through
+
+    if args.preview is None and args.save_steps is None:
+        if args.preview_vae is not None:
+            raise UsageError("--preview-vae is for --preview and --save-steps; --vae decodes the picture itself")
+        return Watcher(None)
+    if args.preview is not None and args.preview.suffix.lower() != ".png":
+        raise UsageError(f"--preview should end in .png, got {str(args.preview)!r}")
+    decode = latent_rgb(pipe.checkpoint) if args.preview_vae is None else through(*pipe.other_vae(args.preview_vae))
+    if args.save_steps is not None:
+        make_folder(args.save_steps)
+        _check_writable(args.save_steps / "step-001.png")
+    return Watcher(decode, args.preview, args.save_steps)
 
 
 def _controls(args: argparse.Namespace) -> list:
@@ -268,6 +308,7 @@ def _metadata(args: argparse.Namespace, settings, pipe, prompt: str, seed: int) 
         ],
         "control_every_step": settings.control_every_step,
         "refiner": args.refiner,
+        "vae": args.vae,
         "refiner_start": settings.refiner_start,
         "version": f"mlx_deepcache {__version__}",
     }

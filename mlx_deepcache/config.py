@@ -237,8 +237,8 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class TinyVAEConfig:
-    """AutoencoderTiny's config.json (TAESD). `latent_magnitude` and `latent_shift` are for storing latents as bytes, which
-    nothing here does."""
+    """AutoencoderTiny's config.json (TAESD). `latent_magnitude` and `latent_shift` are for storing latents as bytes,
+    which nothing here does."""
 
     encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
     decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)

@@ -119,16 +119,15 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def captioned(image: np.ndarray, lines: Sequence[str]) -> np.ndarray:
-    """A picture with lines of text under it, as large as its width allows, in Pillow's own font."""
+    """A picture with lines of text under it, in Pillow's own font, of a size that its width allows if it can."""
     height, width, _ = image.shape
-    size = max(8, min(20, width // 24))
-    while True:
+    for size in range(20, 8, -1):
         font = ImageFont.load_default(size)
-        if size <= 6 or max(font.getlength(line) for line in lines) <= width - 8:
+        room = 8 + math.ceil(max(font.getlength(line) for line in lines))
+        if room <= width:
             break
-        size -= 1
     step = round(size * 1.4)
-    sheet = Image.new("RGB", (width, height + step * len(lines) + 6), "white")
+    sheet = Image.new("RGB", (max(width, room), height + step * len(lines) + 6), "white")
     sheet.paste(Image.fromarray(image), (0, 0))
     draw = ImageDraw.Draw(sheet)
     for i, line in enumerate(lines):

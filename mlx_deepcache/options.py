@@ -45,6 +45,12 @@ def generate_parser() -> argparse.ArgumentParser:
         "model that comes with the package",
     )
     what.add_argument(
+        "--vae",
+        metavar="M",
+        help="decode with another VAE: a folder or hub id of one (AutoencoderKL or AutoencoderTiny, that is TAESD), or "
+        "of a model that has one",
+    )
+    what.add_argument(
         "--lora",
         action="append",
         type=file_and_scale,
@@ -166,6 +172,19 @@ def generate_parser() -> argparse.ArgumentParser:
         metavar="NAME[:key=value,...]",
         help="a caching policy in place of the default one; give the flag again to combine several, and "
         "--cache-interval for plain DeepCache beside them; `--cache list` explains each",
+    )
+
+    watch = parser.add_argument_group("see it happen")
+    watch.add_argument("--preview", type=Path, metavar="FILE.png", help="rewrite this picture after every step")
+    watch.add_argument("--save-steps", type=Path, metavar="DIR", help="one picture a step: step-001.png, ...")
+    watch.add_argument(
+        "--preview-vae", metavar="M", help="a small VAE such as madebyollin/taesd for both; default: colours only"
+    )
+    watch.add_argument("--grid", action="store_true", help="also all pictures in one, OUTPUT-grid.png")
+    watch.add_argument(
+        "--compare",
+        action="store_true",
+        help="draw everything again without the cache: both side by side, PSNR and times, OUTPUT-compare.png",
     )
 
     files = parser.add_argument_group("files")

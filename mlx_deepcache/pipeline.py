@@ -24,6 +24,7 @@ from PIL import Image
 
 from . import __version__
 from .addons import Addons
+from .autoencoders import OtherVAE
 from .checkpoint import Checkpoint, load_controlnet
 from .controlnet import Controlled
 from .errors import Failure, UsageError
@@ -135,6 +136,12 @@ class StableDiffusion:
         """What to draw and how, complete and checked: see `settings_for`, which takes the same options."""
         refiner = None if self.refiner is None else self.refiner.checkpoint
         return settings_for(self.checkpoint, prompt, refiner=refiner, **options)
+
+    def other_vae(self, model: str) -> tuple[nn.Module, mx.Dtype]:
+        """A VAE that fits the model's latents, for previews, and the type to give it (see `OtherVAE.open`)."""
+        other = OtherVAE.open(model, self.checkpoint.vae_config, half=self.dtype == mx.float16)
+        dtype = mx.float32 if self.checkpoint.xl and other.config.force_upcast else self.dtype
+        return other.load(dtype), dtype
 
     def denoise(self, settings: Settings, latents: mx.array | None = None) -> Iterator[Progress]:
         """Draw, up to the latents: yields after every step; stop iterating to cancel.

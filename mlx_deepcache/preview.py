@@ -16,7 +16,9 @@ from .errors import CheckpointError, Failure
 from .images import side_by_side, to_uint8, write_image
 from .sampler import Progress
 
-INDEX_KEY = "latent_rgb"  # in model_index.json: {"factors": a row of red, green, blue for each channel, "bias": one row}
+INDEX_KEY = (
+    "latent_rgb"  # in model_index.json: {"factors": a row of red, green, blue for each channel, "bias": one row}
+)
 
 Decode = Callable[[mx.array], np.ndarray]
 """Latents (N, h, w, C), which have been computed, -> pictures (N, H, W, 3) in 0-255."""
@@ -98,16 +100,25 @@ def through(vae: nn.Module, dtype: mx.Dtype) -> Decode:
 class Watcher:
     """Writes the picture so far after each step: to one file, over and over, or to one file a step.
 
-    file: rewritten whole, never half; folder: gets step-001.png, step-002.png, ... Several pictures lie side by side.
+    decode: None if nothing is to be written; file: rewritten whole, never half; folder: gets step-001.png,
+    step-002.png, ... Several pictures lie side by side.
     """
 
-    def __init__(self, decode: Decode, file: Path | None = None, folder: Path | None = None):
+    def __init__(self, decode: Decode | None, file: Path | None = None, folder: Path | None = None):
         self.decode, self.file, self.folder = decode, file, folder
+        self.begin()
+
+    def begin(self, prefix: str = "") -> None:
+        """Other pictures come now: number their steps from 1, in files whose names start with `prefix`."""
+        self.prefix, self.steps = prefix, 0
 
     def __call__(self, progress: Progress) -> None:
         """Raises Failure if a file cannot be written."""
+        if self.decode is None:
+            return
+        self.steps += 1
         image = side_by_side(list(self.decode(progress.denoised)))
-        files = [self.file, self.folder and self.folder / f"step-{progress.index + 1:03}.png"]
+        files = [self.file, self.folder and self.folder / f"{self.prefix}step-{self.steps:03}.png"]
         for file in filter(None, files):
             write_image(file, image, compress_level=1)  # speed counts here
 

@@ -129,13 +129,15 @@ class Progress:
     """A step that has been taken.
 
     index: its number; full: whether the whole U-Net ran; work: its U-Net calls (Heun makes two); latents: (N, h, w, C)
-    after it; cache_bytes: what each cache remembers; change: that an adaptive cache saw, where it decided.
+    after it; denoised: the clean latents that the U-Net expected on the way; cache_bytes: what each cache remembers;
+    change: that an adaptive cache saw, where it decided.
     """
 
     index: int
     full: bool
     work: tuple[Call, ...]
     latents: mx.array
+    denoised: mx.array
     cache_bytes: dict[str, int]
     change: float | None = None
 
@@ -163,23 +165,26 @@ def sample(
     run = CacheRun(cache, plan, len(x), denoiser.guidance_scale)
 
     def denoise(x: mx.array, level: Level) -> Prediction:
+        nonlocal denoised
         if keep is not None and run.calls:  # Heun's second call
             x = keep(x, level)
-        return denoiser(x, level, run)
+        prediction = denoiser(x, level, run)
+        denoised = prediction.x0
+        return prediction
 
-    history, last = None, None
+    history, last, denoised = None, None, None
     for index, step in enumerate(plan.steps):
         run.begin_step(index)
         x, history = plan.solver(denoise, x, step, history, noise)
         if keep is not None:
             x = keep(x, plan.steps[index + 1].here if index + 1 < len(plan.steps) else CLEAN)
         kept = run.arrays
-        mx.async_eval(x, kept)  # the device starts on this step while the one before is reported
+        mx.async_eval(x, denoised, kept)  # the device starts on this step while the one before is reported
         if last is not None:
             mx.eval(last.latents)
             yield last
         sizes = {name: sum(array.nbytes for array in arrays) for name, arrays in kept.items()}
         full = any(call.full for call in run.calls)
-        last = Progress(index, full, tuple(run.calls), x, sizes, run.change)
+        last = Progress(index, full, tuple(run.calls), x, denoised, sizes, run.change)
     mx.eval(last.latents)
     yield last

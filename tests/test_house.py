@@ -21,6 +21,7 @@ FLOORS = [
     {"checkpoint"},
     {"settings", "options", "addons", "preview"},
     {"pipeline"},
+    {"comparison"},
     {"cli"},
 ]
 ROOM = Path(mlx_deepcache.__file__).parent
