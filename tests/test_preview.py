@@ -185,3 +185,18 @@ def test_refused(draw, capfd, flags, code, words):
     assert len(lines) == 1
     assert words in lines[0]
     assert os.listdir() == []
+
+
+def test_several_batches(draw, checkpoint):
+    """A prompt file's pictures each have steps of their own, and one grid and one comparison show them all."""
+    Path("prompts").write_text("a cat\na dog\n")
+    flags = ["--model", checkpoint("sd15"), "--prompt-file", "prompts", *SMALL, "--steps", 2, "--cache-interval", 2]
+    flags += ["--save-steps", "steps", "--grid", "--compare"]
+    assert main_generate([str(flag) for flag in flags]) == 0
+    assert sorted(os.listdir("steps")) == [
+        f"{b}-step-00{i}.png" for b in (1, 2) for i in (1, 2, 3)
+    ]  # PLMS takes one more
+    assert pixels("out-grid.png").shape == (64, 128, 3)
+    sheet = pixels("out-compare.png")
+    assert np.array_equal(sheet[:64, :64], pixels("out-1.png"))
+    assert np.array_equal(sheet[64:128, :64], pixels("out-2.png"))
