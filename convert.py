@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Convert a checkpoint: python convert.py --model owner/name --output DIR"""
 
 import sys

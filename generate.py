@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Draw a picture: python generate.py --prompt "a red apple" --cache-interval 3"""
 
 import sys

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The two commands: `generate.py` draws, `convert.py` writes a checkpoint in MLX's layout."""
 
 from __future__ import annotations
@@ -10,24 +11,27 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from . import FAST_BLAS, __version__
-from .errors import Failure, UsageError
+from . import FAST_BLAS
+from .errors import CheckpointError, Failure, UsageError
 from .host import HINT
 from .options import convert_parser, generate_parser
+from .parsing import complete
 
 
 def main_generate(argv: list[str] | None = None) -> int:
     """generate.py; returns its exit code."""
-    return _run(_generate, generate_parser, argv)
+    return _run(_generate, _generate_flags, argv)
 
 
 def main_convert(argv: list[str] | None = None) -> int:
     """convert.py; returns its exit code."""
-    return _run(_convert, convert_parser, argv)
+    return _run(_convert, _convert_flags, argv)
 
 
 def _run(
-    command: Callable[[argparse.Namespace], None], parser: Callable[[], argparse.ArgumentParser], argv: list[str] | None
+    command: Callable[[argparse.Namespace], None],
+    flags: Callable[[list[str]], argparse.Namespace],
+    argv: list[str] | None,
 ) -> int:
     """A command's exit code: 0, 1 for a failure, 2 for a usage error, 130 for Ctrl-C; errors take one line."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -37,7 +41,7 @@ def _run(
     if not FAST_BLAS:
         print(f"note: {HINT}", file=sys.stderr)
     try:
-        command(parser().parse_args(argv))
+        command(flags(sys.argv[1:] if argv is None else argv))
         if sys.stdout is not None:
             sys.stdout.flush()
     except UsageError as error:
@@ -61,13 +65,46 @@ def _run(
     return 0
 
 
+def _generate_flags(argv: list[str]) -> argparse.Namespace:
+    """The flags on the command line, after those that a picture's settings stand for."""
+    parser = generate_parser()
+    complete(parser)
+    args = parser.parse_args(argv)
+    if args.from_image is None:
+        if args.prompt is None and args.prompt_file is None:
+            parser.error("expected --prompt TEXT, what to draw, or --prompt-file or --from-image")
+        return args
+    from . import metadata
+
+    settings, unknown = metadata.read(args.from_image)
+    flags = metadata.as_flags(settings, args.from_image, args)
+    if unknown and not args.quiet:
+        print(f"note: {args.from_image}: not used: {', '.join(unknown)}", file=sys.stderr)
+    parser.origin = f"the settings in {args.from_image}"
+    overridden = {flag.partition("=")[0] for flag in argv if flag.startswith("--")}
+    flags = [flag for flag in flags if flag.partition("=")[0] not in overridden]
+    parser.parse_args(flags)  # so that an error tells whose it is
+    parser.origin = None
+    model = None if args.model is not None else parser.parse_args(flags).model
+    args = parser.parse_args([*flags, *argv])
+    args.model_named_by = None if model is None else args.from_image
+    if args.prompt is None and args.prompt_file is None:
+        parser.error(f"{args.from_image} has no prompt in it; expected --prompt TEXT")
+    return args
+
+
+def _convert_flags(argv: list[str]) -> argparse.Namespace:
+    parser = convert_parser()
+    complete(parser)
+    return parser.parse_args(argv)
+
+
 def _generate(args: argparse.Namespace) -> None:
     import mlx.core as mx
 
     from .comparison import check_comparable, comparison, without_cache
     from .images import grid, write_image
     from .pipeline import StableDiffusion
-    from .schedulers import SCHEDULERS
     from .settings import FEWEST_STEPS_TO_CACHE
     from .weights import read_latents, write_latents
 
@@ -75,8 +112,6 @@ def _generate(args: argparse.Namespace) -> None:
         if not args.quiet:
             print(text)
 
-    if args.scheduler is not None and args.scheduler not in SCHEDULERS:
-        raise UsageError(f"--scheduler should be one of {', '.join(SCHEDULERS)}, got {args.scheduler!r}")
     if args.output.suffix.lower() != ".png":
         raise UsageError(f"--output should end in .png, got {str(args.output)!r}")
     written = {}
@@ -91,20 +126,25 @@ def _generate(args: argparse.Namespace) -> None:
     prompts = _prompts(args)
     if len(args.seed) > 1 and args.num_images is not None:
         raise UsageError("--num-images counts on from one --seed, and several are given; leave out one of the two")
-    pipe = StableDiffusion.from_pretrained(
-        args.model,
-        args.dtype,
-        keep=len(prompts) > 1,
-        quantize=args.quantize,
-        low_memory=args.low_memory,
-        prediction_type=args.prediction_type,
-        compile=args.compile,
-        memory_limit=args.memory_limit,
-        loras=args.lora,
-        embeddings=args.embedding,
-        refiner=args.refiner,
-        vae=args.vae,
-    )
+    try:
+        pipe = StableDiffusion.from_pretrained(
+            args.model,
+            args.dtype,
+            keep=len(prompts) > 1,
+            quantize=args.quantize,
+            low_memory=args.low_memory,
+            prediction_type=args.prediction_type,
+            compile=args.compile,
+            memory_limit=args.memory_limit,
+            loras=args.lora,
+            embeddings=args.embedding,
+            refiner=args.refiner,
+            vae=args.vae,
+        )
+    except CheckpointError as error:
+        if (named_by := getattr(args, "model_named_by", None)) is None:
+            raise
+        raise CheckpointError(f"{error} ({named_by} was drawn with this model; --model names another)") from None
 
     latents, n, height, width = None, args.num_images or len(args.seed), args.height, args.width
     if args.latents is not None:
@@ -193,6 +233,7 @@ def _draw(args, pipe, settings, latents, files: Iterator[Path], watch, say: Call
     from tqdm import tqdm
 
     from .images import save_png
+    from .metadata import describe
 
     steps = []
     plans = [plan for plan in (settings.plan, settings.refiner_plan) if plan is not None]
@@ -206,7 +247,7 @@ def _draw(args, pipe, settings, latents, files: Iterator[Path], watch, say: Call
     images = pipe.decode(final, settings.vae_tiling, settings.source)
     for image, prompt, seed in zip(images, settings.prompts, settings.seeds, strict=True):
         file = next(files)
-        save_png(file, image, None if args.no_metadata else _metadata(args, settings, pipe, prompt, seed))
+        save_png(file, image, None if args.no_metadata else describe(args, settings, pipe, prompt, seed))
         say(f"wrote {file}")
     stats = pipe.stats(settings, steps)
     seconds = stats["seconds"]
@@ -268,50 +309,6 @@ def _controls(args: argparse.Namespace) -> list:
             raise UsageError(f"--control-{name} should be given once, or once a --controlnet ({n}), got {len(values)}")
         columns.append(values * n if len(values) == 1 else values)
     return [Control(*row) for row in zip(args.controlnet, args.control_image, *columns, strict=True)]
-
-
-def _metadata(args: argparse.Namespace, settings, pipe, prompt: str, seed: int) -> dict:
-    """All settings of one picture."""
-    from .policy_text import write
-
-    return {
-        "prompt": prompt,
-        "negative_prompt": settings.negative_prompt,
-        "prompt_2": settings.prompt_2,
-        "negative_prompt_2": settings.negative_prompt_2,
-        "plain_prompt": args.plain_prompt,
-        "long_prompt": args.long_prompt,
-        "quantize": args.quantize,
-        "model": args.model or "emoji",
-        "seed": seed,
-        "steps": settings.steps,
-        "guidance_scale": settings.guidance_scale,
-        "height": settings.height,
-        "width": settings.width,
-        "scheduler": settings.scheduler,
-        "rng": settings.rng,
-        "cache_interval": getattr(settings.cache.when, "interval", None),
-        "cache_branch": settings.cache.branch,
-        "prediction_type": args.prediction_type,
-        "lora": [f"{file}:{scale:g}" for file, scale in args.lora],
-        "embedding": [f"{file}:{word}" if word else str(file) for file, word in args.embedding],
-        "cache": None if args.cache is None else [write(policy) for policy in settings.cache.policies],
-        "dtype": str(pipe.dtype).removeprefix("mlx.core."),
-        "latents": args.latents.name if args.latents else None,
-        "image": args.image.name if args.image else None,
-        "mask": args.mask.name if args.mask else None,
-        "strength": settings.strength,
-        "fit": settings.fit,
-        "controls": [
-            {"model": c.model, "image": file.name, "scale": c.scale, "start": c.start, "end": c.end}
-            for c, file in zip(settings.controls, args.control_image, strict=True)
-        ],
-        "control_every_step": settings.control_every_step,
-        "refiner": args.refiner,
-        "vae": args.vae,
-        "refiner_start": settings.refiner_start,
-        "version": f"mlx_deepcache {__version__}",
-    }
 
 
 def _check_writable(file: Path) -> None:

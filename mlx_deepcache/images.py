@@ -16,7 +16,7 @@ from .errors import Failure
 
 JSON_KEY = "mlx_deepcache"
 # What other programs call the samplers
-_A1111_SAMPLERS = {
+A1111_SAMPLERS = {
     "ddim": "DDIM",
     "pndm": "PLMS",
     "euler": "Euler",
@@ -29,6 +29,7 @@ _A1111_SAMPLERS = {
     "lcm": "LCM",
     "ddpm": "DDPM",
 }
+A1111_RNGS = {"torch": "CPU", "torch-cuda": "NV", "mlx": "MLX"}
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -43,13 +44,13 @@ def parameters_text(settings: dict) -> str:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     pairs = {
         "Steps": settings["steps"],
-        "Sampler": _A1111_SAMPLERS[settings["scheduler"]],
+        "Sampler": A1111_SAMPLERS[settings["scheduler"]],
         "CFG scale": settings["guidance_scale"],
         "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}",
         **({} if settings.get("strength") is None else {"Denoising strength": settings["strength"]}),
         "Model": settings["model"],
-        "RNG": {"torch": "CPU", "torch-cuda": "NV", "mlx": "MLX"}[settings["rng"]],
+        "RNG": A1111_RNGS[settings["rng"]],
         "DeepCache interval": settings["cache_interval"],
         "DeepCache branch": settings["cache_branch"],
         "Caches": " + ".join(settings.get("cache") or []) or None,

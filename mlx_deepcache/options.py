@@ -7,6 +7,7 @@ from pathlib import Path
 
 from . import __version__
 from .noise import GENERATORS
+from .parsing import Parser, file_and_scale, file_and_word, natural, number, positive, unicode_text
 from .pictures import FITS
 from .policy_text import explain
 
@@ -18,20 +19,26 @@ _PREDICTION_TYPE = {
 
 
 def generate_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="generate.py",
+    parser = Parser(
+        "generate.py",
+        "mlx-deepcache-generate",
         description="Draw pictures with Stable Diffusion on Apple Silicon, with DeepCache.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     what = parser.add_argument_group("what to draw")
-    prompts = what.add_mutually_exclusive_group(required=True)
+    prompts = what.add_mutually_exclusive_group()
     prompts.add_argument(
         "--prompt",
         type=unicode_text,
         help="what the picture should show; (word:1.3) counts more, (word) 1.1 times, [word] less",
     )
     prompts.add_argument("--prompt-file", metavar="FILE", help="draw every line of a text file; -: of standard input")
+    what.add_argument(
+        "--from-image",
+        type=Path,
+        metavar="FILE.png",
+        help="draw a picture again from the settings in it, A1111's too; other flags override them",
+    )
     what.add_argument("--negative-prompt", type=unicode_text, metavar="TEXT", help="what it should not show")
     what.add_argument("--prompt-2", type=unicode_text, metavar="TEXT", help="for SDXL's second text encoder")
     what.add_argument("--negative-prompt-2", type=unicode_text, metavar="TEXT", help="likewise")
@@ -129,7 +136,10 @@ def generate_parser() -> argparse.ArgumentParser:
         help="default 7.5 for SD, 5 for SDXL; 1 turns it off (few-step models)",
     )
     how.add_argument(
-        "--scheduler", metavar="NAME", help="default: the model's own; one of " + ", ".join(scheduler_names())
+        "--scheduler",
+        metavar="NAME",
+        choices=scheduler_names(),
+        help="default: the model's own; one of " + ", ".join(scheduler_names()),
     )
     how.add_argument(
         "--rng",
@@ -209,10 +219,10 @@ class _Cache(argparse.Action):
 
 
 def convert_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="convert.py",
+    parser = Parser(
+        "convert.py",
+        "mlx-deepcache-convert",
         description="Write a Hugging Face checkpoint with weights laid out for MLX: all that generate.py needs.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add(
@@ -235,64 +245,6 @@ def convert_parser() -> argparse.ArgumentParser:
     add("--force", action="store_true", help="replace DIR if it exists")
     add("--version", action="version", version=f"mlx_deepcache {__version__}")
     return parser
-
-
-def unicode_text(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError("expected text in UTF-8") from None
-    return text
-
-
-def positive(text: str) -> int:
-    return _whole(text, 1)
-
-
-def natural(text: str) -> int:
-    return _whole(text, 0)
-
-
-def _whole(text: str, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number, {least} or more, got {text!r}")
-    return value
-
-
-def number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not abs(value) < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
-    return value
-
-
-def file_and_scale(text: str) -> tuple[Path, float]:
-    """FILE or FILE:SCALE; other colons are the file's own."""
-    file, _, last = text.rpartition(":")
-    if not file or Path(text).exists():
-        return Path(text), 1.0
-    try:
-        scale = float(last)
-    except ValueError:
-        return Path(text), 1.0
-    if not abs(scale) < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected FILE or FILE:SCALE with a finite number, got {text!r}")
-    return Path(file), scale
-
-
-def file_and_word(text: str) -> tuple[Path, str | None]:
-    """FILE or FILE:WORD; other colons are the file's own."""
-    file, _, word = text.rpartition(":")
-    if not file or not word or "/" in word or "\\" in word or Path(text).exists():
-        return Path(text), None
-    return Path(file), word
 
 
 def scheduler_names() -> list[str]:
