@@ -26,8 +26,24 @@ setup(
         "pillow",
         "tqdm",
     ],
+    entry_points={
+        "console_scripts": [
+            "mlx-deepcache-generate = mlx_deepcache.cli:main_generate",
+            "mlx-deepcache-convert = mlx_deepcache.cli:main_convert",
+        ]
+    },
     extras_require={
+        "completion": ["argcomplete"],
         "cuda": ["mlx[cuda]>=0.30; sys_platform == 'linux'"],
-        "test": ["torch==2.13.0", "diffusers", "DeepCache", "peft", "pytest", "ruff==0.17.5"],
+        "test": [
+            "torch==2.13.0",
+            "diffusers",
+            "DeepCache",
+            "peft",
+            "argcomplete",
+            "scikit-image",
+            "pytest",
+            "ruff==0.17.5",
+        ],
     },
 )

@@ -61,7 +61,16 @@ def one_error(capfd):
         ("sdxl", ["--steps", 2, "--prompt-2", "a bird", "--plain-prompt"]),
         (
             "sdxl",
-            ["--steps", 4, "--scheduler", "euler-a", "--cache", "deepcache:interval=2,branch=1", "--cache", "tgate"],
+            [
+                "--steps",
+                4,
+                "--scheduler",
+                "euler-a",
+                "--cache",
+                "deepcache:interval=2,branch=1",
+                "--cache",
+                "tgate:step=2",
+            ],
         ),
     ],
 )
@@ -71,7 +80,8 @@ def test_same_pixels(draw, checkpoint, kind, flags):
     file = "a-2.png" if "--num-images" in flags else "a.png"
     assert draw("--from-image", file) == 0
     assert settings("out.png") == settings(file)
-    assert np.array_equal(pixels("out.png"), pixels(file))
+    batch = int("--num-images" in flags)  # of two pictures, sums come out in another order
+    assert np.abs(pixels("out.png") - pixels(file)).max() <= batch
 
 
 def test_given_flags_override(draw, checkpoint):

@@ -1,0 +1,82 @@
+"""Errors that suggest what was meant, help in groups, completion, and the installed commands."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_deepcache import cli
+from mlx_deepcache.options import convert_parser, generate_parser
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--prompt", "x", "--schedular", "euler"], "--schedular euler; did you mean --scheduler?"),
+        (["--prompt", "x", "--guidance_scale=3"], "did you mean --guidance-scale?"),
+        (["--prompt", "x", "--scheduler", "dpm++"], "got 'dpm++'; did you mean dpm++2m?"),
+        (["--prompt", "x", "--scheduler", "Euler_a"], "did you mean euler-a?"),
+        (["--prompt", "x", "--dtype", "fp16"], "expected one of auto, float16"),
+        (["--prompt", "x", "--rng", "cuda"], "did you mean torch-cuda?"),
+        (["--prompt", "x", "--quantize", "5"], "expected one of 4, 8, got 5"),
+        (["--prompt", "x", "nonsense"], "unrecognized arguments: nonsense"),
+        ([], "--prompt TEXT"),
+    ],
+)
+def test_suggestions(capfd, monkeypatch, tmp_path, flags, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        cli.main_generate(flags)
+    assert stop.value.code == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"generate\.py: error: [^\n]*\n", err)
+    assert words in err
+
+
+@pytest.mark.parametrize("parser", [generate_parser(), convert_parser()], ids=["generate", "convert"])
+def test_every_flag_is_explained(parser):
+    for action in parser._actions:
+        assert action.help, action.option_strings
+    assert len(parser.format_help().splitlines()) < 250
+
+
+def completions(line):
+    """What argcomplete answers to a shell, by its own protocol: on file descriptor 8, of a line up to the cursor."""
+    argcomplete = pytest.importorskip("argcomplete")
+    assert argcomplete
+    read, write = os.pipe()
+    script = f"import os; os.dup2({write}, 8)\nfrom mlx_deepcache.cli import main_generate\nmain_generate()"
+    environment = os.environ | {
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_IFS": "\n",
+        "_ARGCOMPLETE_SUPPRESS_SPACE": "1",
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+        "COMP_TYPE": "9",
+    }
+    subprocess.run([sys.executable, "-c", script], pass_fds=[write], env=environment, cwd=REPOSITORY, timeout=60)
+    os.close(write)
+    with os.fdopen(read) as answer:
+        return [word.strip() for word in answer.read().split("\n") if word.strip()]
+
+
+def test_completion():
+    assert {"--guidance-scale", "--grid"} <= set(completions("generate.py --prompt x --g"))
+    assert completions("generate.py --prompt x --scheduler eu") == ["euler", "euler-a"]
+
+
+def test_markers_and_entry_points():
+    """argcomplete looks for its marker near the start of a script, or of the module that an entry point names."""
+    for file in ("generate.py", "convert.py", "mlx_deepcache/cli.py"):
+        assert "PYTHON_ARGCOMPLETE_OK" in (REPOSITORY / file).read_text()[:1024]
+    entries = dict(
+        re.findall(r'"(mlx-deepcache-\w+) = mlx_deepcache\.cli:(\w+)"', (REPOSITORY / "setup.py").read_text())
+    )
+    assert entries == {"mlx-deepcache-generate": "main_generate", "mlx-deepcache-convert": "main_convert"}
+    assert all(callable(getattr(cli, name)) for name in entries.values())
