@@ -22,10 +22,13 @@ def generate_parser() -> argparse.ArgumentParser:
     parser = Parser(
         "generate.py",
         "mlx-deepcache-generate",
+        usage="%(prog)s --prompt TEXT [--model M] [--output FILE.png] [more, all optional]",
         description="Draw pictures with Stable Diffusion on Apple Silicon, with DeepCache.",
     )
     add = parser.add_argument
     what = parser.add_argument_group("what to draw")
+    model = parser.add_argument_group("which model draws it")
+    how = parser.add_argument_group("how it is drawn")
     prompts = what.add_mutually_exclusive_group()
     prompts.add_argument(
         "--prompt",
@@ -44,20 +47,20 @@ def generate_parser() -> argparse.ArgumentParser:
     what.add_argument("--negative-prompt-2", type=unicode_text, metavar="TEXT", help="likewise")
     what.add_argument("--plain-prompt", action="store_true", help="brackets are only brackets")
     what.add_argument("--long-prompt", action="store_true", help="use all of a prompt of more than 75 tokens")
-    what.add_argument(
+    model.add_argument(
         "--model",
         metavar="M",
         help="a folder from convert.py or in the diffusers layout, a single .safetensors file in the original layout, "
         "a hub id (owner/name[@revision]), or sd15, sd21, sdxl, sdxl-refiner, sdxl-turbo, sd-turbo; default: the small "
         "model that comes with the package",
     )
-    what.add_argument(
+    model.add_argument(
         "--vae",
         metavar="M",
         help="decode with another VAE: a folder or hub id of one (AutoencoderKL or AutoencoderTiny, that is TAESD), or "
         "of a model that has one",
     )
-    what.add_argument(
+    model.add_argument(
         "--lora",
         action="append",
         type=file_and_scale,
@@ -65,7 +68,7 @@ def generate_parser() -> argparse.ArgumentParser:
         metavar="FILE[:SCALE]",
         help="change the model by a LoRA (safetensors), SCALE times as strongly as it was trained; repeatable",
     )
-    what.add_argument(
+    model.add_argument(
         "--embedding",
         action="append",
         type=file_and_word,
@@ -76,7 +79,7 @@ def generate_parser() -> argparse.ArgumentParser:
     what.add_argument("--num-images", type=positive, metavar="N", help="pictures, with seeds S, S+1, ... (1)")
     what.add_argument("--seed", type=int, nargs="+", default=[0], metavar="S", help="one or several; default 0")
     what.add_argument("--height", type=positive, metavar="PX", help="default: the model's native size")
-    what.add_argument("--width", type=positive, metavar="PX")
+    what.add_argument("--width", type=positive, metavar="PX", help="likewise")
 
     source = parser.add_argument_group("from a picture")
     source.add_argument("--image", type=Path, metavar="FILE", help="start from this picture; its size is the default")
@@ -127,7 +130,6 @@ def generate_parser() -> argparse.ArgumentParser:
         "--refiner-start", type=number, metavar="X", help="the share of the way from noise where it takes over (0.8)"
     )
 
-    how = parser.add_argument_group("how")
     how.add_argument("--steps", type=positive, metavar="N", help="default 50; few-step models such as sdxl-turbo: 4")
     how.add_argument(
         "--guidance-scale",
@@ -147,22 +149,25 @@ def generate_parser() -> argparse.ArgumentParser:
         default="torch",
         help="whose random numbers: PyTorch's on a CPU (the default) or on CUDA (not yet verified on one), or MLX's",
     )
-    how.add_argument("--prediction-type", **_PREDICTION_TYPE)
-    how.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: float16 on a GPU, else float32")
-    how.add_argument(
+    model.add_argument("--prediction-type", **_PREDICTION_TYPE)
+    machine = parser.add_argument_group("precision, speed and memory")
+    machine.add_argument(
+        "--dtype", choices=["auto", *DTYPES], default="auto", help="auto: float16 on a GPU, else float32"
+    )
+    machine.add_argument(
         "--compile", choices=["auto", "on", "off"], default="auto", help="fuse the U-Net's operations; auto: on a GPU"
     )
-    how.add_argument("--quantize", type=int, choices=(4, 8), help="bits of the linear layers, to save memory")
-    how.add_argument("--low-memory", action="store_true", help="one thing at a time: slower, in less memory")
-    how.add_argument("--memory-limit", type=number, metavar="GB", help="memory to stay within, where possible")
-    how.add_argument(
+    machine.add_argument("--quantize", type=int, choices=(4, 8), help="bits of the linear layers, to save memory")
+    machine.add_argument("--low-memory", action="store_true", help="one thing at a time: slower, in less memory")
+    machine.add_argument("--memory-limit", type=number, metavar="GB", help="memory to stay within, where possible")
+    machine.add_argument(
         "--vae-tiling",
         choices=["auto", "on", "off"],
         default="auto",
         help="decode large pictures in overlapping parts; auto: when memory is short",
     )
 
-    cache = parser.add_argument_group("caches")
+    cache = parser.add_argument_group("caches: the same picture, nearly, in less time")
     cache.add_argument(
         "--cache-interval",
         type=positive,
