@@ -641,7 +641,7 @@ def test_ctrl_c_at_once(monkeypatch, capfd, main):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("argparse.ArgumentParser.parse_args", interrupted)
+    monkeypatch.setattr("argparse.ArgumentParser.parse_known_args", interrupted)
     assert main(["--help"]) == 130
     assert "cancelled" in capfd.readouterr().err
 
