@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -63,7 +64,9 @@ def read_lines(file: Path) -> list[str]:
     return lines
 
 
-def cache_cases(pipe, lines: Iterable[str], steps: int) -> list[Case]:
+def cache_cases(
+    pipe, lines: Iterable[str], steps: int, scheduler: str | None = None, common: dict | None = None
+) -> list[Case]:
     """Each line's caches, in their shortest writing; those that the model or the number of steps cannot have are left
     out, with a line that says why.
 
@@ -75,15 +78,15 @@ def cache_cases(pipe, lines: Iterable[str], steps: int) -> list[Case]:
 
     cases = {}
     for line in lines:
-        caches = Caches.of([parse(text) for text in line.split()])
-        texts = tuple(write(policy) for policy in (parse(text) for text in line.split()))
-        case = Case(" ".join(texts), steps, texts)
+        policies = [parse(text) for text in line.split()]
+        Caches.of(policies)
+        texts = tuple(write(policy) for policy in policies)
+        case = Case(" ".join(texts), steps, texts, scheduler)
         try:
-            pipe.settings("", **case.options)
+            pipe.settings("", **(common or {}) | case.options)
         except UsageError as error:
             print(f"left out {case.name}: {error}", flush=True)
             continue
-        del caches
         cases[case.name] = case
     return list(cases.values())
 
@@ -96,15 +99,15 @@ def draw(
     *,
     batch: int,
     folder: Path,
-    common: dict,
     rounds: Sequence[int] | None = None,
-    say: Callable[[str], None] = print,
+    common: dict | None = None,
 ) -> dict[str, Drawn]:
     """Draw every case: prompt i with seed + i, `batch` at a time.
 
     All cases take turns over the first `batch` prompts, then over the next, so that what slows the machine for a while
-    slows all of them, and a run that is cut has whole rounds. Each result goes into `folder` at once; what lies there is
-    not drawn again. common: further options of every case; rounds: only these, where several processes share the work.
+    slows all of them, and a run that is cut has whole rounds. Each result goes into `folder` at once; what lies there
+    is not drawn again. rounds: only these, where several processes share the work;
+    common: options of every case.
 
     Returns: what each case came to, over the rounds asked for.
     """
@@ -117,7 +120,7 @@ def draw(
         some = list(prompts[starts[number] : starts[number] + batch])
         seeds = [seed + i for i in range(starts[number], starts[number] + len(some))]
         for i, case in enumerate(cases):
-            options = common | case.options
+            options = (common or {}) | case.options
             key = json.dumps([model, str(pipe.dtype), some, seeds, options])
             file = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
             if file.exists():
@@ -133,9 +136,10 @@ def draw(
                 np.savez_compressed(out, images=images, macs=macs, seconds=seconds)
             part.replace(file)
             found[case.name].append((images, macs, seconds))
-            say(
+            print(
                 f"round {number + 1} of {len(starts)}, {i + 1} of {len(cases)}: {case.name}, "
-                f"{time.perf_counter() - start:.1f} s"
+                f"{time.perf_counter() - start:.1f} s",
+                flush=True,
             )
     return {
         name: Drawn(np.concatenate([images for images, *_ in parts]), *(tuple(p[i] for p in parts) for i in (1, 2)))
@@ -187,3 +191,12 @@ def compare(drawn: Drawn, reference: Drawn) -> dict:
         "seconds": round(sum(drawn.seconds) / len(drawn.images), 4),
         "seconds_share": round(math.fsum(ratios) / len(ratios), 4),
     }
+
+
+def run(main: Callable[[], None]) -> None:
+    """A benchmark's main, with errors in one line, as the commands have them."""
+    try:
+        main()
+    except (UsageError, Failure) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)

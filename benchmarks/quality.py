@@ -12,13 +12,18 @@ started again; several may run at once, each with its own --rounds, and a last o
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import benchmarks  # noqa: F401  (before MLX)
-from benchmarks.drawn import DATA, Case, cache_cases, compare, draw, read_lines
+from benchmarks.drawn import DATA, Case, cache_cases, compare, draw, read_lines, run
+from benchmarks.quality_figures import plot, sheet
+from benchmarks.timing import header, machine, write_json
+from mlx_deepcache import __version__
+from mlx_deepcache.policy_text import parse
 
 BETTER_SOLVERS = ("dpm++2m", "unipc")
 OWN_SHARES = (0.1, 0.16, 0.2, 0.26, 0.34, 0.5)
@@ -52,13 +57,78 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def judge(rows: list[dict]) -> None:
+    """Write into each row whether it is on the front (`front`), and into each cache's who beats it: `loses_to`, a rival
+    that is as near to the common picture at no more multiply-adds; `loses_to_own`, one that is as near to its own
+    picture of all the steps; `dominated_by`, another cache."""
+    caches = [row for row in rows if row["kind"] == "cache"]
+    rivals = [row for row in rows if row["kind"] == "fewer steps"]
+    for row in caches + rivals:
+        row["front"] = not any(_beats(other, row) for other in caches + rivals)
+    for row in caches:
+        cheap = [rival for rival in rivals if rival["macs"] <= row["macs"]]
+        row["loses_to"] = _best([r for r in cheap if r["psnr"] >= row["psnr"]], "psnr")
+        row["loses_to_own"] = _best([r for r in cheap if r["psnr_own"] >= row["psnr"]], "psnr_own")
+        row["dominated_by"] = _best([other for other in caches if _beats(other, row)], "psnr")
+
+
+def _beats(one: dict, other: dict) -> bool:
+    """Whether it is as cheap and as near, and one of the two is better."""
+    a, b = (one["macs"], -one["psnr"]), (other["macs"], -other["psnr"])
+    return a != b and a[0] <= b[0] and a[1] <= b[1]
+
+
+def _best(rows: list[dict], key: str) -> str | None:
+    return max(rows, key=lambda row: row[key])["name"] if rows else None
+
+
+def table(rows: list[dict]) -> list[str]:
+    """All of it, in Markdown, by multiply-adds."""
+    lines = [
+        "| drawn with | multiply-adds | seconds | PSNR | worst | SSIM | to its own picture | loses to |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: row["macs"]):
+        name = f"**`{row['name']}`**" if row.get("front") else f"`{row['name']}`"
+        own = f"{row['psnr_own']:.1f} dB" if "psnr_own" in row else ""
+        loses = list(dict.fromkeys(row[k] for k in ("loses_to", "loses_to_own", "dominated_by") if row.get(k)))
+        lines.append(
+            f"| {name} | {row['macs']:.3f} | {row['seconds_share']:.2f} | {row['psnr']:.1f} dB | "
+            f"{row['psnr_worst']:.1f} | {row['ssim']:.4f} | {own} | {'; '.join(loses)} |"
+        )
+    return lines
+
+
+def same_psnr_table(rows: list[dict]) -> list[str]:
+    """Plain DeepCache against the cheapest composition, and the cheapest solver, that is as near; in Markdown."""
+    lines = [
+        "| DeepCache alone | multiply-adds | PSNR | cheapest cache as near | multiply-adds | PSNR | of DeepCache's | "
+        "fewest steps as near |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["kind"] != "cache" or not re.fullmatch(r"deepcache:interval=\d+(,branch=\d+)?", row["name"]):
+            continue
+        near = [other for other in rows if other["kind"] != "reference" and other["psnr"] >= row["psnr"]]
+        best = min((o for o in near if o["kind"] == "cache"), key=lambda other: (other["macs"], -other["psnr"]))
+        rival = min((o for o in near if o["kind"] == "fewer steps"), key=lambda o: o["macs"], default=None)
+        plain = parse(row["name"])
+        lines.append(
+            f"| N = {plain.interval}, branch {plain.branch} | {row['macs']:.3f} | {row['psnr']:.1f} dB | "
+            f"`{best['name']}` | {best['macs']:.3f} | {best['psnr']:.1f} dB | {best['macs'] / row['macs']:.0%} | "
+            f"{'none' if rival is None else rival['name']} |"
+        )
+    return lines
+
+
 def main(argv=None) -> None:
     args = parser().parse_args(argv)
     from mlx_deepcache import StableDiffusion
 
     pipe = StableDiffusion.from_pretrained(args.model)
     prompts = read_lines(args.prompts)
-    own = pipe.settings("").scheduler
+    settings = pipe.settings("")
+    own = settings.scheduler
     uncached = Case("uncached", args.steps)
     policies = cache_cases(pipe, read_lines(args.policies), args.steps)
     many, few = rival_cases(args.steps, own)
@@ -70,14 +140,42 @@ def main(argv=None) -> None:
         args.seed,
         batch=args.batch,
         folder=args.work,
-        common={},
         rounds=args.rounds,
-        say=lambda text: print(text, flush=True),
     )
-    reference = drawn["uncached"]
+    rows = []
     for case in [*policies, *many, *few]:
-        print(case.name, compare(drawn[case.name], reference))
+        kind = "cache" if case.caches else "reference" if case in many else "fewer steps"
+        row = {"name": case.name, "kind": kind, "cache": list(case.caches), "steps": case.steps}
+        row |= {"scheduler": case.scheduler or own} | compare(drawn[case.name], drawn["uncached"])
+        if kind == "fewer steps":
+            full = next((c.name for c in many if c.scheduler == case.scheduler), "uncached")
+            mine = compare(drawn[case.name], drawn[full])
+            row |= {"psnr_own": mine["psnr"], "psnr_own_worst": mine["psnr_worst"], "ssim_own": mine["ssim"]}
+        rows.append(row)
+    judge(rows)
+    about = machine(str(pipe.dtype).removeprefix("mlx.core."), ("mlx", "scikit-image"))
+    report = about | {
+        "mlx_deepcache": __version__,
+        "model": args.model or "bundled",
+        "steps": args.steps,
+        "scheduler": own,
+        "guidance_scale": settings.guidance_scale,
+        "height": settings.height,
+        "width": settings.width,
+        "pictures": len(drawn["uncached"].images),
+        "batch": args.batch,
+        "seed": args.seed,
+        "prompts": prompts,
+        "uncached_seconds": round(sum(drawn["uncached"].seconds) / len(drawn["uncached"].images), 3),
+        "rows": rows,
+    }
+    print(f"{report['pictures']} pictures, {header(about)}", *table(rows), "", *same_psnr_table(rows), sep="\n")
+    write_json(args.json, report)
+    if args.plot is not None:
+        plot(report, args.plot)
+    if args.sheet is not None:
+        sheet(report, {name: result.images for name, result in drawn.items()}, args.sheet)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

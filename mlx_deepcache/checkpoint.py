@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from . import weights
+from . import front, weights
 from .autoencoders import OtherVAE, vae_config, vae_module
 from .clip import CLIPTextModel
 from .config import CLIPConfig, TinyVAEConfig, UNetConfig, VAEConfig, read_json
@@ -296,7 +296,7 @@ def _convert_one(checkpoint, name, target, dtype, bits, progress) -> Converted:
 
 
 def _copy_settings(checkpoint: Checkpoint, target: Path) -> None:
-    """model_index.json, the scheduler's config and the tokenizers."""
+    """model_index.json, the scheduler's config, the tokenizers, and what caches cost if that was measured."""
     keep = {k: v for k, v in checkpoint.index.items() if not isinstance(v, list)}
     names = (
         *checkpoint.components,
@@ -311,6 +311,8 @@ def _copy_settings(checkpoint: Checkpoint, target: Path) -> None:
         tokenizer = name.replace("text_encoder", "tokenizer")
         (target / tokenizer).mkdir()
         checkpoint.source.write_tokenizer(tokenizer, target / tokenizer)
+    if (prices := front.find(checkpoint.source.path)) is not None:
+        shutil.copyfile(prices, target / front.FILE)
 
 
 def _write_json(file: Path, content: dict) -> None:

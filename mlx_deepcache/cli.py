@@ -176,6 +176,8 @@ def _generate(args: argparse.Namespace) -> None:
         "control_every_step": args.control_every_step,
         "refiner_start": args.refiner_start,
         "cache": args.cache,
+        "min_psnr": args.min_psnr,
+        "max_macs": args.max_macs,
     }
     seeds = args.seed if len(args.seed) > 1 else range(args.seed[0], args.seed[0] + n)
     together = 1 if args.low_memory else n
@@ -185,6 +187,8 @@ def _generate(args: argparse.Namespace) -> None:
         for i in range(0, n, together)
     ]
     settings = batches[0][1]
+    if settings.cache_choice is not None:
+        say(settings.cache_choice)
     if args.cache_interval is None and args.cache is None and getattr(settings.cache.when, "interval", None) == 1:
         few = pipe.checkpoint.few_step
         if few is None:

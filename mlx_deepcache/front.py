@@ -1,4 +1,4 @@
-"""What caching policies cost a model in picture, measured beforehand by benchmarks/calibrate.py; and picking one by it."""
+"""What caching policies cost a model in picture, as benchmarks/calibrate.py measured it; and picking one by that."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import CheckpointError, UsageError
 from .policies import Caches
@@ -52,17 +54,17 @@ class Front:
     policies: tuple[Price, ...]
 
     def pick(
-        self, min_psnr: float | None, max_macs: float | None, possible: Callable[[Caches], bool] = lambda caches: True
+        self, min_psnr: float | None, max_macs: float | None, check: Callable[[Caches], None] = lambda caches: None
     ) -> tuple[Price, str]:
-        """The cheapest policy of which each calibrated picture came at least as near as min_psnr, in dB; without it, the
-        one that came nearest on average. Within max_macs, if that is given. And why, in a line.
+        """The cheapest policy of which each calibrated picture came at least as near as min_psnr, in dB; without it,
+        the one that came nearest on average. Within max_macs, if that is given. And why, in a line.
 
-        possible: whether what is to be drawn can have these caches; others are passed over.
+        check: raises UsageError if what is to be drawn cannot have these caches; they are passed over.
 
         Raises:
             UsageError: no policy is that near or that cheap; says what the nearest or cheapest comes to.
         """
-        known = [price for price in self.policies if possible(caches_of(price))]
+        known = [price for price in self.policies if _passes(check, caches_of(price))]
         if not known:
             raise UsageError("none of the calibrated caches can be had with these settings; choose one with --cache")
         cheap = [price for price in known if max_macs is None or price.macs <= max_macs]
@@ -81,7 +83,7 @@ class Front:
                 best = max(cheap, key=lambda price: price.psnr_worst)
                 within = "" if max_macs is None else f" within {max_macs:.3g} of the multiply-adds"
                 raise UsageError(
-                    f"no calibrated cache{within} keeps every picture within {min_psnr:g} dB of the uncached one; the best, "
+                    f"no calibrated cache{within} kept every picture at {min_psnr:g} dB to the uncached one; the best, "
                     f"{best}, came to {best.psnr_worst:.1f} dB; --cache-interval 1 draws without"
                 )
             price = min(near, key=lambda price: (price.macs, -price.psnr))
@@ -106,6 +108,14 @@ def caches_of(price: Price) -> Caches:
     return Caches.of([parse(text) for text in price.cache])
 
 
+def _passes(check: Callable[[Caches], None], caches: Caches) -> bool:
+    try:
+        check(caches)
+    except UsageError:
+        return False
+    return True
+
+
 def read(file: Path) -> Front:
     """
     Raises:
@@ -113,8 +123,10 @@ def read(file: Path) -> Front:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("expected an object")
         rows = content["policies"]
-        prices = tuple(Price(tuple(row["cache"]), *(_share(row, key) for key in _NUMBERS)) for row in rows)
+        prices = tuple(Price(tuple(row["cache"]), *(_number_of(row, key) for key in _NUMBERS)) for row in rows)
         for price in prices:
             caches_of(price)
         whole = {key: content[key] for key in ("steps", "height", "width", "pictures")}
@@ -123,7 +135,7 @@ def read(file: Path) -> Front:
         words = {key: str(content[key]) for key in ("model", "scheduler", "version", "date")}
         if not prices:
             raise ValueError("it has no policies")
-        return Front(policies=prices, guidance_scale=_share(content, "guidance_scale"), **whole, **words)
+        return Front(policies=prices, guidance_scale=_number_of(content, "guidance_scale"), **whole, **words)
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from None
     except KeyError as error:
@@ -135,39 +147,76 @@ def read(file: Path) -> Front:
 _NUMBERS = ("macs", "psnr", "psnr_worst", "ssim")
 
 
-def _share(row: dict, key: str) -> float:
+def _number_of(row: dict, key: str) -> float:
     value = row[key]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{key} should be a number, got {value!r}")
     return float(value)
 
 
-def place_for(model: Path) -> Path:
-    """Where the front of a model lies: in its folder; for a hub's snapshot or a single file, which are not ours to add
-    to, in the user's cache folder.
+def places_for(model: Path) -> list[Path]:
+    """Where the front of a model may lie, best first: in its folder, and in the user's cache folder. A hub's snapshot
+    and a single file's folder are not ours to add to.
 
     model: where the model is on the disk, see `Source.path`.
     """
-    snapshot = next((part for part in model.parts if part.startswith("models--")), None)
-    if snapshot is None and not model.is_file():
-        return model / FILE
     room = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_deepcache" / "fronts"
+    snapshot = next((part for part in model.parts if part.startswith("models--")), None)
     if snapshot is not None:
-        return room / f"{snapshot.removeprefix('models--')}.json"
-    return room / f"{model.stem}-{hashlib.sha256(str(model.resolve()).encode()).hexdigest()[:8]}.json"
+        return [room / f"{snapshot.removeprefix('models--')}.json"]
+    own = room / f"{model.stem}-{hashlib.sha256(str(model.resolve()).encode()).hexdigest()[:8]}.json"
+    return [own] if model.is_file() else [model / FILE, own]
 
 
-def find(model: Path) -> Front:
-    """The front of a model.
+def find(model: Path) -> Path | None:
+    """The file with a model's front, if there is one."""
+    return next((file for file in places_for(model) if file.is_file()), None)
+
+
+def wanted(cache: Any, interval: int | None, branch: int, min_psnr: float | None, max_macs: float | None) -> bool:
+    """Whether a cache is to be picked by its price: `cache` is "auto", or a sequence of that alone.
 
     Raises:
-        UsageError: nothing was calibrated; says how.
+        UsageError: "auto" beside other caches, without a promise or with one that cannot be; a promise without "auto".
+    """
+    given = [cache] if isinstance(cache, str) else cache if isinstance(cache, (list, tuple)) else []
+    promises = {name: value for name, value in (("min_psnr", min_psnr), ("max_macs", max_macs)) if value is not None}
+    if AUTO not in given:
+        if promises:
+            raise UsageError(f"{' and '.join(promises)} is for picking a cache: it needs cache auto")
+        return False
+    if len(given) > 1 or interval is not None or branch:
+        raise UsageError("cache auto picks all caches by their price; it goes with no other cache, interval or branch")
+    if not promises:
+        raise UsageError("cache auto needs min_psnr, the least dB to the uncached picture (30), or max_macs (0.4)")
+    if min_psnr is not None and not 0 < min_psnr < math.inf:
+        raise UsageError(f"min_psnr should be a number of dB above 0, such as 30, got {min_psnr}")
+    if max_macs is not None and not 0 < max_macs <= 1:
+        raise UsageError(f"max_macs should be a share of the multiply-adds, above 0 and at most 1, got {max_macs}")
+    return True
+
+
+def choose(
+    model: Path,
+    min_psnr: float | None,
+    max_macs: float | None,
+    check: Callable[[Caches], None],
+    **here,
+) -> tuple[Price, str]:
+    """`Front.pick` from a model's own front; warns where what is drawn (`here`, see `Front.differences`) differs much.
+
+    Raises:
+        UsageError: nothing was calibrated, or nothing keeps the promise.
         CheckpointError: see `read`.
     """
-    file = place_for(model)
-    if not file.is_file():
+    file = find(model)
+    if file is None:
         raise UsageError(
-            f"nothing was calibrated for this model, there is no {file}; run {COMMAND} --model {model}, or choose a "
-            "cache yourself"
+            f"cache auto: nothing was calibrated for this model; run {COMMAND} --model {model}, or choose a cache "
+            "yourself"
         )
-    return read(file)
+    front = read(file)
+    choice = front.pick(min_psnr, max_macs, check)
+    if differences := front.differences(**here):
+        warnings.warn(f"the cache's price may be another here: {'; '.join(differences)}", stacklevel=2)
+    return choice

@@ -186,7 +186,19 @@ def generate_parser() -> argparse.ArgumentParser:
         action=_Cache,
         metavar="NAME[:key=value,...]",
         help="a caching policy in place of the default one; give the flag again to combine several, and "
-        "--cache-interval for plain DeepCache beside them; `--cache list` explains each",
+        "--cache-interval for plain DeepCache beside them; `--cache list` explains each, `--cache auto` picks by price",
+    )
+    cache.add_argument(
+        "--min-psnr",
+        type=number,
+        metavar="DB",
+        help="with --cache auto: the cheapest cache that keeps pictures this near to the uncached ones, such as 30",
+    )
+    cache.add_argument(
+        "--max-macs",
+        type=number,
+        metavar="X",
+        help="with --cache auto: the nearest pictures within this share of the multiply-adds, such as 0.4",
     )
 
     watch = parser.add_argument_group("see it happen")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL.Image import Image
 
+from . import front
 from .cache import DeepCache
 from .checkpoint import Checkpoint
 from .errors import UsageError
@@ -65,6 +66,7 @@ class Settings:
     control_every_step: bool = False
     refiner_start: float | None = None
     refiner_plan: Plan | None = None
+    cache_choice: str | None = None
 
 
 def settings_for(
@@ -95,6 +97,8 @@ def settings_for(
     refiner: Checkpoint | None = None,
     refiner_start: float | None = None,
     cache: Policy | str | Sequence[Policy | str] | None = None,
+    min_psnr: float | None = None,
+    max_macs: float | None = None,
 ) -> Settings:
     """Fill in the checkpoint's defaults and check everything, before any work is done.
 
@@ -116,6 +120,9 @@ def settings_for(
     them on cached steps too, where else the last full step's residuals serve.
 
     refiner: takes over when `refiner_start` (0.8) of the noise schedule has gone by.
+
+    cache "auto": the cheapest one of which every calibrated picture came within min_psnr (dB) of the uncached one, or
+    the nearest within max_macs (a share of the multiply-adds), see `front`; the settings' `cache_choice` says why.
 
     Raises:
         UsageError: a value that cannot be; says which are possible.
@@ -162,7 +169,6 @@ def settings_for(
     if not seeds:
         raise UsageError("at least one seed is needed, one a picture")
     scale = checkpoint.guidance_scale if guidance_scale is None else guidance_scale
-    caches = _caches(cache, cache_interval, cache_branch, off=few is not None or steps - start < FEWEST_STEPS_TO_CACHE)
     stop, refiner_plan = None, None
     if refiner is not None:
         refiner_start = 0.8 if refiner_start is None else refiner_start
@@ -172,12 +178,31 @@ def settings_for(
     elif refiner_start is not None:
         raise UsageError("refiner_start has no meaning without a refiner")
     plan = schedule.plan(steps, start, stop)
-    for part in (plan, refiner_plan):
-        if part is not None:
-            caches.check(len(part.steps), scale > 1 and checkpoint.unet_config.time_cond_proj_dim is None)
     branches = min(c.unet_config.branches for c in (checkpoint, refiner) if c is not None)
-    if caches.branch >= branches:
-        raise UsageError(f"cache branch must be in [0, {branches}) for this U-Net, got {caches.branch}")
+
+    def check(caches: Caches) -> None:
+        for part in (plan, refiner_plan):
+            if part is not None:
+                caches.check(len(part.steps), scale > 1 and checkpoint.unet_config.time_cond_proj_dim is None)
+        if caches.branch >= branches:
+            raise UsageError(f"cache branch must be in [0, {branches}) for this U-Net, got {caches.branch}")
+
+    choice = None
+    if front.wanted(cache, cache_interval, cache_branch, min_psnr, max_macs):
+        price, choice = front.choose(
+            checkpoint.source.path,
+            min_psnr,
+            max_macs,
+            check,
+            steps=len(plan.steps) if start else steps,
+            scheduler=schedule.name,
+            guidance_scale=scale,
+            height=height,
+            width=width,
+        )
+        cache = price.cache
+    caches = _caches(cache, cache_interval, cache_branch, off=few is not None or steps - start < FEWEST_STEPS_TO_CACHE)
+    check(caches)
     prompts = (prompt,) * len(seeds) if isinstance(prompt, str) else tuple(prompt)
     if len(prompts) != len(seeds):
         raise UsageError(f"there should be one prompt, or one a seed ({len(seeds)}), got {len(prompts)}")
@@ -208,6 +233,7 @@ def settings_for(
         control_every_step,
         refiner_start,
         refiner_plan,
+        choice,
     )
 
 

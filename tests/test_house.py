@@ -26,7 +26,7 @@ FLOORS = [
     },
     {"policies", "blocks", "solvers", "clip", "ldm", "architecture"},
     {"policy_text", "schedulers", "unet", "vae", "taesd", "guidance"},
-    {"prompts", "weights", "macs", "tiling", "controlnet"},
+    {"prompts", "weights", "macs", "tiling", "controlnet", "front"},
     {"attention_cache", "hub", "singlefile", "lora", "embeddings"},
     {"cache_run", "sources"},
     {"sampler", "autoencoders"},
