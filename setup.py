@@ -42,8 +42,10 @@ setup(
             "peft",
             "argcomplete",
             "scikit-image",
+            "scikit-image",
             "pytest",
             "ruff==0.17.5",
         ],
+        "benchmark": ["scikit-image", "matplotlib"],
     },
 )

@@ -110,10 +110,15 @@ def draw(
     common: options of every case.
 
     Returns: what each case came to, over the rounds asked for.
+
+    Raises:
+        UsageError: there is no such round.
     """
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(prompts), batch)
     wanted = range(len(starts)) if rounds is None else rounds
+    if not set(wanted) <= set(range(len(starts))):
+        raise UsageError(f"rounds should be from 0 to {len(starts) - 1} for {len(prompts)} prompts, got {rounds}")
     found: dict[str, list] = {case.name: [] for case in cases}
     model = fingerprint(pipe)
     for number in wanted:

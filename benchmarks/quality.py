@@ -6,7 +6,8 @@
 Every composition in the list of policies draws the same prompts from the same noise; its pictures are compared with the
 uncached ones. The rivals that need no cache are drawn too: the model's own solver, DPM++ 2M and UniPC with fewer steps,
 each also compared with its own picture of all the steps. What is drawn is kept in --work, so a run may be cut and
-started again; several may run at once, each with its own --rounds, and a last one without puts them together.
+started again; several may run at once, each with its own --rounds, and a last one without puts them together. Seconds
+are shares of the uncached run's in the same round.
 """
 
 from __future__ import annotations
@@ -49,12 +50,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, default=50)
     p.add_argument("--seed", type=int, default=0, help="of the first prompt; the next has the next one")
     p.add_argument("--batch", type=int, default=6, help="pictures drawn at once; a round")
-    p.add_argument("--rounds", type=int, nargs="+", metavar="R", help="draw only these, from 0, and stop")
+    p.add_argument("--rounds", type=int, nargs="+", metavar="R", help="these only, from 0")
     p.add_argument("--work", type=Path, default=Path("runs/quality"), help="where what is drawn is kept")
     p.add_argument("--json", type=Path, metavar="FILE")
     p.add_argument("--plot", type=Path, metavar="FILE.png")
     p.add_argument("--sheet", type=Path, metavar="FILE.png")
     return p
+
+
+def used(prompts: list[str], batch: int, rounds: list[int] | None) -> list[str]:
+    """The prompts of these rounds."""
+    return [p for i, p in enumerate(prompts) if rounds is None or i // batch in rounds]
 
 
 def judge(rows: list[dict]) -> None:
@@ -85,7 +91,7 @@ def _best(rows: list[dict], key: str) -> str | None:
 def table(rows: list[dict]) -> list[str]:
     """All of it, in Markdown, by multiply-adds."""
     lines = [
-        "| drawn with | multiply-adds | seconds | PSNR | worst | SSIM | to its own picture | loses to |",
+        "| drawn with | multiply-adds | seconds (rough) | PSNR | worst | SSIM | to its own picture | loses to |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: row["macs"]):
@@ -165,7 +171,8 @@ def main(argv=None) -> None:
         "pictures": len(drawn["uncached"].images),
         "batch": args.batch,
         "seed": args.seed,
-        "prompts": prompts,
+        "prompts": used(prompts, args.batch, args.rounds),
+        "seconds_note": "as shares of the uncached run in the same round; rough where the machine does other work",
         "uncached_seconds": round(sum(drawn["uncached"].seconds) / len(drawn["uncached"].images), 3),
         "rows": rows,
     }
