@@ -101,13 +101,14 @@ def draw(
     folder: Path,
     rounds: Sequence[int] | None = None,
     common: dict | None = None,
+    known_only: bool = False,
 ) -> dict[str, Drawn]:
     """Draw every case: prompt i with seed + i, `batch` at a time.
 
     All cases take turns over the first `batch` prompts, then over the next, so that what slows the machine for a while
     slows all of them, and a run that is cut has whole rounds. Each result goes into `folder` at once; what lies there
     is not drawn again. rounds: only these, where several processes share the work;
-    common: options of every case.
+    common: options of every case; known_only: draw nothing, and leave out what is not there.
 
     Returns: what each case came to, over the rounds asked for.
 
@@ -132,6 +133,8 @@ def draw(
                 with np.load(file) as known:
                     found[case.name].append((known["images"], int(known["macs"]), float(known["seconds"])))
                 continue
+            if known_only:
+                continue
             start = time.perf_counter()
             result = pipe(some, seeds=seeds, **options)
             images = np.stack([np.asarray(image) for image in result.images])
@@ -149,6 +152,7 @@ def draw(
     return {
         name: Drawn(np.concatenate([images for images, *_ in parts]), *(tuple(p[i] for p in parts) for i in (1, 2)))
         for name, parts in found.items()
+        if len(parts) == len(wanted)
     }
 
 

@@ -6,8 +6,8 @@
 Every composition in the list of policies draws the same prompts from the same noise; its pictures are compared with the
 uncached ones. The rivals that need no cache are drawn too: the model's own solver, DPM++ 2M and UniPC with fewer steps,
 each also compared with its own picture of all the steps. What is drawn is kept in --work, so a run may be cut and
-started again; several may run at once, each with its own --rounds, and a last one without puts them together. Seconds
-are shares of the uncached run's in the same round.
+started again; several may run at once, each with its own --rounds, and a last one without puts them together; --report
+looks at what is there so far. Seconds are shares of the uncached run's in the same round.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from benchmarks.drawn import DATA, Case, cache_cases, compare, draw, read_lines,
 from benchmarks.quality_figures import plot, sheet
 from benchmarks.timing import header, machine, write_json
 from mlx_deepcache import __version__
+from mlx_deepcache.errors import Failure
 from mlx_deepcache.policy_text import parse
 
 BETTER_SOLVERS = ("dpm++2m", "unipc")
@@ -51,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="of the first prompt; the next has the next one")
     p.add_argument("--batch", type=int, default=6, help="pictures drawn at once; a round")
     p.add_argument("--rounds", type=int, nargs="+", metavar="R", help="these only, from 0")
+    p.add_argument("--report", action="store_true", help="draw nothing more; report the cases that are complete")
     p.add_argument("--work", type=Path, default=Path("runs/quality"), help="where what is drawn is kept")
     p.add_argument("--json", type=Path, metavar="FILE")
     p.add_argument("--plot", type=Path, metavar="FILE.png")
@@ -138,7 +140,8 @@ def main(argv=None) -> None:
     uncached = Case("uncached", args.steps)
     policies = cache_cases(pipe, read_lines(args.policies), args.steps)
     many, few = rival_cases(args.steps, own)
-    pipe(prompts[0], steps=1)  # reads the weights
+    if not args.report:
+        pipe(prompts[0], steps=1)  # reads the weights
     drawn = draw(
         pipe,
         [uncached, *policies, *many, *few],
@@ -147,15 +150,20 @@ def main(argv=None) -> None:
         batch=args.batch,
         folder=args.work,
         rounds=args.rounds,
+        known_only=args.report,
     )
+    if "uncached" not in drawn:
+        raise Failure(f"{args.work} does not have all uncached pictures yet; leave out --report")
+    policies, many, few = ([case for case in cases if case.name in drawn] for cases in (policies, many, few))
+    references = {case.scheduler: case.name for case in many} | {None: "uncached"}
+    few = [case for case in few if case.scheduler in references]
     rows = []
     for case in [*policies, *many, *few]:
         kind = "cache" if case.caches else "reference" if case in many else "fewer steps"
         row = {"name": case.name, "kind": kind, "cache": list(case.caches), "steps": case.steps}
         row |= {"scheduler": case.scheduler or own} | compare(drawn[case.name], drawn["uncached"])
         if kind == "fewer steps":
-            full = next((c.name for c in many if c.scheduler == case.scheduler), "uncached")
-            mine = compare(drawn[case.name], drawn[full])
+            mine = compare(drawn[case.name], drawn[references[case.scheduler]])
             row |= {"psnr_own": mine["psnr"], "psnr_own_worst": mine["psnr_worst"], "ssim_own": mine["ssim"]}
         rows.append(row)
     judge(rows)
