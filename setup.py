@@ -42,7 +42,6 @@ setup(
             "peft",
             "argcomplete",
             "scikit-image",
-            "scikit-image",
             "pytest",
             "ruff==0.17.5",
         ],
