@@ -121,7 +121,7 @@ def settings_for(
 
     refiner: takes over when `refiner_start` (0.8) of the noise schedule has gone by.
 
-    cache "auto": the cheapest one of which every calibrated picture came within min_psnr (dB) of the uncached one, or
+    cache "auto": the cheapest one of which every calibrated picture had min_psnr (dB) or more to the uncached one, or
     the nearest within max_macs (a share of the multiply-adds), see `front`; the settings' `cache_choice` says why.
 
     Raises:
