@@ -192,6 +192,12 @@ def load_controlnet(model: str, checkpoint: Checkpoint, dtype: mx.Dtype) -> Cont
     Raises:
         CheckpointError: it cannot be had, is damaged or not supported, or is for another kind of U-Net.
     """
+    folder, config = find_controlnet(model, checkpoint, dtype)
+    return weights.load(ControlNetModel(config), folder, dtype)
+
+
+def find_controlnet(model: str, checkpoint: Checkpoint, dtype: mx.Dtype) -> tuple[Path, ControlNetConfig]:
+    """Where a ControlNet is and what it is, without its weights; raises as `load_controlnet`."""
     folder = find(model, half=dtype == mx.float16, alone=True)
     if folder.is_file() or (folder / "model_index.json").is_file():
         what = "a file" if folder.is_file() else "a whole model"
@@ -206,7 +212,7 @@ def load_controlnet(model: str, checkpoint: Checkpoint, dtype: mx.Dtype) -> Cont
             f"{folder} makes {config.picture_factor} pixels of its picture into one, the model's VAE "
             f"{checkpoint.vae_config.factor}; they do not go together"
         )
-    return weights.load(ControlNetModel(config), folder, dtype)
+    return folder, config
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,9 @@ def _generate(args: argparse.Namespace) -> None:
         latents = read_latents(args.latents)
         factor = pipe.checkpoint.vae_config.factor
         n = n if args.num_images or len(args.seed) > 1 else len(latents)
+        if len(latents) != n:
+            shape = (latents.shape[3], *latents.shape[1:3])
+            raise UsageError(f"latents should have shape {(n, *shape)} for {n} pictures, got {(len(latents), *shape)}")
         height = height or latents.shape[1] * factor
         width = width or latents.shape[2] * factor
     options = {

@@ -25,7 +25,7 @@ from PIL import Image
 from . import __version__
 from .addons import Addons
 from .autoencoders import OtherVAE
-from .checkpoint import Checkpoint, load_controlnet
+from .checkpoint import Checkpoint, find_controlnet, load_controlnet
 from .controlnet import Controlled
 from .errors import Failure, UsageError
 from .images import to_uint8
@@ -135,7 +135,10 @@ class StableDiffusion:
     def settings(self, prompt: str | Sequence[str], **options) -> Settings:
         """What to draw and how, complete and checked: see `settings_for`, which takes the same options."""
         refiner = None if self.refiner is None else self.refiner.checkpoint
-        return settings_for(self.checkpoint, prompt, refiner=refiner, **options)
+        settings = settings_for(self.checkpoint, prompt, refiner=refiner, **options)
+        for control in settings.controls:
+            find_controlnet(control.model, self.checkpoint, self.dtype)  # better known now than once a bar is shown
+        return settings
 
     def other_vae(self, model: str) -> tuple[nn.Module, mx.Dtype]:
         """A VAE that fits the model's latents, for previews, and the type to give it (see `OtherVAE.open`)."""

@@ -125,6 +125,16 @@ def test_compiled_it_is_the_same(pipeline, net):
         assert error(compiled("a cat", controls=controls, **options).latents, expected.latents) < 1e-4
 
 
+@pytest.mark.parametrize("cache", [["guidance:end=0.5"], ["guidance:end=0.5", "deepcache:interval=2"]])
+def test_it_follows_a_batch_that_halves(pipeline, net, cache):
+    """Where both halves of guidance read the same prompt, leaving one out changes nothing."""
+    options = {"negative_prompt": "a cat", "steps": 6, "controls": [Control(net("sd15"), PICTURE)], "seeds": [1, 2]}
+    kept = pipeline("sd15")("a cat", **options, cache=cache[1:] or "deepcache:interval=1").latents
+    halved = pipeline("sd15")("a cat", **options, cache=cache)
+    assert error(halved.latents, kept) < 1e-5
+    assert halved.stats["unet_macs"] < 0.9 * halved.stats["unet_macs_uncached"]
+
+
 def test_size_is_that_of_the_picture(pipeline, net):
     settings = pipeline("sd15").settings("a cat", controls=[Control(net("sd15"), PICTURE)])
     assert (settings.height, settings.width) == (72, 104)
@@ -156,6 +166,8 @@ def test_bad_files(pipeline, net, checkpoint, tmp_path):
     ):
         with pytest.raises(CheckpointError, match=message):
             load_controlnet(folder, model, mx.float32)
+    with pytest.raises(CheckpointError, match="no model 'no such net'"):  # before anything is loaded
+        pipeline("sd15").settings("a cat", controls=[Control("no such net", PICTURE)])
     for change, message in (
         ({"_class_name": "ControlNetUnionModel"}, "a ControlNetUnionModel, which is not supported"),
         (
