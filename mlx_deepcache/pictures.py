@@ -16,7 +16,7 @@ MOST_PIXELS = Image.MAX_IMAGE_PIXELS  # above this, Pillow takes a file for a de
 
 
 @dataclass(frozen=True)
-class Source:
+class Given:
     """A picture to start from, at the size that is drawn.
 
     image: (H, W, 3) uint8; mask: (H, W) bool, True where something new should be drawn, or None for everywhere.
@@ -84,7 +84,7 @@ def fit(picture: Image.Image, height: int, width: int, how: str = "stretch") -> 
     return Image.fromarray(np.pad(pixels, edges + [(0, 0)] * (pixels.ndim - 2), mode="edge"))
 
 
-def source(picture: Image.Image, mask: Image.Image | None, height: int, width: int, how: str) -> Source:
+def source(picture: Image.Image, mask: Image.Image | None, height: int, width: int, how: str) -> Given:
     """What `read_picture` and `read_mask` gave, at the size to be drawn; a mask of another size is fitted to the
     picture's first, so that both are resized alike, and is then black or white (128 and above: draw here)."""
     if mask is not None:
@@ -92,7 +92,7 @@ def source(picture: Image.Image, mask: Image.Image | None, height: int, width: i
             mask = mask.resize(picture.size, Image.Resampling.LANCZOS)
         grey = np.asarray(fit(mask, height, width, how).convert("L"))
         mask = grey.astype(np.float32) / 255 >= 0.5
-    return Source(np.asarray(fit(picture, height, width, how)), mask)
+    return Given(np.asarray(fit(picture, height, width, how)), mask)
 
 
 def _open(picture: Path | str | Image.Image) -> Image.Image:

@@ -33,7 +33,7 @@ from .macs import unet_macs
 from .memory import limit_memory
 from .noise import BatchNoise
 from .ops import on_gpu
-from .pictures import Source
+from .pictures import Given
 from .policy_text import write
 from .prompts import encode
 from .sampler import Denoiser, Progress, sample
@@ -207,7 +207,7 @@ class StableDiffusion:
         del denoiser, steps, unet, controls
         self._release("unet", "compiled", *(_key(control) for control in settings.controls))
 
-    def decode(self, latents: mx.array, vae_tiling: str = "auto", source: Source | None = None) -> np.ndarray:
+    def decode(self, latents: mx.array, vae_tiling: str = "auto", source: Given | None = None) -> np.ndarray:
         """latents: (N, h, w, C) -> pictures (N, H, W, 3) in 0-255, decoded one by one; vae_tiling: see `tiled`; with a
         `source` that has a mask, every pixel outside the mask is the source's own.
 

@@ -15,7 +15,7 @@ from .cache import DeepCache
 from .checkpoint import Checkpoint
 from .errors import UsageError
 from .noise import GENERATORS
-from .pictures import FITS, Source, read_mask, read_picture, size_for, source
+from .pictures import FITS, Given, read_mask, read_picture, size_for, source
 from .policies import KINDS, Caches, Policy
 from .policy_text import parse
 from .schedulers import NoiseSchedule, Plan
@@ -59,7 +59,7 @@ class Settings:
     negative_prompt_2: str | None = None
     prompt_weights: bool = True
     long_prompt: bool = False
-    source: Source | None = None
+    source: Given | None = None
     strength: float | None = None
     fit: str | None = None
     controls: tuple[Control, ...] = ()
