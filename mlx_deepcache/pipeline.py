@@ -156,7 +156,7 @@ class StableDiffusion:
             Failure: the final latents are not finite.
         """
         self._seconds = {"load": 0.0, "encode": 0.0, "denoise": 0.0, "decode": 0.0}
-        self._peak = {}
+        self._peak = dict.fromkeys(self._seconds, 0)  # a phase may have nothing to do
         noise, shape = self._noise(settings)
         if latents is not None and latents.shape != shape:
             raise UsageError(
