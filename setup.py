@@ -17,7 +17,7 @@ setup(
     install_requires=[
         "mlx>=0.30; sys_platform == 'darwin'",
         "mlx[cpu]>=0.30; sys_platform == 'linux'",
-        # MLX's Linux wheel comes with a BLAS that is 100 times slower; see mlx_deepcache/blas.py
+        # MLX's Linux wheel comes with a BLAS that is 100 times slower; see mlx_deepcache/host.py
         "mkl; sys_platform == 'linux' and platform_machine == 'x86_64'",
         "numpy",
         "huggingface_hub",

@@ -128,7 +128,7 @@ def encode(
     xl = refiner or len(encoders) == 2
     tokens = []
     for i, tokenizer in enumerate(tokenizers):
-        own = [second if i == 1 and second is not None else first for first, second in distinct]
+        own = [second if (i == 1 or refiner) and second is not None else first for first, second in distinct]
         tokens.append([tokenize(tokenizer, text, weighted=weighted, long=long) for text in own])
     chunks = max(chunks_needed(*both) for both in zip(tokenizers, tokens, strict=True))
     states, pooled = [], None
