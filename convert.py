@@ -3,7 +3,7 @@
 
 import sys
 
-from mlx_deepcache.cli import main_convert
+from mlx_deepcache.apps.convert import main_convert
 
 if __name__ == "__main__":
     sys.exit(main_convert())

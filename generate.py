@@ -3,7 +3,7 @@
 
 import sys
 
-from mlx_deepcache.cli import main_generate
+from mlx_deepcache.apps.generate import main_generate
 
 if __name__ == "__main__":
     sys.exit(main_generate())

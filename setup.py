@@ -3,9 +3,11 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 root = Path(__file__).parent
+version: dict = {}
+exec((root / "mlx_deepcache" / "_version.py").read_text(), version)
 setup(
     name="mlx_deepcache",
-    version="0.1.0",
+    version=version["__version__"],
     description="Stable Diffusion 1.x, 2.x and XL on Apple Silicon (MLX), with DeepCache built into the sampler",
     long_description=(root / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -13,11 +15,11 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["mlx_deepcache", "mlx_deepcache.*"]),
-    package_data={"mlx_deepcache": ["models/**/*"]},
+    package_data={"mlx_deepcache": ["checkpoints/bundled/**/*"]},
     install_requires=[
         "mlx>=0.30; sys_platform == 'darwin'",
         "mlx[cpu]>=0.30; sys_platform == 'linux'",
-        # MLX's Linux wheel comes with a BLAS that is 100 times slower; see mlx_deepcache/host.py
+        # MLX's Linux wheel comes with a BLAS that is 100 times slower; see mlx_deepcache/backend/host.py
         "mkl; sys_platform == 'linux' and platform_machine == 'x86_64'",
         "numpy",
         "huggingface_hub",
@@ -28,8 +30,8 @@ setup(
     ],
     entry_points={
         "console_scripts": [
-            "mlx-deepcache-generate = mlx_deepcache.cli:main_generate",
-            "mlx-deepcache-convert = mlx_deepcache.cli:main_convert",
+            "mlx-deepcache-generate = mlx_deepcache.apps.generate:main_generate",
+            "mlx-deepcache-convert = mlx_deepcache.apps.convert:main_convert",
         ]
     },
     extras_require={

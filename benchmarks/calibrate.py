@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import benchmarks  # noqa: F401  (before MLX)
 from benchmarks.drawn import DATA, Case, cache_cases, compare, draw, read_lines, run
 from mlx_deepcache import __version__
+from mlx_deepcache.cache.prices import Front, Price
+from mlx_deepcache.checkpoints.folder import price_places
 from mlx_deepcache.errors import Failure
-from mlx_deepcache.front import Front, Price, places_for
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,8 +57,8 @@ def main(argv=None) -> None:
     uncached = Case("uncached", settings.steps, scheduler=args.scheduler)
     cases = cache_cases(pipe, read_lines(args.policies), settings.steps, args.scheduler, common)
     file = args.output or next(
-        (file for file in places_for(pipe.checkpoint.source.path) if _writable(file)),
-        places_for(pipe.checkpoint.source.path)[-1],
+        (file for file in price_places(pipe.checkpoint.source.path) if _writable(file)),
+        price_places(pipe.checkpoint.source.path)[-1],
     )
     drawn = draw(pipe, [uncached, *cases], prompts, args.seed, batch=args.batch, folder=args.work, common=common)
     rows = {case.name: compare(drawn[case.name], drawn["uncached"]) for case in cases}

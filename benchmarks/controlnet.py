@@ -22,8 +22,8 @@ from mlx_deepcache import Control, StableDiffusion  # noqa: I001  (it loads a fa
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_deepcache.controlnet import ControlNetConfig, ControlNetModel
-from mlx_deepcache.weights import save
+from mlx_deepcache.nets.controlnet import ControlNetConfig, ControlNetModel
+from mlx_deepcache.checkpoints.weights import save
 
 PROMPTS = ("a red apple", "a cat face")
 

@@ -73,8 +73,8 @@ def cache_cases(
     Raises:
         UsageError: a line is no composition of policies.
     """
-    from mlx_deepcache.policies import Caches
-    from mlx_deepcache.policy_text import parse, write
+    from mlx_deepcache.cache.composition import Caches
+    from mlx_deepcache.cache.text import parse, write
 
     cases = {}
     for line in lines:

@@ -76,9 +76,10 @@ def random_ids(text: str, vocabulary: int = 49408) -> list[int]:
 def ours(config: str, dtype: str, **options):
     """Our pipeline, keeping each phase's seconds and peak memory; options: the pipeline's."""
     from mlx_deepcache import StableDiffusion
-    from mlx_deepcache.checkpoint import Checkpoint
-    from mlx_deepcache.config import UNetConfig, VAEConfig
-    from mlx_deepcache.schedulers import NoiseSchedule
+    from mlx_deepcache.checkpoints.checkpoint import Checkpoint
+    from mlx_deepcache.diffusion.schedulers import schedule
+    from mlx_deepcache.nets.autoencoder import VAEConfig
+    from mlx_deepcache.nets.unet_parts import UNetConfig
 
     class Nowhere:
         """A checkpoint's source without files."""
@@ -93,7 +94,7 @@ def ours(config: str, dtype: str, **options):
         """The published architectures, filled with random weights."""
 
         def schedule(self, name):
-            return NoiseSchedule(models.SCHEDULER, name)
+            return schedule(models.SCHEDULER, name)
 
         def load(self, name, dtype):
             if name.startswith("text_encoder"):

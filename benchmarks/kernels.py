@@ -36,9 +36,8 @@ def main(argv=None) -> None:
     args = parse(argv)
     import mlx.core as mx
 
-    from mlx_deepcache.blocks import FeedForward, GroupNorm, Upsample2D
-    from mlx_deepcache.ops import attention, pad_heads, silu
-    from mlx_deepcache.weights import dtype_of
+    from mlx_deepcache.backend.ops import attention, dtype_of, pad_heads, silu
+    from mlx_deepcache.nets.blocks import FeedForward, GroupNorm, Upsample2D
 
     dtype = dtype_of(args.dtype)
     name = str(dtype).removeprefix("mlx.core.")

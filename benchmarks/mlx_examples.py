@@ -76,8 +76,8 @@ def main(argv=None) -> None:
     import mlx.core as mx
     import numpy as np
 
-    from mlx_deepcache.unet import Conditioning
-    from mlx_deepcache.weights import dtype_of
+    from mlx_deepcache.backend.ops import dtype_of
+    from mlx_deepcache.nets.unet_parts import Conditioning
 
     dtype = dtype_of(args.dtype)
     ours = mlx_unet(UNETS[args.config], dtype)

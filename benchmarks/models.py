@@ -160,7 +160,7 @@ def fill_torch(module):
 
 def mlx_unet(config: dict, dtype=None):
     """Our U-Net with these weights."""
-    from mlx_deepcache.config import UNetConfig
+    from mlx_deepcache.nets.unet_parts import UNetConfig
     from mlx_deepcache.unet import UNet2DConditionModel
 
     return fill_mlx(UNet2DConditionModel(UNetConfig.from_dict(config)), dtype)
@@ -168,16 +168,14 @@ def mlx_unet(config: dict, dtype=None):
 
 def mlx_vae(config: dict, dtype=None):
     """Our VAE, likewise."""
-    from mlx_deepcache.config import VAEConfig
-    from mlx_deepcache.vae import AutoencoderKL
+    from mlx_deepcache.nets.autoencoder import AutoencoderKL, VAEConfig
 
     return fill_mlx(AutoencoderKL(VAEConfig.from_dict(config)), dtype)
 
 
 def mlx_text_encoder(config: dict, dtype=None):
     """Our CLIP text encoder, likewise."""
-    from mlx_deepcache.clip import CLIPTextModel
-    from mlx_deepcache.config import CLIPConfig
+    from mlx_deepcache.nets.clip import CLIPConfig, CLIPTextModel
 
     return fill_mlx(CLIPTextModel(CLIPConfig.from_dict(config)), dtype)
 

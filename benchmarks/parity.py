@@ -222,10 +222,11 @@ class Ours:
         return {name: self.numpy(part) for name, part in parts.items()}
 
     def unet(self, net, given: dict, dtype: str, config: str) -> dict:
-        from mlx_deepcache.policies import Caches, DeepCache
+        from mlx_deepcache.cache.composition import Caches
+        from mlx_deepcache.cache.policy import DeepCache
+        from mlx_deepcache.diffusion.schedulers import schedule
+        from mlx_deepcache.nets.unet_parts import Conditioning
         from mlx_deepcache.sampler import Denoiser, sample
-        from mlx_deepcache.schedulers import NoiseSchedule
-        from mlx_deepcache.unet import Conditioning
 
         cond = Conditioning(
             self.array(given["context"], dtype),
@@ -235,7 +236,7 @@ class Ours:
         prompt = net.prepare(cond)
         call, _ = net(self.array(given["x"], dtype), net.time_embed(self.mx.array([T]), prompt)[0], prompt)
 
-        denoiser = Denoiser(net, cond, NoiseSchedule(models.SCHEDULER, "ddim").plan(STEPS), None)
+        denoiser = Denoiser(net, cond, schedule(models.SCHEDULER, "ddim").plan(STEPS), None)
         for progress in sample(denoiser, self.array(given["x"], "float32"), Caches(DeepCache(INTERVAL, BRANCH)), None):
             latents = progress.latents
         return {"U-Net call": self.numpy(call), "cached run": self.numpy(latents)}

@@ -24,8 +24,8 @@ from benchmarks.drawn import DATA, Case, cache_cases, compare, draw, read_lines,
 from benchmarks.quality_figures import plot, sheet
 from benchmarks.timing import header, machine, write_json
 from mlx_deepcache import __version__
+from mlx_deepcache.cache.text import parse
 from mlx_deepcache.errors import Failure
-from mlx_deepcache.policy_text import parse
 
 BETTER_SOLVERS = ("dpm++2m", "unipc")
 OWN_SHARES = (0.1, 0.16, 0.2, 0.26, 0.34, 0.5)

@@ -29,7 +29,7 @@ def medians(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, floa
 
 def machine(dtype: str, packages: tuple[str, ...] = ("mlx",)) -> dict:
     """Device, type, versions and date."""
-    from mlx_deepcache.pipeline import device_name
+    from mlx_deepcache.generation.report import device_name
 
     versions = {}
     for package in packages:

@@ -35,13 +35,13 @@ def main(argv=None) -> None:
     import mlx.core as mx
     import numpy as np
 
-    from mlx_deepcache.macs import unet_macs
-    from mlx_deepcache.unet import Conditioning
-    from mlx_deepcache.weights import dtype_of
+    from mlx_deepcache.backend.ops import dtype_of
+    from mlx_deepcache.cache.macs import unet_macs
+    from mlx_deepcache.nets.unet_parts import Conditioning
 
     dtype = dtype_of(args.dtype)
     if args.config == "emoji":
-        from mlx_deepcache.checkpoint import Checkpoint
+        from mlx_deepcache.checkpoints.checkpoint import Checkpoint
 
         checkpoint = Checkpoint.open(None)
         unet, factor = checkpoint.load("unet", dtype), checkpoint.vae_config.factor

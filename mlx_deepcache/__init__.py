@@ -1,8 +1,8 @@
 """Stable Diffusion 1.x, 2.x and XL in MLX, with DeepCache in the sampling loop."""
 
-from . import host
+from ._version import __version__
+from .backend import host
 
-__version__ = "0.1.0"
 POLICIES = (
     "DeepCache",
     "Adaptive",
@@ -20,19 +20,19 @@ FAST_BLAS = host.prepare()  # before anything imports mlx
 
 def __getattr__(name: str):
     if name == "StableDiffusion":
-        from .pipeline import StableDiffusion
+        from .generation.pipeline import StableDiffusion
 
         return StableDiffusion
     if name in POLICIES:
-        from . import policies
+        from .cache import composition
 
-        return getattr(policies, name)
+        return getattr(composition, name)
     if name == "CacheSchedule":
-        from .cache import CacheSchedule
+        from .cache.deepcache import CacheSchedule
 
         return CacheSchedule
     if name == "Control":
-        from .settings import Control
+        from .generation.options import Control
 
         return Control
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

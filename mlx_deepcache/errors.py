@@ -1,5 +1,7 @@
 """The errors that a user can cause or mend; the command line prints each as one line."""
 
+from __future__ import annotations
+
 
 class UsageError(ValueError):
     """A setting that cannot work, whatever the files hold (exit code 2)."""

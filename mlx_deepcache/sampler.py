@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .blocks import Attention, Fixed
-from .cache_run import CacheRun, Call
-from .controlnet import Controlled, Controls
-from .policies import Caches
-from .schedulers import Plan
-from .solvers import CLEAN, Level, Prediction, split
-from .unet import Conditioning, UNet2DConditionModel
+from .cache.composition import CacheRun, Caches, Call
+from .diffusion.levels import CLEAN, Level, Prediction, split
+from .diffusion.schedule import Plan
+from .nets.blocks import Attention, Fixed
+from .nets.controlnet import Controlled, Controls
+from .nets.unet_parts import Conditioning
+from .unet import UNet2DConditionModel
 
 
 class Denoiser:

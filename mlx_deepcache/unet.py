@@ -7,14 +7,13 @@ and one of decoder layers: the output of encoder layer b is skip b, and the deco
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
 
-from .blocks import (
+from .backend.ops import silu
+from .errors import UsageError
+from .nets.blocks import (
     Attention,
     Downsample2D,
     Fixed,
@@ -25,114 +24,18 @@ from .blocks import (
     Upsample2D,
     timestep_embedding,
 )
-from .config import UNetConfig
-from .errors import UsageError
-from .ops import silu
-
-Attend = Callable[..., mx.array]
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What a picture is drawn from.
-
-    context: (B, S, C) the encoded prompt; pooled: (B, P) and time_ids: (B, 6) for SDXL (original height and width, crop
-    top and left, target height and width, in pixels), else None; guidance: (B,) the scale that LCM's U-Net is told.
-    """
-
-    context: mx.array
-    pooled: mx.array | None = None
-    time_ids: mx.array | None = None
-    guidance: mx.array | None = None
-
-
-class Prepared(NamedTuple):
-    """The part of the U-Net's work that depends on the prompt alone: done once, used at every step.
-
-    down, mid, up: keys and values of each flat layer's transformer blocks; added: (B, temb_dim) joins the time
-    embedding; guidance: (B, time_cond_proj_dim).
-    """
-
-    down: list
-    mid: list
-    up: list
-    added: mx.array | None
-    guidance: mx.array | None
-
-    def rows(self, rows: slice) -> Prepared:
-        """The same for some of the pictures of the batch."""
-        parts = [self.down, self.mid, self.up, self.added, self.guidance]
-        return Prepared(*(None if part is None else tree_map(lambda array: array[rows], part) for part in parts))
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One encoder or decoder layer: a resnet, perhaps a transformer, perhaps a change of size."""
-
-    conv: nn.Module | None = None
-    resnet: ResnetBlock2D | None = None
-    attention: Transformer2DModel | None = None
-    upsample: Upsample2D | None = None
-
-    def keys_values(self, context: mx.array) -> list:
-        return [] if self.attention is None else self.attention.keys_values(context)
-
-    def __call__(
-        self,
-        x: mx.array,
-        temb: mx.array,
-        prompt: list,
-        size: tuple[int, int] | None = None,
-        attend: Attend = Attention.__call__,
-    ) -> mx.array:
-        """x: (B, H, W, C); size: what an upsampler should reach."""
-        if self.conv is not None:
-            x = self.conv(x)
-        if self.resnet is not None:
-            x = self.resnet(x, temb)
-        return self.after_resnet(x, prompt, size, attend)
-
-    def after_resnet(self, x: mx.array, prompt: list, size: tuple[int, int] | None, attend: Attend) -> mx.array:
-        """The rest of the layer."""
-        if self.attention is not None:
-            x = self.attention(x, prompt, attend)
-        return x if self.upsample is None else self.upsample(x, size)
-
-
-def run_down(
-    layers: list[Layer], x: mx.array, temb: mx.array, prompts: list, attend: Attend = Attention.__call__
-) -> list[mx.array]:
-    """The outputs of all these encoder layers: their skips."""
-    skips = []
-    for layer, prompt in zip(layers, prompts, strict=True):
-        x = layer(x, temb, prompt, None, attend)
-        skips.append(x)
-    return skips
-
-
-def run_up(
-    layers: list[Layer],
-    x: mx.array,
-    skips: list[mx.array],
-    temb: mx.array,
-    prompts: list,
-    attend: Attend = Attention.__call__,
-) -> mx.array:
-    """Decoder layers, each reading the last skip not yet read; upsamplers aim at the size of the next one."""
-    for layer, prompt in zip(layers, prompts, strict=True):
-        x = layer(mx.concatenate([x, skips[-1]], axis=-1), temb, prompt, next_size(skips), attend)
-        skips = skips[:-1]
-    return x
-
-
-def added(skips: list[mx.array], residuals: Sequence[mx.array]) -> list[mx.array]:
-    """Each skip with its residual, where there are residuals."""
-    return [skip + r for skip, r in zip(skips, residuals, strict=False)] if residuals else skips
-
-
-def next_size(skips: list[mx.array]) -> tuple[int, int] | None:
-    """(height, width) of the skip that is read after the last one; None after the outermost."""
-    return skips[-2].shape[1:3] if len(skips) > 1 else None
+from .nets.unet_parts import (
+    Attend,
+    Conditioning,
+    Layer,
+    Prepared,
+    UNetConfig,
+    _pairs,
+    added,
+    next_size,
+    run_down,
+    run_up,
+)
 
 
 class UNet2DConditionModel(nn.Module):
@@ -336,9 +239,3 @@ class UNet2DConditionModel(nn.Module):
             return cached(x, temb, prompt, branch, list(residuals), features)
 
         return call
-
-
-def _pairs(block: nn.Module) -> list[Layer]:
-    """A block's resnets, each with its transformer where it has one."""
-    attentions = block.get("attentions", [None] * len(block.resnets))
-    return [Layer(resnet=r, attention=a) for r, a in zip(block.resnets, attentions, strict=True)]

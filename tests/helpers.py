@@ -38,7 +38,7 @@ def unet_inputs(config, size=(16, 16), batch=2, seed=0):
 
 def conditioning(context, added):
     """The same as our U-Net's Conditioning."""
-    from mlx_deepcache.unet import Conditioning
+    from mlx_deepcache.nets.unet_parts import Conditioning
 
     if added is None:
         return Conditioning(mx.array(context))
@@ -52,6 +52,6 @@ def at(unet, prompt, t):
 
 def token_rows(tokenizer, texts):
     """Token ids as an encoder reads them, (N, 77), each text cut to one chunk."""
-    from mlx_deepcache.prompts import chunked, tokenize
+    from mlx_deepcache.generation.prompts import chunked, tokenize
 
     return chunked(tokenizer, [tokenize(tokenizer, text) for text in texts])[0][:, 0]

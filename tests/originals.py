@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from mlx_deepcache import vocabulary
+from mlx_deepcache.checkpoints import tokenizer as vocabulary
 
 XL = {
     "block_out_channels": (64, 128, 192),

@@ -7,8 +7,8 @@ import torch
 from helpers import error, to_mlx, to_torch_layout
 from torch.nn import functional as F
 
-from mlx_deepcache import ops
-from mlx_deepcache.blocks import ResnetBlock2D, Upsample2D
+from mlx_deepcache.backend import ops
+from mlx_deepcache.nets.blocks import ResnetBlock2D, Upsample2D
 
 
 def lively(module, seed=0):

@@ -11,7 +11,7 @@ from diffusers.hooks.faster_cache import _split_low_high_freq
 from helpers import error, to_mlx, to_torch_layout
 
 from mlx_deepcache import Adaptive, DeepCache, FasterCache, GuidanceInterval, PyramidAttentionBroadcast, TGate
-from mlx_deepcache.guidance import low_pass
+from mlx_deepcache.cache.fastercache import low_pass
 
 CASES = [("sd15", "ddim", 5.0), ("sd15", "pndm", 1.0), ("sdxl", "euler", 3.0), ("sdxl", "ddim", 1.0)]
 STEPS = 12

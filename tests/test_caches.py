@@ -20,13 +20,13 @@ from mlx_deepcache import (
     StableDiffusion,
     TaylorSeer,
     TGate,
-    blocks,
-    cache_run,
 )
-from mlx_deepcache.cli import main_generate
+from mlx_deepcache.apps.generate import main_generate
+from mlx_deepcache.cache import composition as cache_run
+from mlx_deepcache.cache.composition import KINDS, Caches
+from mlx_deepcache.cache.text import explain, parse, write
 from mlx_deepcache.errors import UsageError
-from mlx_deepcache.policies import KINDS, Caches
-from mlx_deepcache.policy_text import explain, parse, write
+from mlx_deepcache.nets import blocks
 
 
 def picture(full):

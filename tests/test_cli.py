@@ -18,7 +18,8 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import mlx_deepcache
-from mlx_deepcache.cli import main_convert, main_generate
+from mlx_deepcache.apps.convert import main_convert
+from mlx_deepcache.apps.generate import main_generate
 
 REPOSITORY = Path(__file__).parent.parent
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -6,9 +6,9 @@ import mlx.core as mx
 import pytest
 from helpers import at, conditioning, error, unet_inputs
 
-from mlx_deepcache.blocks import Attention
-from mlx_deepcache.checkpoint import Checkpoint
-from mlx_deepcache.ops import on_gpu
+from mlx_deepcache.backend.ops import on_gpu
+from mlx_deepcache.checkpoints.checkpoint import Checkpoint
+from mlx_deepcache.nets.blocks import Attention
 
 BRANCH = 1
 

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 from test_pictures import PICTURE, smooth
 
 from mlx_deepcache import Control, StableDiffusion
-from mlx_deepcache.checkpoint import load_controlnet
-from mlx_deepcache.cli import main_generate
+from mlx_deepcache.apps.generate import main_generate
+from mlx_deepcache.checkpoints.part import load_controlnet
 from mlx_deepcache.errors import CheckpointError, UsageError
 
 OTHER = smooth(64, 96, seed=5)
@@ -99,7 +99,7 @@ def test_picture_is_that_of_diffusers(checkpoint, pipeline, net, kind, scheduler
 
 
 def test_it_runs_on_full_steps_only(pipeline, net, monkeypatch):
-    from mlx_deepcache.controlnet import ControlNetModel
+    from mlx_deepcache.nets.controlnet import ControlNetModel
 
     calls, run = [], ControlNetModel.__call__
 

@@ -10,7 +10,8 @@ from helpers import error
 from PIL import Image
 
 from mlx_deepcache import StableDiffusion
-from mlx_deepcache.cli import main_convert, main_generate
+from mlx_deepcache.apps.convert import main_convert
+from mlx_deepcache.apps.generate import main_generate
 
 STEPS = ["--steps", "4", "--quiet", "--dtype", "float32"]
 

@@ -6,9 +6,9 @@ from helpers import at, conditioning, error, to_mlx, to_torch_layout, token_rows
 from oracle import generate, text_encoder, token_ids, unet_cached_call, unet_call, vae_decode, vae_encode
 
 from mlx_deepcache import StableDiffusion
-from mlx_deepcache.checkpoint import BUNDLED
-from mlx_deepcache.cli import main_generate
-from mlx_deepcache.prompts import load_tokenizer
+from mlx_deepcache.apps.generate import main_generate
+from mlx_deepcache.checkpoints.checkpoint import BUNDLED
+from mlx_deepcache.checkpoints.tokenizer import load_tokenizer
 
 PROMPTS = ["a red apple", "a drawing of a cat", "", "three weird words: zyzzyva, quokka!"]
 

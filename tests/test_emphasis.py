@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_deepcache.emphasis import parse
+from mlx_deepcache.generation.prompts import parse
 
 PUBLISHED = {
     "normal text": [("normal text", 1.0)],

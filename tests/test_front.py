@@ -10,10 +10,12 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from benchmarks import calibrate, drawn, quality
-from mlx_deepcache import front
-from mlx_deepcache.cli import main_convert, main_generate
+from mlx_deepcache.apps.convert import main_convert
+from mlx_deepcache.apps.generate import main_generate
+from mlx_deepcache.cache import prices as front
+from mlx_deepcache.cache.prices import Front, Price
+from mlx_deepcache.checkpoints import folder as folder_module
 from mlx_deepcache.errors import CheckpointError, UsageError
-from mlx_deepcache.front import Front, Price
 
 PRICES = (
     Price(("deepcache:interval=10",), 0.15, 31.0, 24.0, 0.95),
@@ -59,7 +61,7 @@ def test_an_impossible_promise_says_what_the_best_is(promise, message):
 
 def test_caches_that_cannot_be_had_are_passed_over(checkpoint, pipeline, tmp_path):
     folder = shutil.copytree(checkpoint("sd15"), tmp_path / "model")
-    (folder / front.FILE).write_text(replace(FRONT, policies=PRICES[3:]).to_json())
+    (folder / folder_module.PRICES).write_text(replace(FRONT, policies=PRICES[3:]).to_json())
     pipe = pipeline("sd15").from_pretrained(str(folder), "float32")
     with pytest.warns(UserWarning, match="20 where 50"):  # T-GATE's 25th step is none of these
         settings = pipe.settings("a cat", steps=20, cache="auto", max_macs=1)
@@ -100,7 +102,7 @@ def test_what_has_no_meaning_is_refused(options, message, pipeline, tmp_path, mo
     ],
 )
 def test_a_damaged_file_is_told(damage, tmp_path):
-    file = tmp_path / front.FILE
+    file = tmp_path / folder_module.PRICES
     file.write_text(FRONT.to_json())
     assert front.read(file) == FRONT
     file.write_text(damage(json.loads(FRONT.to_json())))
@@ -121,11 +123,11 @@ def test_calibrating_and_drawing_with_what_is_picked(checkpoint, tmp_path, monke
     calibration += ["--work", tmp_path / "work", "--batch", 2]
     calibrate.main([str(a) for a in calibration])
     said = capsys.readouterr().out
-    assert "left out tgate:step=50" in said and f"wrote {folder / front.FILE}" in said
+    assert "left out tgate:step=50" in said and f"wrote {folder / folder_module.PRICES}" in said
     calibrate.main([str(a) for a in calibration])
     assert "round" not in capsys.readouterr().out  # all of it was kept
 
-    stored = front.read(folder / front.FILE)
+    stored = front.read(folder / folder_module.PRICES)
     by_name = {str(price): price for price in stored.policies}
     cheap, near = by_name["deepcache:interval=5"], by_name["deepcache:interval=2"]
     assert 0 < cheap.macs < near.macs < 1 and cheap.psnr < near.psnr and cheap.psnr_worst <= cheap.psnr
@@ -154,7 +156,7 @@ def test_calibrating_and_drawing_with_what_is_picked(checkpoint, tmp_path, monke
     assert said.err.count("warning: ") == 1 and "steps 12 where 10 was calibrated" in said.err
 
     assert main_convert(["--model", str(folder), "--output", str(tmp_path / "converted")]) == 0
-    assert front.read(tmp_path / "converted" / front.FILE) == stored
+    assert front.read(tmp_path / "converted" / folder_module.PRICES) == stored
 
 
 def calibrate_pipe(folder):
@@ -169,9 +171,9 @@ def test_where_fronts_lie(tmp_path, monkeypatch):
     snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
     single = tmp_path / "dreams.safetensors"
     single.write_bytes(b"")
-    assert front.places_for(snapshot) == [room / "some--model.json"]
-    assert [file.parent for file in front.places_for(single)] == [room]
-    assert front.places_for(tmp_path)[0] == tmp_path / front.FILE
+    assert folder_module.price_places(snapshot) == [room / "some--model.json"]
+    assert [file.parent for file in folder_module.price_places(single)] == [room]
+    assert folder_module.price_places(tmp_path)[0] == tmp_path / folder_module.PRICES
 
 
 def test_the_bundled_model_has_a_front(monkeypatch, tmp_path):

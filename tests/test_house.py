@@ -7,53 +7,31 @@ from pathlib import Path
 
 import mlx_deepcache
 
-FLOORS = [
-    {"errors", "host", "ops"},
-    {
-        *(
-            "config",
-            "cache",
-            "forecast",
-            "noise",
-            "images",
-            "memory",
-            "emphasis",
-            "vocabulary",
-            "pictures",
-            "fewstep",
-            "parsing",
-        ),
-    },
-    {"policies", "blocks", "solvers", "clip", "ldm", "architecture"},
-    {"policy_text", "schedulers", "unet", "vae", "taesd", "guidance"},
-    {"prompts", "weights", "macs", "tiling", "controlnet", "front"},
-    {"attention_cache", "hub", "singlefile", "lora", "embeddings"},
-    {"cache_run", "sources"},
-    {"sampler", "autoencoders"},
-    {"checkpoint"},
-    {"settings", "options", "addons", "preview", "metadata"},
-    {"pipeline"},
-    {"comparison"},
-    {"cli"},
-]
-ROOM = Path(mlx_deepcache.__file__).parent
+FLOORS = (
+    "apps | generation | sampler | cache, checkpoints | unet | nets | diffusion, media, backend | "
+    "errors, fields, _version"
+)
+HOUSE = Path(mlx_deepcache.__file__).parent
 
 
 def test_imports_run_downhill():
-    floor_of = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-    files = {path.stem: path for path in ROOM.glob("*.py") if path.stem != "__init__"}
-    assert set(files) == set(floor_of)
-    for name, path in files.items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.level == 1:
-                imported = [node.module] if node.module else [alias.name for alias in node.names]
-                for other in imported:
-                    if other.islower() and other[0] != "_":  # the rest is __init__.py's own
-                        assert floor_of[other] < floor_of[name], (name, other)
+    """A wing imports from lower floors and from itself, whether at the top of a file or inside a function."""
+    floors = [floor.split(", ") for floor in FLOORS.split(" | ")]
+    height = {wing: -number for number, floor in enumerate(floors) for wing in floor}
+    assert set(height) == {p.stem for p in HOUSE.iterdir() if p.name[:2] != "__"}
+    for file in HOUSE.rglob("*.py"):
+        module = file.relative_to(HOUSE).with_suffix("").parts
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not node.level or module == ("__init__",):
+                continue
+            room = [*module[: -node.level], *(node.module or "").split(".")]
+            for name in [room[0]] if room[0] else [alias.name for alias in node.names]:
+                own = height[module[0]]
+                assert name == module[0] or height.get(name, -len(floors)) < own, (file.name, name)
 
 
 def test_no_torch_or_diffusers_at_run_time():
-    for path in [*ROOM.glob("*.py"), ROOM.parent / "generate.py", ROOM.parent / "convert.py"]:
+    for path in [*HOUSE.rglob("*.py"), HOUSE.parent / "generate.py", HOUSE.parent / "convert.py"]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -67,4 +45,4 @@ def test_importing_is_light():
         "pipe = mlx_deepcache.StableDiffusion.from_pretrained(None, 'float32'); pipe.settings('a cat'); "
         "assert 'transformers' not in sys.modules and 'mlx.core' in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOM.parent)
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=HOUSE.parent)

@@ -10,9 +10,10 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from mlx_deepcache.diffusion.schedulers import SCHEDULERS
 from mlx_deepcache.errors import Failure
-from mlx_deepcache.images import parameters_text, save_png, to_uint8
-from mlx_deepcache.schedulers import SCHEDULERS
+from mlx_deepcache.generation.record import parameters_text, save_png
+from mlx_deepcache.media.pictures import to_uint8
 
 SETTINGS = {
     "prompt": "a cat",

@@ -15,9 +15,11 @@ from helpers import at, conditioning, error, to_mlx, to_torch_layout, unet_input
 from PIL import Image
 from safetensors.torch import save_file
 
-from mlx_deepcache import StableDiffusion, lora
-from mlx_deepcache.cli import main_convert, main_generate
-from mlx_deepcache.options import file_and_scale
+from mlx_deepcache import StableDiffusion
+from mlx_deepcache.apps.convert import main_convert
+from mlx_deepcache.apps.flags import file_and_scale
+from mlx_deepcache.apps.generate import main_generate
+from mlx_deepcache.checkpoints.adapters import lora
 
 RANK = 3
 ATTENTION = r"(to_[qkv]|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2)$"

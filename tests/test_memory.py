@@ -12,11 +12,11 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 import mlx_deepcache
-from mlx_deepcache.checkpoint import BUNDLED, Checkpoint
-from mlx_deepcache.config import VAEConfig
+from mlx_deepcache.backend.memory import limit_memory, machine_memory
+from mlx_deepcache.checkpoints.checkpoint import BUNDLED, Checkpoint
 from mlx_deepcache.errors import UsageError
-from mlx_deepcache.memory import limit_memory, machine_memory
-from mlx_deepcache.tiling import decode_tiled, tiled
+from mlx_deepcache.nets.autoencoder import VAEConfig
+from mlx_deepcache.nets.tiling import decode_tiled, tiled
 
 SHEET = Path(__file__).parents[1] / "docs" / "contact_sheet.png"
 SD_VAE = VAEConfig(block_out_channels=(128, 256, 512, 512))

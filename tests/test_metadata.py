@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from mlx_deepcache import metadata
-from mlx_deepcache.cli import main_generate
+from mlx_deepcache.apps.generate import main_generate
 from mlx_deepcache.errors import Failure
+from mlx_deepcache.generation import record as metadata
 
 NOWHERE = Path("a.png")
 

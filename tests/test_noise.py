@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from mlx_deepcache.diffusion.noise import GENERATORS, BatchNoise, TorchCPU, TorchCUDA, philox
 from mlx_deepcache.errors import UsageError
-from mlx_deepcache.noise import GENERATORS, BatchNoise, TorchCPU, TorchCUDA, philox
 
 SHAPES = [(1, 4, 64, 64), (1, 4, 8, 8), (1, 4, 9, 13), (1, 4, 5, 5), (1, 4, 2, 2), (1, 4, 128, 96)]
 

@@ -68,7 +68,7 @@ def test_interval_1_is_bit_equal_to_a_loop_without_cache_code(pipeline):
     """The plain loop below knows nothing of features, branches or schedules."""
     import mlx.core as mx
 
-    from mlx_deepcache.solvers import Prediction, split
+    from mlx_deepcache.diffusion.levels import Prediction, split
 
     pipe = pipeline("sd15")
     settings = pipe.settings("a cat", steps=5, height=64, width=64, seeds=[1, 2], cache_interval=1, scheduler="ddim")

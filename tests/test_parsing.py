@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_deepcache import cli
-from mlx_deepcache.options import convert_parser, generate_parser
+from mlx_deepcache.apps import command as cli
+from mlx_deepcache.apps.flags import convert_parser, generate_parser
 
 REPOSITORY = Path(__file__).parent.parent
 

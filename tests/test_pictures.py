@@ -10,7 +10,7 @@ from oracle import SCHEDULERS, from_picture
 from PIL import Image
 
 from mlx_deepcache.errors import Failure, UsageError
-from mlx_deepcache.pictures import fit, read_mask, read_picture, size_for, source
+from mlx_deepcache.media.pictures import fit, read_mask, read_picture, size_for, source
 
 RNG = np.random.default_rng(0)
 

@@ -16,11 +16,12 @@ from skimage.metrics import peak_signal_noise_ratio
 from test_taesd import taesd  # noqa: F401
 
 from mlx_deepcache import StableDiffusion
-from mlx_deepcache.checkpoint import Checkpoint
-from mlx_deepcache.cli import main_convert, main_generate
+from mlx_deepcache.apps.convert import main_convert
+from mlx_deepcache.apps.generate import main_generate
+from mlx_deepcache.checkpoints.checkpoint import Checkpoint
 from mlx_deepcache.errors import CheckpointError
-from mlx_deepcache.images import captioned, psnr
-from mlx_deepcache.preview import latent_rgb, through
+from mlx_deepcache.generation.preview import latent_rgb, through
+from mlx_deepcache.media.sheets import captioned, psnr
 
 SMALL = ["--height", "64", "--width", "64", "--steps", "3"]
 

@@ -9,10 +9,10 @@ from helpers import error, to_torch_layout
 from test_pictures import PICTURE, compare
 
 from mlx_deepcache import StableDiffusion
-from mlx_deepcache.checkpoint import Checkpoint
-from mlx_deepcache.cli import main_generate
+from mlx_deepcache.apps.generate import main_generate
+from mlx_deepcache.checkpoints.checkpoint import Checkpoint
+from mlx_deepcache.checkpoints.families import FewStep, few_step
 from mlx_deepcache.errors import CheckpointError, UsageError
-from mlx_deepcache.fewstep import FewStep, few_step
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ import pytest
 import torch
 from helpers import error
 
+from mlx_deepcache.diffusion.levels import Prediction, split
+from mlx_deepcache.diffusion.schedulers import SCHEDULERS, schedule
 from mlx_deepcache.errors import CheckpointError, UsageError
-from mlx_deepcache.schedulers import SCHEDULERS, NoiseSchedule
-from mlx_deepcache.solvers import Prediction, split
 
 BASE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 VARIANTS = {
@@ -55,7 +55,7 @@ def reference(name, config, steps, start):
 
 
 def ours(name, config, steps, start):
-    plan = NoiseSchedule(config, name).plan(steps)
+    plan = schedule(config, name).plan(steps)
     generator, calls = torch.Generator().manual_seed(1), 0
 
     def denoise(x, level):
@@ -110,7 +110,7 @@ def test_published_trajectories():
     golden = {"ddim": 2.585767, "pndm": 2.423537, "euler": 2.546009, "heun": 2.37869}
     config = BASE | VARIANTS["sd"] | {"timestep_spacing": "leading"}
     for name, expected in golden.items():
-        plan = NoiseSchedule(config, name).plan(20)
+        plan = schedule(config, name).plan(20)
 
         def denoise(x, level, plan=plan):
             output = 0.5 * x + 0.1 * float(np.cos(level.t / 100))
@@ -142,7 +142,7 @@ def test_one_step():
 )
 def test_impossible(name, steps, message):
     with pytest.raises(UsageError, match=message):
-        NoiseSchedule(BASE, name).plan(steps)
+        schedule(BASE, name).plan(steps)
 
 
 @pytest.mark.parametrize(
@@ -159,9 +159,9 @@ def test_impossible(name, steps, message):
 )
 def test_unsupported_values_are_named(name, key, value):
     with pytest.raises(CheckpointError, match=re.escape(f"{key} = {value!r} is not supported with {name}")):
-        NoiseSchedule(BASE | {key: value}, name)
+        schedule(BASE | {key: value}, name)
 
 
 def test_unknown_scheduler_class():
     with pytest.raises(CheckpointError, match="'EDMEulerScheduler', which is not supported"):
-        NoiseSchedule({"_class_name": "EDMEulerScheduler"})
+        schedule({"_class_name": "EDMEulerScheduler"})

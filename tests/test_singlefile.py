@@ -19,18 +19,20 @@ from mlx.utils import tree_flatten
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from mlx_deepcache import StableDiffusion, vocabulary
-from mlx_deepcache.checkpoint import Checkpoint
-from mlx_deepcache.cli import main_convert, main_generate
-from mlx_deepcache.clip import CLIPTextModel
-from mlx_deepcache.config import CLIPConfig, UNetConfig, VAEConfig
+from mlx_deepcache import StableDiffusion
+from mlx_deepcache.apps.convert import main_convert
+from mlx_deepcache.apps.generate import main_generate
+from mlx_deepcache.checkpoints import tokenizer as vocabulary
+from mlx_deepcache.checkpoints.checkpoint import Checkpoint
+from mlx_deepcache.checkpoints.folder import Folder
+from mlx_deepcache.checkpoints.original.singlefile import ModelWarning, SingleFile
+from mlx_deepcache.checkpoints.tokenizer import load_tokenizer
+from mlx_deepcache.checkpoints.weights import fill
 from mlx_deepcache.errors import CheckpointError
-from mlx_deepcache.prompts import load_tokenizer
-from mlx_deepcache.singlefile import ModelWarning, SingleFile
-from mlx_deepcache.sources import Folder
+from mlx_deepcache.nets.autoencoder import AutoencoderKL, VAEConfig
+from mlx_deepcache.nets.clip import CLIPConfig, CLIPTextModel
+from mlx_deepcache.nets.unet_parts import UNetConfig
 from mlx_deepcache.unet import UNet2DConditionModel
-from mlx_deepcache.vae import AutoencoderKL
-from mlx_deepcache.weights import fill
 
 KINDS = tuple(originals.UNETS)
 V = {"modelspec.prediction_type": "v"}

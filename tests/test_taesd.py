@@ -11,9 +11,9 @@ from helpers import error, to_mlx, to_torch_layout
 from safetensors.numpy import load_file, save_file
 
 from mlx_deepcache import StableDiffusion
-from mlx_deepcache.autoencoders import OtherVAE
-from mlx_deepcache.config import VAEConfig
+from mlx_deepcache.checkpoints.part import OtherVAE
 from mlx_deepcache.errors import CheckpointError
+from mlx_deepcache.nets.autoencoder import VAEConfig
 
 OWN = VAEConfig((16, 16, 24, 32))
 

@@ -9,10 +9,10 @@ from helpers import error, token_rows
 from oracle import shared, text, text_encoder, token_ids
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from mlx_deepcache.clip import CLIPTextModel
-from mlx_deepcache.config import CLIPConfig
-from mlx_deepcache.emphasis import parse
-from mlx_deepcache.prompts import PromptWarning, encode, load_tokenizer
+from mlx_deepcache.checkpoints.tokenizer import load_tokenizer
+from mlx_deepcache.generation.conditioning import encode
+from mlx_deepcache.generation.prompts import PromptWarning, parse
+from mlx_deepcache.nets.clip import CLIPConfig, CLIPTextModel
 
 PROMPTS = ["a small red cat", "", "a cat! in the rain!!", "An OLD tree, at night: naïve 猫"]
 

@@ -11,10 +11,10 @@ from helpers import at, conditioning, error, to_mlx, to_torch_layout, unet_input
 from oracle import unet_cached_call, unet_call
 
 from mlx_deepcache import unet as unet_module
-from mlx_deepcache.cache import DeepCache
-from mlx_deepcache.config import UNetConfig
+from mlx_deepcache.cache.deepcache import DeepCache
+from mlx_deepcache.checkpoints.weights import load
 from mlx_deepcache.errors import UsageError
-from mlx_deepcache.weights import load
+from mlx_deepcache.nets.unet_parts import UNetConfig
 
 
 def prepared(pipeline, kind, size=(16, 16), seed=0):

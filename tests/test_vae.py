@@ -9,9 +9,8 @@ from diffusers import AutoencoderKL as Reference
 from helpers import error, to_mlx, to_torch_layout
 from oracle import vae_decode, vae_encode
 
-from mlx_deepcache.config import VAEConfig
-from mlx_deepcache.vae import AutoencoderKL
-from mlx_deepcache.weights import rename, to_channels_last
+from mlx_deepcache.checkpoints.weights import rename, to_channels_last
+from mlx_deepcache.nets.autoencoder import AutoencoderKL, VAEConfig
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,9 +14,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from mlx_deepcache import StableDiffusion, hub
-from mlx_deepcache import checkpoint as checkpoint_module
-from mlx_deepcache.cli import main_convert
+from mlx_deepcache import StableDiffusion
+from mlx_deepcache.apps.convert import main_convert
+from mlx_deepcache.checkpoints import checkpoint as checkpoint_module
+from mlx_deepcache.checkpoints import hub
 from mlx_deepcache.errors import CheckpointError
 
 COMPONENTS = {"sd15": ("text_encoder", "unet", "vae"), "sdxl": ("text_encoder", "text_encoder_2", "unet", "vae")}

@@ -1,0 +1,50 @@
+"""What all commands share: exit codes, and errors that take one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+from .. import FAST_BLAS
+from ..backend.host import HINT
+from ..errors import Failure, UsageError
+
+
+def run(
+    command: Callable[[argparse.Namespace], None],
+    flags: Callable[[list[str]], argparse.Namespace],
+    argv: list[str] | None,
+) -> int:
+    """A command's exit code: 0, 1 for a failure, 2 for a usage error, 130 for Ctrl-C; errors take one line."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a file's name need not be text
+    warnings.showwarning = lambda message, *rest, **kw: print(f"warning: {message}", file=sys.stderr)
+    if not FAST_BLAS:
+        print(f"note: {HINT}", file=sys.stderr)
+    try:
+        command(flags(sys.argv[1:] if argv is None else argv))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Failure as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ncancelled; the picture under way was not written", file=sys.stderr)
+        return 130
+    except MemoryError:
+        print("error: there is not enough memory; try a smaller --height and --width or fewer images", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # what no one expected, such as a full disk behind stdout
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

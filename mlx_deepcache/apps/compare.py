@@ -1,0 +1,62 @@
+"""What caching cost a picture: the same again without it, beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+
+from ..cache.composition import Caches
+from ..cache.deepcache import DeepCache
+from ..cache.text import write
+from ..errors import UsageError
+from ..generation.settings import Settings
+from ..media.sheets import captioned, psnr, side_by_side
+
+if TYPE_CHECKING:
+    from ..generation.pipeline import StableDiffusion
+
+
+def check_comparable(settings: Settings) -> None:
+    """Raises UsageError if nothing is cached, so that there is nothing to compare."""
+    if settings.cache.policies == _uncached().policies:
+        raise UsageError("--compare shows what the cache changes, but it is off; give --cache-interval or --cache")
+
+
+def without_cache(
+    pipe: StableDiffusion, settings: Settings, latents: mx.array | None
+) -> tuple[Sequence[np.ndarray], float]:
+    """Draw without a cache what was drawn with one: the pictures, (H, W, 3) in 0-255, and the seconds of denoising.
+
+    latents: as for `pipe.denoise`.
+    """
+    plain = replace(settings, cache=_uncached())
+    steps = list(pipe.denoise(plain, latents))
+    images = pipe.decode(steps[-1].latents, settings.vae_tiling, settings.source)
+    return list(images), pipe.stats(plain, steps)["seconds"]["denoise"]
+
+
+def comparison(
+    cache: Caches,
+    images: Sequence[np.ndarray],
+    seconds: float,
+    uncached: Sequence[tuple[Sequence[np.ndarray], float]],
+) -> np.ndarray:
+    """Each picture drawn with a cache beside the one without; under them what was cached, both times and each PSNR.
+
+    uncached: batches, from `without_cache`; together they have as many pictures as `images`.
+    """
+    pairs = list(zip(images, [image for batch, _ in uncached for image in batch], strict=True))
+    lines = [
+        f"left: {', '.join(write(policy) for policy in cache.policies)}, {seconds:.2f} s",
+        f"right: no cache, {sum(time for _, time in uncached):.2f} s",
+        "PSNR " + ", ".join(f"{psnr(*pair):.1f}" for pair in pairs) + " dB",
+    ]
+    return captioned(side_by_side([image for pair in pairs for image in pair], columns=2), lines)
+
+
+def _uncached() -> Caches:
+    return Caches.of([DeepCache(1)])

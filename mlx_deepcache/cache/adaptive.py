@@ -1,0 +1,61 @@
+"""DeepCache decided on the way: the deep part runs when what enters it has changed enough."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import mlx.core as mx
+
+from ..errors import UsageError
+from .deepcache import DeepCache
+from .policy import check_branch, check_warmup
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """The deep part runs when what enters it has changed enough since it last ran; decided on the way.
+
+    The skip at `branch` is computed on every step anyway. Its relative change since the last full step,
+    mean |now - then| / mean |then|, of that picture of the batch where it is largest, is compared with `threshold`
+    (0: every step is full). At least every `max_interval`-th step is full, and so are the first `warmup` steps. The
+    rule is that of first-block caches; here it costs one wait for the device a step, and no computation.
+
+    Raises:
+        UsageError: a value that cannot be.
+    """
+
+    name: ClassVar[str] = "adaptive"
+    slots: ClassVar[dict[str, str]] = DeepCache.slots
+    about: ClassVar[str] = (
+        "a step is full once the deep part's input has changed by the share threshold, or after max_interval; "
+        "--stats logs it"
+    )
+
+    threshold: float = 0.1
+    max_interval: int = 10
+    branch: int = 0
+    warmup: int = 0
+
+    def __post_init__(self):
+        if not self.threshold >= 0:
+            raise UsageError(f"adaptive's threshold must be 0 or more (0 = no caching), got {self.threshold}")
+        if self.max_interval < 1:
+            raise UsageError(f"adaptive's max_interval must be at least 1 (1 = no caching), got {self.max_interval}")
+        check_branch(self.branch)
+        check_warmup(self.warmup)
+
+    def full_steps(self, n: int) -> list[bool | None]:
+        """For each of n steps True, or None where it is decided on the way."""
+        return [True if i == 0 or i < self.warmup or self.max_interval == 1 else None for i in range(n)]
+
+    def full(self, since: int, change: float) -> bool:
+        """Whether a step is full that comes `since` steps after the last full one, with this relative change."""
+        return since >= self.max_interval or not change < self.threshold
+
+
+def relative_change(now: mx.array, then: mx.array) -> float:
+    """mean |now - then| / mean |then| of the picture where it is largest; (B, H, W, C) each. Waits for the device."""
+    now, then = now.astype(mx.float32), then.astype(mx.float32)
+    change = mx.abs(now - then).mean(axis=(1, 2, 3)) / mx.maximum(mx.abs(then).mean(axis=(1, 2, 3)), 1e-12)
+    return change.max().item()

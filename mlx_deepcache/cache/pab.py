@@ -1,0 +1,74 @@
+"""Pyramid Attention Broadcast (Zhao et al. 2024)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import mlx.core as mx
+
+from ..nets.blocks import Attention
+from .attention import AttentionCache, KeysValues
+from .policy import ATTENTION, check_skip_range, check_timesteps, keyed
+
+
+class Broadcast(AttentionCache):
+    """Pyramid Attention Broadcast."""
+
+    def __init__(self, policy: PyramidAttentionBroadcast):
+        super().__init__()
+        self.policy = policy
+
+    def __call__(self, layer: Attention, x: mx.array, keys_values: KeysValues = None) -> mx.array:
+        cross = keys_values is not None
+        if not self.policy.remembers(cross):
+            return layer(x, keys_values)
+        due, kept = self.policy.computes(cross, self.count(layer), self.t), self.usable(layer, len(x))
+        if due or not kept:
+            self.kept[id(layer)] = (layer(x, keys_values),)
+            return self.kept[id(layer)][0]
+        self.skip(layer, x, keys_values)
+        return kept[0]
+
+
+@dataclass(frozen=True)
+class PyramidAttentionBroadcast:
+    """An attention layer's output is used again for a range of calls, inside a window of timesteps (Zhao et al. 2024).
+
+    Names and counters are diffusers': a skip range N computes every N-th call of a layer (1: every call; None: this
+    kind is left alone) while lo < timestep < hi; a layer counts its own calls, outside the window too. spatial is
+    self-attention, cross the attention to the prompt, 2 and 6 as in the paper.
+
+    Raises:
+        UsageError: a range that cannot be.
+    """
+
+    name: ClassVar[str] = "pab"
+    slots: ClassVar[dict[str, str]] = ATTENTION
+    about: ClassVar[str] = (
+        "Pyramid Attention Broadcast: self-attention (spatial) runs every 2nd time, cross-attention every 6th, or off"
+    )
+
+    spatial_attention_block_skip_range: int | None = keyed(2, "spatial")
+    cross_attention_block_skip_range: int | None = keyed(6, "cross")
+    spatial_attention_timestep_skip_range: tuple[int, int] = keyed((100, 800), "spatial_window")
+    cross_attention_timestep_skip_range: tuple[int, int] = keyed((100, 800), "cross_window")
+
+    def __post_init__(self):
+        check_skip_range(self.name, "spatial", self.spatial_attention_block_skip_range)
+        check_skip_range(self.name, "cross", self.cross_attention_block_skip_range)
+        check_timesteps(self.name, "spatial_window", self.spatial_attention_timestep_skip_range)
+        check_timesteps(self.name, "cross_window", self.cross_attention_timestep_skip_range)
+
+    def remembers(self, cross: bool) -> bool:
+        """Whether outputs of this kind of attention are ever used again."""
+        every = self.cross_attention_block_skip_range if cross else self.spatial_attention_block_skip_range
+        return every is not None and every > 1
+
+    def computes(self, cross: bool, iteration: int, t: float) -> bool:
+        """Whether a layer runs at its call number `iteration` (from 0), at timestep t."""
+        if cross:
+            every, window = self.cross_attention_block_skip_range, self.cross_attention_timestep_skip_range
+        else:
+            every, window = self.spatial_attention_block_skip_range, self.spatial_attention_timestep_skip_range
+        return every is None or iteration % every == 0 or not window[0] < t < window[1]

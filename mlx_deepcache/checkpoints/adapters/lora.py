@@ -1,0 +1,288 @@
+"""LoRA and its relatives: small changes to a checkpoint's weights, fused into them as they are loaded.
+
+Read are the names of diffusers and PEFT, of kohya's scripts (which for SDXL has the original U-Net's names) and of
+LyCORIS (LoCon, LoHa, LoKr, full differences), and DoRA in each. What a change is, W' = W + scale * delta:
+
+LoRA (Hu et al. 2022)         delta = alpha / rank * up @ down, with a third factor between them in some convolutions
+LoHa (Hyeon-Woo et al. 2022)  delta = alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b)
+LoKr (Yeh et al. 2024)        delta = alpha / rank * kron(w1, w2), of which each may be a product
+DoRA (Liu et al. 2024)        W' = magnitude * (W + scale * delta) / its norm
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ...errors import CheckpointError, UsageError
+from ...nets.unet_parts import UNetConfig
+from ..original import names as ldm
+from ..weights import read_tensors
+
+# How a tensor's name ends, and what it is of its layer
+_PARTS = {
+    r"lora_down\.weight|lora_A(\.\w+)?\.weight|lora(_linear_layer)?\.down\.weight": "down",
+    r"lora_up\.weight|lora_B(\.\w+)?\.weight|lora(_linear_layer)?\.up\.weight": "up",
+    r"lora_mid\.weight": "mid",
+    r"lora_magnitude_vector(\.\w+)*": "magnitude",
+    r"diff|w_norm": "diff",
+    r"diff_b|b_norm": "bias",
+    r"alpha|dora_scale|hada_(w[12]_[ab]|t[12])|lokr_(w[12](_[ab])?|t2)": "",  # named as it is
+}
+
+
+_ENDING = re.compile("(.+?)[._](?:" + "|".join(f"({pattern})" for pattern in _PARTS) + ")")
+
+
+# What a layer's name may start with, for each component
+_PREFIXES = {
+    "unet": ("unet.", "lora_unet.", "", "base_model.model.", "unet.base_model.model.", "diffusion_model."),
+    "text_encoder": ("text_encoder.", "lora_te.", "lora_te1."),
+    "text_encoder_2": ("text_encoder_2.", "lora_te2."),
+}
+
+
+# The width of the prompt's encoding, which every layer that reads the prompt shows
+_FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL", 1280: "the SDXL refiner"}
+
+
+_ADAPTER = "lora_adapter_metadata"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A layer that can be changed: where it is, and its weight's shape in PyTorch's layout."""
+
+    component: str
+    layer: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A file's changes, by component and layer, and how strongly they are wanted."""
+
+    file: Path
+    scale: float
+    changes: dict[str, dict[str, dict[str, mx.array]]]
+
+
+def places(modules: dict[str, nn.Module], config: UNetConfig) -> dict[str, Place]:
+    """All names, with dots as underscores, by which a file may call a layer of these components -> the layer.
+
+    modules: the U-Net and the text encoders, without weights; config: the U-Net's.
+    """
+    original = {new: old for old, new in ldm.unet_places(config).items()}
+    found = {}
+    for component, module in modules.items():
+        for layer, child in module.named_modules():
+            if "weight" not in child or not layer:
+                continue
+            names = {layer}
+            if component == "unet":
+                names |= {ldm.rename(f"{layer}.weight", original).removesuffix(".weight")}
+                names |= {re.sub(r"\.to_out\.0$", ".to_out", name) for name in names}
+            else:
+                names |= {re.sub(r"\b([qkv])_proj$", r"to_\1", layer), re.sub(r"\bout_proj$", "to_out", layer)}
+                names |= {f"text_model.{name}" for name in names}
+            place = Place(component, layer, _torch_layout(child.weight).shape)
+            for prefix in _PREFIXES[component]:
+                found |= {_flat(prefix + name): place for name in names}
+    return found
+
+
+def read(file: Path, scale: float, known: dict[str, Place]) -> Lora:
+    """A LoRA for a checkpoint; known: see `places`.
+
+    Raises:
+        UsageError: the scale is no finite number.
+        CheckpointError: the file is damaged or no LoRA, or it changes layers that the checkpoint does not have.
+    """
+    if not math.isfinite(scale):
+        raise UsageError(f"a LoRA's scale should be a finite number, got {scale}")
+    tensors, metadata = read_tensors(file)
+    layers: dict[str, dict[str, mx.array]] = {}
+    odd = []
+    for name, tensor in tensors.items():
+        if (match := _ENDING.fullmatch(name)) is None:
+            odd.append(name)
+            continue
+        layer = match[1]
+        layers.setdefault(layer, {})[_part(name.removeprefix(layer)[1:])] = tensor
+    if odd:
+        what = "holds" if layers else "is no LoRA: it holds"
+        raise CheckpointError(f"{file} {what} {_some(odd)}, which is no part of any known kind of LoRA")
+    if not layers:
+        raise CheckpointError(f"{file} is no LoRA: it is empty")
+    hint = _hint(layers, {place.shape[1] for place in known.values() if place.layer.endswith("attn2.to_k")})
+    if lost := [name for name in layers if _flat(name) not in known]:
+        raise CheckpointError(
+            f"{file}: {len(lost)} of its {len(layers)} layers match nothing in this model, such as {_some(lost)}{hint}"
+        )
+    changes: dict[str, dict[str, dict[str, mx.array]]] = {}
+    for name, parts in layers.items():
+        place = known[_flat(name)]
+        of_component = changes.setdefault(place.component, {})
+        if place.layer in of_component:
+            raise CheckpointError(f"{file} changes {place.component}.{place.layer} twice, the second time as {name}")
+        of_component[place.layer] = parts
+        if "alpha" not in parts:
+            parts |= _alpha(metadata, place, parts)
+        try:
+            _changed(mx.zeros(place.shape), parts, scale)  # not computed, but its shapes are
+        except (KeyError, ValueError) as error:
+            if isinstance(error, KeyError):
+                raise CheckpointError(f"{file} is not whole: {name} lacks its {error.args[0]}") from None
+            shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in parts.items() if tensor.ndim)
+            raise CheckpointError(
+                f"{file}: {name} ({shapes}) does not fit this model's layer, which has shape {place.shape}{hint}"
+            ) from None
+    return Lora(file, scale, changes)
+
+
+def fuse(module: nn.Module, component: str, loras: Sequence[Lora]) -> nn.Module:
+    """Change a component's weights for good, all LoRAs one after the other, in float32.
+
+    Quantized layers are made whole, changed, and quantized again in the same way.
+    """
+    layers = dict(module.named_modules())
+    wanted: dict[str, list[tuple[dict[str, mx.array], float]]] = {}
+    for lora in loras:
+        for name, parts in lora.changes.get(component, {}).items():
+            wanted.setdefault(name, []).append((parts, lora.scale))
+    for name, changes in wanted.items():
+        layer = layers[name]
+        quantized = isinstance(layer, nn.QuantizedLinear)
+        how = {"group_size": layer.group_size, "bits": layer.bits} if quantized else {}
+        old = mx.dequantize(layer.weight, layer.scales, layer.biases, **how) if quantized else layer.weight
+        weight = _torch_layout(old.astype(mx.float32))
+        for parts, scale in changes:
+            weight = _changed(weight, parts, scale)
+            if "bias" in parts:
+                if "bias" not in layer:
+                    raise CheckpointError(f"a LoRA changes the bias of {component}.{name}, which has none")
+                layer.bias = (layer.bias.astype(mx.float32) + scale * parts["bias"]).astype(layer.bias.dtype)
+        weight = (weight.transpose(0, 2, 3, 1) if weight.ndim == 4 else weight).astype(old.dtype)
+        if quantized:
+            layer.weight, layer.scales, layer.biases = mx.quantize(weight, **how)
+        else:
+            layer.weight = mx.contiguous(weight)
+        mx.eval(layer.parameters())  # one layer at a time, so that not all are in memory twice
+    return module
+
+
+# One layer
+def _changed(weight: mx.array, parts: dict[str, mx.array], scale: float) -> mx.array:
+    """weight: (out, in) or (out, in, height, width), float32 -> the same with one change made."""
+    parts = {name: part.astype(mx.float32) for name, part in parts.items()}
+    if "diff" in parts:
+        return weight + scale * parts["diff"].reshape(weight.shape)
+    if parts.keys() <= {"bias", "alpha"}:
+        return weight
+    changed = weight + scale * _delta(parts).reshape(weight.shape)
+    magnitude = parts.get("magnitude", parts.get("dora_scale"))
+    if magnitude is None:
+        return changed
+    of_inputs = "dora_scale" in parts and magnitude.shape[0] == 1 != weight.shape[0]  # as LyCORIS had it at first
+    axes = [axis for axis in range(weight.ndim) if axis != int(of_inputs)]
+    norm = mx.sqrt((changed * changed).sum(axis=axes, keepdims=True))
+    return changed * (magnitude.reshape(norm.shape) / norm)
+
+
+def _delta(parts: dict[str, mx.array]) -> mx.array:
+    """What is added at scale 1, with the elements in the order of PyTorch's layout."""
+    if any(name.startswith("hada") for name in parts):
+        rank = parts["hada_w1_b"].shape[0]
+        one, two = (_product(parts, f"hada_w{i}_a", f"hada_w{i}_b", f"hada_t{i}") for i in (1, 2))
+        delta = one * two
+    elif any(name.startswith("lokr") for name in parts):
+        factored = [name for name in ("lokr_w1_b", "lokr_w2_b") if name in parts]
+        rank = parts[factored[-1]].shape[0] if factored else None
+        one, two = (
+            parts[f"lokr_w{i}"]
+            if f"lokr_w{i}" in parts
+            else _product(parts, f"lokr_w{i}_a", f"lokr_w{i}_b", f"lokr_t{i}")
+            for i in (1, 2)
+        )
+        delta = mx.kron(one.reshape(*one.shape, *[1] * (two.ndim - one.ndim)), two)
+    else:
+        down, up = parts["down"], parts["up"]
+        rank = down.shape[0]
+        if "mid" in parts:
+            delta = mx.einsum("op,pqkl,qi->oikl", _matrix(up), parts["mid"], _matrix(down))
+        else:
+            delta = _matrix(up) @ _matrix(down)
+    if "alpha" in parts and rank is not None:  # LoKr of two whole factors has no rank, and its alpha no meaning
+        delta = delta * (parts["alpha"] / rank)
+    return delta
+
+
+def _product(parts: dict[str, mx.array], a: str, b: str, core: str) -> mx.array:
+    """Two factors' product, or, in LyCORIS's small convolutions, of two with a core of (rank, rank, height, width)."""
+    if core in parts:
+        return mx.einsum("ijkl,ip,jr->prkl", parts[core], parts[a], parts[b])
+    return _matrix(parts[a]) @ _matrix(parts[b])
+
+
+def _matrix(tensor: mx.array) -> mx.array:
+    return tensor.reshape(tensor.shape[0], -1)
+
+
+def _torch_layout(weight: mx.array) -> mx.array:
+    return weight.transpose(0, 3, 1, 2) if weight.ndim == 4 else weight
+
+
+# Names
+def _flat(name: str) -> str:
+    return name.replace(".", "_").replace("_processor_", "_")
+
+
+def _part(ending: str) -> str:
+    return next(part or ending for pattern, part in _PARTS.items() if re.fullmatch(pattern, ending))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _hint(layers: dict[str, dict[str, mx.array]], widths: set[int]) -> str:
+    """Which families a file and a model seem to be of, as the end of a message."""
+    theirs = {
+        parts[part].shape[1]
+        for name, parts in layers.items()
+        for part in ("down", "hada_w1_b")
+        if part in parts and re.search(r"attn2[._](processor\.)?to_[kv]$", name)
+    }
+    family = _FAMILIES.get(next(iter(theirs), None))
+    if family is None and any(name.startswith(("lora_te2_", "text_encoder_2.")) for name in layers):
+        family = _FAMILIES[2048]
+    if family is None:
+        return f"; it was made for another model, with a context of width {theirs.pop()}" if theirs else ""
+    own = next((_FAMILIES.get(width, f"one with a context of width {width}") for width in widths), None)
+    return f"; it seems made for {family}" + (f", and this model is {own}" if own else "")
+
+
+def _alpha(metadata: dict[str, str], place: Place, parts: dict[str, mx.array]) -> dict[str, mx.array]:
+    """PEFT's alpha, which diffusers writes not beside the weights but into the metadata, if anywhere."""
+    rank = next((len(parts[name]) for name in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b") if name in parts), None)
+    if rank is None or _ADAPTER not in metadata:
+        return {}
+    try:
+        said = json.loads(metadata[_ADAPTER])
+        prefix = f"{place.component}." if any(key.startswith(f"{place.component}.") for key in said) else ""
+        alpha = said.get(f"{prefix}lora_alpha", said.get(f"{prefix}alpha", rank))
+        for pattern, value in (said.get(f"{prefix}alpha_pattern") or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", place.layer):
+                alpha = value
+        if said.get(f"{prefix}use_rslora"):  # Kalajdzievski 2023: alpha / sqrt(rank)
+            alpha = alpha * rank**0.5
+        return {"alpha": mx.array(float(alpha))}
+    except (ValueError, TypeError, AttributeError, re.error):
+        raise CheckpointError(f"the LoRA's metadata {_ADAPTER} cannot be read: {metadata[_ADAPTER][:60]!r}") from None

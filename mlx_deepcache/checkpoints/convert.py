@@ -1,0 +1,129 @@
+"""A checkpoint written anew in MLX's layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..errors import CheckpointError, Failure, UsageError
+from . import weights
+from .checkpoint import Checkpoint
+from .folder import PRICES, find_prices
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What became of one component: parameters, bytes on disk, type, and linear layers quantized and left."""
+
+    name: str
+    parameters: int
+    bytes: int
+    dtype: str
+    quantized: int
+    left: int
+
+
+def convert(
+    model: str,
+    output: Path,
+    *,
+    dtype: mx.Dtype | None = None,
+    bits: int | None = None,
+    force: bool = False,
+    prediction_type: str | None = None,
+    progress: Callable[[str], None] = lambda name: None,
+) -> list[Converted]:
+    """Write a checkpoint anew with MLX's layout: all that drawing needs and nothing else, whole or not at all.
+
+    dtype: None keeps the types of the files; bits: 4 or 8 quantizes the linear layers of the U-Net and the text
+    encoders; force: replace an `output` that exists; prediction_type: see `Checkpoint.open`; progress: called with each
+    component's name before it starts.
+
+    Raises:
+        UsageError: `output` exists, and `force` is not given.
+        CheckpointError: the model cannot be had, or is damaged or not supported.
+        Failure: `output` cannot be written.
+    """
+    try:
+        output = output.resolve()  # "." and links would not survive being renamed
+        output.exists()
+    except OSError as error:  # a name that is too long
+        raise Failure(f"cannot write {output}: {error.strerror or error}") from None
+    if output.exists() and not force:
+        raise UsageError(f"{output} exists; pass --force to replace it")
+    if output.exists() and not (output / "model_index.json").is_file():
+        raise UsageError(f"{output} exists and is no checkpoint, so it is not replaced; remove it yourself")
+    half = dtype is not None and dtype == mx.float16
+    checkpoint = Checkpoint.open(model, half=half, prediction_type=prediction_type)
+    checkpoint.source.config("scheduler")
+    if output.exists() and output == checkpoint.source.path.resolve():
+        raise UsageError(f"{output} is the model itself; name another folder")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except OSError as error:
+        raise Failure(f"cannot write {output}: {error.strerror}") from None
+    try:
+        new = temporary / "new"
+        new.mkdir()
+        report = [_convert_one(checkpoint, name, new, dtype, bits, progress) for name in checkpoint.components]
+        _copy_settings(checkpoint, new)
+        if output.exists():  # set the old one aside, so that there is no moment without either
+            output.rename(temporary / "old")
+        new.rename(output)
+    except OSError as error:
+        raise Failure(f"cannot write {output}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return report
+
+
+def _convert_one(checkpoint, name, target, dtype, bits, progress) -> Converted:
+    progress(name)
+    module = checkpoint.load(name, dtype)
+    parameters = sum(p.size for _, p in tree_flatten(module.parameters()))
+    kind = str(next(p.dtype for _, p in tree_flatten(module.parameters()))).removeprefix("mlx.core.")
+    was = next((m.bits for m in module.modules() if isinstance(m, nn.QuantizedLinear)), None)
+    quantized = left = 0
+    if bits is not None and name != "vae":
+        if was is not None:
+            raise CheckpointError(
+                f"{checkpoint.source.where(name)} is already quantized, to {was} bits; start from the original"
+            )
+        quantized, left = weights.quantize(module, bits)
+        was = bits
+    size = weights.save(module, target / name, bits=was)
+    _write_json(target / name / "config.json", checkpoint.source.config(name))
+    return Converted(name, parameters, size, kind, quantized, left)
+
+
+def _copy_settings(checkpoint: Checkpoint, target: Path) -> None:
+    """model_index.json, the scheduler's config, the tokenizers, and what caches cost if that was measured."""
+    keep = {k: v for k, v in checkpoint.index.items() if not isinstance(v, list)}
+    names = (
+        *checkpoint.components,
+        "scheduler",
+        *(n.replace("text_encoder", "tokenizer") for n in checkpoint.text_encoders),
+    )
+    keep |= {name: checkpoint.index[name] for name in names if name in checkpoint.index}
+    _write_json(target / "model_index.json", keep)
+    (target / "scheduler").mkdir()
+    _write_json(target / "scheduler" / "scheduler_config.json", checkpoint.source.config("scheduler"))
+    for name in checkpoint.text_encoders:
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        (target / tokenizer).mkdir()
+        checkpoint.source.write_tokenizer(tokenizer, target / tokenizer)
+    if (prices := find_prices(checkpoint.source.path)) is not None:
+        shutil.copyfile(prices, target / PRICES)
+
+
+def _write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,133 @@
+"""What the shapes of a single file's tensors say of its nets, as diffusers' and transformers' configs.
+
+What leaves no trace in a shape, heads above all, is passed in: it is the family's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import CheckpointError
+
+_CROSS, _PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The shapes of a file's tensors whose names start with a prefix; names here are without it."""
+
+    file: Path
+    prefix: str
+    all: Mapping[str, tuple[int, ...]]
+
+    def __contains__(self, name: str) -> bool:
+        return self.prefix + name in self.all
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        """Raises CheckpointError if there is no such tensor."""
+        if name not in self:
+            raise CheckpointError(f"{self.file} lacks {self.prefix}{name}, so its architecture cannot be told")
+        return self.all[self.prefix + name]
+
+    def count(self, pattern: str) -> int:
+        """How many blocks there are, from the highest number that the pattern's group takes at a name's start."""
+        found = (re.match(re.escape(self.prefix) + pattern, name) for name in self.all)
+        return max((int(match[1]) + 1 for match in found if match), default=0)
+
+    def first(self, ending: str) -> tuple[int, ...] | None:
+        """The shape of some tensor whose name ends so."""
+        return next((s for n, s in self.all.items() if n.startswith(self.prefix) and n.endswith(ending)), None)
+
+
+def unet(shapes: Shapes, *, head_size: int | None, linear: bool) -> dict:
+    """A U-Net's config; head_size: of attention, or None for 8 heads everywhere; linear: whether its transformers are
+    entered by a linear layer, and not by a convolution.
+
+    Raises:
+        CheckpointError: its blocks are laid out as no config can say.
+    """
+    blocks = shapes.count(r"input_blocks\.(\d+)\.")
+    downs = [i for i in range(blocks) if f"input_blocks.{i}.0.op.weight" in shapes]
+    layers = (downs[0] if downs else blocks) - 1
+    levels = len(downs) + 1
+    if downs != [(layers + 1) * (level + 1) for level in range(levels - 1)] or blocks != levels * (layers + 1):
+        raise CheckpointError(f"{shapes.file}: the U-Net's levels have different numbers of layers: not supported")
+    channels, down, up, depths = [], [], [], []
+    for level in range(levels):
+        first, mirrored = 1 + level * (layers + 1), (levels - 1 - level) * (layers + 1)
+        channels.append(shapes[f"input_blocks.{first}.0.out_layers.3.weight"][0])
+        down.append((_CROSS if f"input_blocks.{first}.1.norm.weight" in shapes else _PLAIN)[0])
+        up.insert(0, (_CROSS if f"output_blocks.{mirrored}.1.norm.weight" in shapes else _PLAIN)[1])
+        of_level = [f"input_blocks.{first + i}.1" for i in range(layers)]
+        of_level += [f"output_blocks.{mirrored + i}.1" for i in range(layers + 1)]
+        of_level += ["middle_block.1"] * (level == levels - 1)
+        counts = {shapes.count(rf"{re.escape(at)}\.transformer_blocks\.(\d+)\.") for at in of_level} - {0}
+        if len(counts) > 1:
+            raise CheckpointError(
+                f"{shapes.file}: attention layers of one level of the U-Net have {sorted(counts)} transformer blocks; "
+                "only equal numbers are supported"
+            )
+        depths.append(counts.pop() if counts else 1)
+    context = shapes.first("attn2.to_k.weight")
+    if context is None:
+        raise CheckpointError(f"{shapes.file}: the U-Net has no cross-attention, so no prompt can be given to it")
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "in_channels": shapes["input_blocks.0.0.weight"][1],
+        "out_channels": shapes["out.2.weight"][0],
+        "block_out_channels": channels,
+        "layers_per_block": layers,
+        "down_block_types": down,
+        "up_block_types": up,
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if shapes.count(r"middle_block\.(\d+)\.") else None,
+        "transformer_layers_per_block": depths,
+        "cross_attention_dim": context[1],
+        "use_linear_projection": linear,
+        "attention_head_dim": 8 if head_size is None else [max(1, width // head_size) for width in channels],
+    }
+
+
+def vae(shapes: Shapes) -> dict:
+    """A VAE's config."""
+    levels = shapes.count(r"decoder\.up\.(\d+)\.")
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": shapes["encoder.conv_in.weight"][1],
+        "out_channels": shapes["decoder.conv_out.weight"][0],
+        "latent_channels": shapes["decoder.conv_in.weight"][1],
+        "block_out_channels": [shapes[f"decoder.up.{i}.block.0.conv1.weight"][0] for i in range(levels)],
+        "layers_per_block": shapes.count(r"encoder\.down\.0\.block\.(\d+)\."),
+        "use_quant_conv": "quant_conv.weight" in shapes,
+        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+        "mid_block_add_attention": "decoder.mid.attn_1.q.weight" in shapes,
+    }
+
+
+def clip(shapes: Shapes) -> dict:
+    """The config of a text encoder with transformers' names, perhaps with an outer `text_model.`."""
+    inner = "text_model." if "text_model.final_layer_norm.weight" in shapes else ""
+    tokens, positions = (shapes[f"{inner}embeddings.{kind}_embedding.weight"] for kind in ("token", "position"))
+    mlp = shapes[f"{inner}encoder.layers.0.mlp.fc1.weight"]
+    return _text(tokens, positions, mlp, shapes.count(rf"{re.escape(inner)}encoder\.layers\.(\d+)\."))
+
+
+def open_clip(shapes: Shapes) -> dict:
+    """The config of a text encoder with OpenCLIP's names."""
+    tokens, positions = shapes["token_embedding.weight"], shapes["positional_embedding"]
+    mlp = shapes["transformer.resblocks.0.mlp.c_fc.weight"]
+    return _text(tokens, positions, mlp, shapes.count(r"transformer\.resblocks\.(\d+)\."))
+
+
+def _text(tokens: tuple[int, ...], positions: tuple[int, ...], mlp: tuple[int, ...], layers: int) -> dict:
+    return {
+        "architectures": ["CLIPTextModel"],
+        "hidden_size": tokens[1],
+        "intermediate_size": mlp[0],
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(1, tokens[1] // 64),  # in all of CLIP's and OpenCLIP's
+        "vocab_size": tokens[0],
+        "max_position_embeddings": positions[0],
+    }

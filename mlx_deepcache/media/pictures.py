@@ -1,0 +1,138 @@
+"""Pictures to start from: read whatever a camera or a program wrote, and make it the size that is drawn."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ..errors import Failure, UsageError
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """(N, H, W, 3) in [-1, 1] -> the same in 0-255, rounded as diffusers does."""
+    return (np.clip(images / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8)
+
+
+FITS = ("stretch", "crop", "pad")
+
+
+MOST_PIXELS = Image.MAX_IMAGE_PIXELS  # above this, Pillow takes a file for a decompression bomb
+
+
+@dataclass(frozen=True)
+class Given:
+    """A picture to start from, at the size that is drawn.
+
+    image: (H, W, 3) uint8; mask: (H, W) bool, True where something new should be drawn, or None for everywhere.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray | None = None
+
+    def paste(self, images: np.ndarray) -> np.ndarray:
+        """images: (N, H, W, 3) uint8 -> the same, with this picture's own pixels wherever the mask is not."""
+        return images if self.mask is None else np.where(self.mask[..., None], images, self.image)
+
+
+def read_picture(picture: Path | str | Image.Image) -> Image.Image:
+    """A file or a Pillow picture, upright, in RGB: turned as its EXIF data say, transparency over white, 16-bit grey in
+    8 bits, the first frame of an animation.
+
+    Raises:
+        Failure: it is missing, damaged, no picture, or suspiciously large.
+    """
+    return _flatten(_open(picture), "white").convert("RGB")
+
+
+def read_mask(picture: Path | str | Image.Image) -> Image.Image:
+    """The same in shades of grey (white: draw here), but where it is transparent a mask is black."""
+    image = _flatten(_open(picture), "black")
+    return image if image.mode == "RGB" else image.convert("L")
+
+
+def size_for(picture: Image.Image, height: int | None, width: int | None, multiple: int) -> tuple[int, int]:
+    """(height, width) to draw a picture at: its own, rounded down to a multiple of `multiple` pixels as diffusers does;
+    where one side is given, the other follows in proportion."""
+    if height is None and width is None:
+        height, width = picture.height, picture.width
+    elif height is None:
+        return max(multiple, round(picture.height * width / picture.width / multiple) * multiple), width
+    elif width is None:
+        return height, max(multiple, round(picture.width * height / picture.height / multiple) * multiple)
+    else:
+        return height, width
+    return tuple(max(multiple, side - side % multiple) for side in (height, width))
+
+
+def fit(picture: Image.Image, height: int, width: int, how: str = "stretch") -> Image.Image:
+    """A picture at another size, resampled by Lanczos' filter as diffusers' VaeImageProcessor does.
+
+    how: stretch to the new proportions, crop what is over, or pad by repeating the edges.
+
+    Raises:
+        UsageError: no such way.
+    """
+    if how not in FITS:
+        raise UsageError(f"fit should be one of {', '.join(FITS)}, got {how!r}")
+    wider = picture.width * height > picture.height * width  # than what is wanted
+    to_height = how == "stretch" or wider == (how == "crop")
+    to_width = how == "stretch" or not to_height
+    new_width = width if to_width else max(1, picture.width * height // picture.height)
+    new_height = height if to_height else max(1, picture.height * width // picture.width)
+    resized = picture.resize((new_width, new_height), Image.Resampling.LANCZOS)
+    left, top = width // 2 - new_width // 2, height // 2 - new_height // 2
+    if how != "pad":
+        return resized.crop((-left, -top, width - left, height - top))
+    edges = [(top, height - new_height - top), (left, width - new_width - left)]
+    pixels = np.asarray(resized)
+    return Image.fromarray(np.pad(pixels, edges + [(0, 0)] * (pixels.ndim - 2), mode="edge"))
+
+
+def source(picture: Image.Image, mask: Image.Image | None, height: int, width: int, how: str) -> Given:
+    """What `read_picture` and `read_mask` gave, at the size to be drawn; a mask of another size is fitted to the
+    picture's first, so that both are resized alike, and is then black or white (128 and above: draw here)."""
+    if mask is not None:
+        if mask.size != picture.size and how != "stretch":
+            mask = mask.resize(picture.size, Image.Resampling.LANCZOS)
+        grey = np.asarray(fit(mask, height, width, how).convert("L"))
+        mask = grey.astype(np.float32) / 255 >= 0.5
+    return Given(np.asarray(fit(picture, height, width, how)), mask)
+
+
+def _open(picture: Path | str | Image.Image) -> Image.Image:
+    """Decoded and upright, in whatever mode it has."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if not isinstance(picture, Image.Image):
+                with Image.open(picture) as file:
+                    file.load()
+                    return ImageOps.exif_transpose(file)
+            picture.load()
+            return ImageOps.exif_transpose(picture)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise Failure(f"{picture} has more than {MOST_PIXELS:,} pixels; make it smaller first") from None
+    except FileNotFoundError:
+        raise Failure(f"there is no picture {picture}") from None
+    except Image.UnidentifiedImageError:
+        raise Failure(f"{picture} is no picture of a kind that can be read, such as PNG or JPEG") from None
+    except Exception as error:  # decoders raise whatever the broken file led to
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise Failure(f"the picture {picture} cannot be read: {reason.splitlines()[0]}") from None
+
+
+def _flatten(image: Image.Image, behind: str) -> Image.Image:
+    """8 bits a channel and nothing transparent: L or RGB."""
+    if image.mode.startswith("I"):
+        grey = np.clip(np.asarray(image).astype(np.float32) / 257, 0, 255)
+        return Image.fromarray(grey.round().astype(np.uint8))
+    if image.mode == "F":
+        raise Failure("a picture of floating point numbers has no known white; save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, behind), image).convert("RGB")
+    return image if image.mode == "L" else image.convert("RGB")

@@ -1,0 +1,282 @@
+"""The blocks that the U-Net and the VAE are made of, named as in diffusers' checkpoints.
+
+Arrays are channels-last: B pictures, H x W positions, C channels, S tokens. A 1x1 convolution is a linear layer here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..backend.ops import attention, gelu, pad_heads, silu
+
+
+def timestep_embedding(t: mx.array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> mx.array:
+    """Sinusoidal embedding in float32 (Ho et al. 2020, section B).
+
+    t: (B,) training timesteps, 0-999, possibly fractional -> (B, dim), cosines first if `flip_sin_to_cos`.
+    """
+    half = dim // 2
+    frequencies = mx.exp(-math.log(10000) / (half - freq_shift) * mx.arange(half, dtype=mx.float32))
+    angles = t.astype(mx.float32)[:, None] * frequencies
+    sin, cos = mx.sin(angles), mx.cos(angles)
+    return mx.concatenate([cos, sin] if flip_sin_to_cos else [sin, cos], axis=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers over an embedding; `cond_proj` adds a second input before them (LCM's guidance scale)."""
+
+    def __init__(self, dim_in: int, dim: int, cond_dim: int | None = None):
+        super().__init__()
+        self.linear_1 = nn.Linear(dim_in, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+        if cond_dim is not None:
+            self.cond_proj = nn.Linear(cond_dim, dim_in, bias=False)
+
+    def __call__(self, x: mx.array, cond: mx.array | None = None) -> mx.array:
+        if cond is not None:
+            x = x + self.cond_proj(cond)
+        return self.linear_2(silu(self.linear_1(x)))
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation (Wu and He 2018) over (B, H, W, C), with statistics in float32."""
+
+    def __init__(self, groups: int, dims: int, eps: float):
+        super().__init__()
+        self.groups, self.eps = groups, eps
+        self.weight = mx.ones((dims,))
+        self.bias = mx.zeros((dims,))
+
+    @property
+    def group_size(self) -> int:
+        return self.weight.size // self.groups
+
+    def __call__(self, x: mx.array, start: int = 0) -> mx.array:
+        """x: (B, H, W, C), all channels or whole groups of them, from channel `start` on."""
+        B, H, W, C = x.shape
+        groups = C // self.group_size
+        grouped = x.reshape(B, H * W, groups, -1).swapaxes(1, 2).reshape(B, groups, -1)
+        normed = mx.fast.layer_norm(grouped, None, None, self.eps)
+        normed = normed.reshape(B, groups, H * W, -1).swapaxes(1, 2).reshape(B, H, W, C)
+        return normed * self.weight[start : start + C] + self.bias[start : start + C]
+
+
+class Fixed(NamedTuple):
+    """What a resnet's input owes to features that stay the same from step to step; see `ResnetBlock2D.fixed_part`.
+
+    conv: (B, H, W, C_out), shortcut: (B, H, W, C_out, or C without a shortcut convolution), straddling: (B, H, W, fewer
+    channels than a group has).
+    """
+
+    conv: mx.array
+    shortcut: mx.array
+    straddling: mx.array
+
+
+class ResnetBlock2D(nn.Module):
+    """Two convolutions with the time embedding added between them."""
+
+    def __init__(self, c_in: int, c_out: int, temb_dim: int | None, groups: int, eps: float):
+        super().__init__()
+        self.norm1 = GroupNorm(groups, c_in, eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        if temb_dim is not None:
+            self.time_emb_proj = nn.Linear(temb_dim, c_out)
+        self.norm2 = GroupNorm(groups, c_out, eps)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.conv_shortcut = nn.Linear(c_in, c_out)
+
+    def __call__(self, x: mx.array, temb: mx.array | None = None) -> mx.array:
+        """x: (B, H, W, C_in), temb: (B, temb_dim) after its activation -> (B, H, W, C_out)."""
+        h = self._second_half(self.conv1(silu(self.norm1(x))), temb)
+        return h + (self.conv_shortcut(x) if "conv_shortcut" in self else x)
+
+    def fixed_part(self, features: mx.array) -> Fixed:
+        """The work on an input [features, skip] that `features` alone decide: done once while they stay the same.
+
+        Group normalisation looks at each group by itself, and convolutions are sums over channels. So the groups that
+        lie wholly inside the features, their share of `conv1`, and the features' share of the shortcut are fixed; the
+        channels of a group that straddles the border are kept for `join`. features: (B, H, W, C).
+        """
+        C = features.shape[-1]
+        inside = C - C % self.norm1.group_size
+        h = silu(self.norm1(features[..., :inside]))
+        conv = mx.conv2d(h, self.conv1.weight[..., :inside], padding=1)
+        shortcut = features @ self.conv_shortcut.weight[:, :C].T if "conv_shortcut" in self else features
+        return Fixed(conv, shortcut, features[..., inside:])
+
+    def join(self, fixed: Fixed, skip: mx.array, temb: mx.array) -> mx.array:
+        """What the block gives for [features, skip], from `fixed_part(features)`; skip: (B, H, W, C_skip)."""
+        x = mx.concatenate([fixed.straddling, skip], axis=-1)
+        inside = self.norm1.weight.size - x.shape[-1]
+        h = silu(self.norm1(x, start=inside))
+        h = mx.conv2d(h, self.conv1.weight[..., inside:], padding=1) + (fixed.conv + self.conv1.bias)
+        h = self._second_half(h, temb)
+        if "conv_shortcut" not in self:
+            return h + mx.concatenate([fixed.shortcut, skip], axis=-1)
+        return h + (
+            skip @ self.conv_shortcut.weight[:, -skip.shape[-1] :].T + (fixed.shortcut + self.conv_shortcut.bias)
+        )
+
+    def _second_half(self, h: mx.array, temb: mx.array | None) -> mx.array:
+        if temb is not None:
+            h = h + self.time_emb_proj(temb)[:, None, None, :]
+        return self.conv2(silu(self.norm2(h)))
+
+
+class Downsample2D(nn.Module):
+    """Halve the sides with a stride-2 convolution. The U-Net pads all round, the VAE bottom and right only."""
+
+    def __init__(self, dims: int, *, pad_all_round: bool = True):
+        super().__init__()
+        self.conv = nn.Conv2d(dims, dims, 3, stride=2, padding=1 if pad_all_round else 0)
+        self.pad_all_round = pad_all_round
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.conv(x if self.pad_all_round else mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]))
+
+
+class Upsample2D(nn.Module):
+    """Nearest-neighbour upsampling, then a convolution.
+
+    Doubling a picture and convolving it with 3x3 taps reads each small pixel several times: an output pixel sees only
+    2x2 of them, through sums of taps that depend on its parity. So one 2x2 convolution with four times the outputs on
+    the small picture, interleaved, does the same with 4 products in place of 9.
+    """
+
+    def __init__(self, dims: int):
+        super().__init__()
+        self.conv = nn.Conv2d(dims, dims, 3, padding=1)
+        self._folded = None  # no parameter: made from the weights when first used
+
+    def __call__(self, x: mx.array, size: tuple[int, int] | None = None) -> mx.array:
+        """(B, H, W, C) -> (B, 2H, 2W, C), or to `size` where a halving was not exact."""
+        B, H, W, C = x.shape
+        if size is not None and size != (2 * H, 2 * W):  # pixel i comes from floor(i * H / size), as in PyTorch
+            rows, columns = (mx.arange(n) * source // n for n, source in zip(size, (H, W), strict=True))
+            return self.conv(x[:, rows][:, :, columns])
+        y = mx.conv2d(x, self.fold(), padding=1).reshape(B, H + 1, W + 1, 2, 2, C)
+        rows = [mx.stack([y[:, a : a + H, b : b + W, a, b] for b in (0, 1)], axis=3) for a in (0, 1)]
+        return mx.stack(rows, axis=2).reshape(B, 2 * H, 2 * W, C) + self.conv.bias
+
+    def fold(self) -> mx.array:
+        """The convolution's weights for the small picture, kept for as long as the weights stay the same."""
+        if self._folded is None or self._folded[0] is not self.conv.weight:
+            self._folded = (self.conv.weight, fold_upsampling(self.conv.weight))
+        return self._folded[1]
+
+
+def fold_upsampling(weight: mx.array) -> mx.array:
+    """(C_out, 3, 3, C_in) taps over a doubled picture -> (4 C_out, 2, 2, C_in) over the small one, a parity at a time.
+
+    Of an even pixel's three taps one falls on the small pixel before and two on its own; of an odd one's, two on its
+    own and one on the next.
+    """
+
+    def parities(taps: mx.array, axis: int) -> list[mx.array]:
+        a, b, c = mx.split(taps, 3, axis=axis)
+        return [mx.concatenate([a, b + c], axis=axis), mx.concatenate([a + b, c], axis=axis)]
+
+    phases = [phase for rows in parities(weight.astype(mx.float32), 1) for phase in parities(rows, 2)]
+    return mx.concatenate(phases).astype(weight.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017). `to_out` is a list because diffusers' is."""
+
+    def __init__(self, dims: int, heads: int, context_dims: int | None = None, *, bias: bool = False):
+        super().__init__()
+        self.heads = heads
+        context_dims = dims if context_dims is None else context_dims
+        self.to_q = nn.Linear(dims, dims, bias=bias)
+        self.to_k = nn.Linear(context_dims, dims, bias=bias)
+        self.to_v = nn.Linear(context_dims, dims, bias=bias)
+        self.to_out = [nn.Linear(dims, dims)]
+
+    def keys_values(self, context: mx.array) -> tuple[mx.array, mx.array]:
+        """context: (B, S, context_dims) -> keys and values, (B, heads, S, dims / heads) each, perhaps padded."""
+        return pad_heads(self._split(self.to_k(context))), pad_heads(self._split(self.to_v(context)))
+
+    def __call__(self, x: mx.array, keys_values: tuple[mx.array, mx.array] | None = None) -> mx.array:
+        """x: (B, S, dims) attends to `keys_values`, or to itself."""
+        k, v = self.keys_values(x) if keys_values is None else keys_values
+        out = attention(self._split(self.to_q(x)), k, v)
+        return self.to_out[0](out.swapaxes(1, 2).reshape(x.shape))
+
+    def _split(self, x: mx.array) -> mx.array:
+        B, S, _ = x.shape
+        return x.reshape(B, S, self.heads, -1).swapaxes(1, 2)
+
+
+class GEGLU(nn.Module):
+    """A linear layer gated by its own second half (Shazeer 2020)."""
+
+    def __init__(self, dims: int, inner: int):
+        super().__init__()
+        self.proj = nn.Linear(dims, 2 * inner)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        value, gate = mx.split(self.proj(x), 2, axis=-1)
+        return value * gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dims: int):
+        super().__init__()
+        # diffusers has a dropout between the two, which keeps its place in the names
+        self.net = [GEGLU(dims, 4 * dims), nn.Identity(), nn.Linear(4 * dims, dims)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.net[2](self.net[0](x))
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the prompt, feed-forward; each on a normalised copy and added back."""
+
+    def __init__(self, dims: int, heads: int, context_dims: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dims)
+        self.attn1 = Attention(dims, heads)
+        self.norm2 = nn.LayerNorm(dims)
+        self.attn2 = Attention(dims, heads, context_dims)
+        self.norm3 = nn.LayerNorm(dims)
+        self.ff = FeedForward(dims)
+
+    def __call__(
+        self, x: mx.array, prompt: tuple[mx.array, mx.array], attend: Callable[..., mx.array] = Attention.__call__
+    ) -> mx.array:
+        """x: (B, S, dims); prompt: keys and values of `attn2`; attend: see `UNet2DConditionModel.__call__`."""
+        x = x + attend(self.attn1, self.norm1(x))
+        x = x + attend(self.attn2, self.norm2(x), prompt)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nn.Module):
+    """Transformer blocks over the positions of a feature map."""
+
+    def __init__(self, dims: int, heads: int, context_dims: int, layers: int, groups: int):
+        super().__init__()
+        self.norm = GroupNorm(groups, dims, eps=1e-6)
+        self.proj_in = nn.Linear(dims, dims)
+        self.transformer_blocks = [BasicTransformerBlock(dims, heads, context_dims) for _ in range(layers)]
+        self.proj_out = nn.Linear(dims, dims)
+
+    def keys_values(self, context: mx.array) -> list[tuple[mx.array, mx.array]]:
+        """The prompt's keys and values for each transformer block, the same at every step; context: (B, S, dims)."""
+        return [block.attn2.keys_values(context) for block in self.transformer_blocks]
+
+    def __call__(
+        self, x: mx.array, prompt: list[tuple[mx.array, mx.array]], attend: Callable[..., mx.array] = Attention.__call__
+    ) -> mx.array:
+        """x: (B, H, W, C); prompt: what `keys_values` returned; attend: see `UNet2DConditionModel.__call__`."""
+        B, H, W, C = x.shape
+        h = self.proj_in(self.norm(x).reshape(B, H * W, C))
+        for block, keys_values in zip(self.transformer_blocks, prompt, strict=True):
+            h = block(h, keys_values, attend)
+        return x + self.proj_out(h).reshape(B, H, W, C)

@@ -1,0 +1,64 @@
+"""Model descriptions: frozen dataclasses read from the JSON configs that diffusers and transformers write.
+
+A key that this code does not know is ignored only if it cannot change the result. A known key with a value that is
+not supported is an error that names it, so a checkpoint is never run with a part of its description dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+
+from ..errors import CheckpointError
+
+
+def per_level(value, levels: int, name: str) -> tuple:
+    """A config value given once for all levels, or as one value a level, as a tuple of one a level."""
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
+    if len(values) != levels:
+        raise CheckpointError(f"{name} should have one value for each of the {levels} levels, got {list(values)}")
+    return values
+
+
+def build_config(cls, data: dict, supported: dict[str, tuple]):
+    """cls from the keys it knows; `supported` lists, for other keys, the values that leave the model as it is."""
+    for key, allowed in supported.items():
+        if key in data and data[key] not in allowed:
+            choices = " or ".join(map(repr, allowed))
+            raise CheckpointError(f"{key} = {data[key]!r} is not supported in a {cls.__name__}, only {choices}")
+    known = {f.name: f for f in fields(cls)}
+    lacking = [n for n, f in known.items() if f.default is MISSING and n not in data]
+    if lacking:
+        raise CheckpointError(f"this is no complete {cls.__name__}: it lacks {', '.join(lacking)}")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
+    for name, value in values.items():
+        if not any(_is(value, kind) for kind in known[name].type.split(" | ")):
+            raise CheckpointError(
+                f"{name} = {data[name]!r} in a {cls.__name__} should be {_in_words(known[name].type)}"
+            )
+    return cls(**values)
+
+
+def _is(value, kind: str) -> bool:
+    """Whether a JSON value is of a field's kind, as its annotation has it; whole numbers are 0 or more."""
+    if kind.startswith("tuple["):
+        kinds = kind.removeprefix("tuple[").removesuffix("]").split(", ")
+        if kinds[-1] == "...":
+            return isinstance(value, tuple) and len(value) > 0 and all(_is(v, kinds[0]) for v in value)
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is, value, kinds))
+    if isinstance(value, bool) or kind == "bool":
+        return isinstance(value, bool) and kind == "bool"
+    if kind == "int":
+        return isinstance(value, int) and 0 <= value < 2**31
+    return isinstance(value, {"float": (int, float), "str": str, "None": type(None)}[kind])
+
+
+def _in_words(annotation: str) -> str:
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "None": "null"}
+    return " or ".join("a list" if kind.startswith("tuple") else words[kind] for kind in annotation.split(" | "))
+
+
+def check_split(widths, heads, name: str) -> None:
+    """Widths are split among heads or groups."""
+    for width, n in zip(widths, heads, strict=True):
+        if n < 1 or width < 1 or width % n:
+            raise CheckpointError(f"a width of {width} cannot be split evenly as {name} = {n} says")
