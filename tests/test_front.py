@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from benchmarks import calibrate, drawn, quality
+from benchmarks.quality import calibrate, drawn, quality
 from mlx_deepcache.apps.convert import main_convert
 from mlx_deepcache.apps.generate import main_generate
 from mlx_deepcache.cache import prices as front
@@ -78,7 +78,7 @@ def test_caches_that_cannot_be_had_are_passed_over(checkpoint, pipeline, tmp_pat
         ({"cache": "auto", "max_macs": 1.5}, "at most 1"),
         ({"min_psnr": 30}, "needs cache auto"),
         ({"cache": "deepcache", "max_macs": 0.5}, "needs cache auto"),
-        ({"cache": "auto", "min_psnr": 30}, r"nothing was calibrated .* benchmarks/calibrate.py --model"),
+        ({"cache": "auto", "min_psnr": 30}, r"nothing was calibrated .* benchmarks/quality/calibrate.py --model"),
     ],
 )
 def test_what_has_no_meaning_is_refused(options, message, pipeline, tmp_path, monkeypatch):

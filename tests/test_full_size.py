@@ -8,7 +8,7 @@ import torch
 from helpers import at, conditioning, error, to_mlx, to_torch_layout, unet_inputs
 from mlx.utils import tree_flatten
 
-from benchmarks.models import UNETS, mlx_unet, torch_unet
+from benchmarks.speed.models import UNETS, mlx_unet, torch_unet
 from mlx_deepcache.cache.macs import unet_macs
 from mlx_deepcache.nets.unet_parts import UNetConfig
 from mlx_deepcache.unet import UNet2DConditionModel

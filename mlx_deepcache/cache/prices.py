@@ -17,7 +17,7 @@ from .text import parse
 AUTO = "auto"
 
 
-COMMAND = "python benchmarks/calibrate.py"
+COMMAND = "python benchmarks/quality/calibrate.py"
 
 
 _SAME = ("steps", "scheduler", "guidance_scale", "height", "width")

@@ -1,7 +1,7 @@
 """A full U-Net call against that of mlx-examples' Stable Diffusion, in turn, on this device.
 
 git clone https://github.com/ml-explore/mlx-examples
-python benchmarks/mlx_examples.py --checkout mlx-examples/stable_diffusion --config sd15 --size 256
+python benchmarks/speed/mlx_examples.py --checkout mlx-examples/stable_diffusion --config sd15 --size 256
 
 The prompt's keys and values, which ours computes once a picture and theirs at every step, are given beforehand. Both
 nets hold random weights, the same arrays where shapes agree, so that two of SDXL fit into memory.
@@ -13,9 +13,9 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.models import UNETS, mlx_unet
+from benchmarks.speed.models import UNETS, mlx_unet
 from benchmarks.timing import header, machine, medians, write_json
 
 

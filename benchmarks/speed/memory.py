@@ -1,6 +1,6 @@
 """Peak memory of one picture by phase, for each way to save some: what fits into which machine.
 
-python benchmarks/memory.py --config sd15 --size 256
+python benchmarks/speed/memory.py --config sd15 --size 256
 
 Random weights at real size. A phase's peak is MLX's own count, weights and all. "kept" is the pipeline as Python users
 have it, with every component kept loaded; "freed" is what generate.py does.
@@ -13,9 +13,9 @@ import gc
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import images, models
+from benchmarks.speed import images, models
 from benchmarks.timing import header, machine, write_json
 
 WAYS = {

@@ -1,4 +1,4 @@
-"""The two pictures of benchmarks/quality.py: quality against multiply-adds, and a sheet of what was drawn."""
+"""The two pictures of benchmarks/quality/quality.py: quality against multiply-adds, and a sheet of what was drawn."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Train the bundled text-to-emoji Stable Diffusion: VAE, text encoder and U-Net, from nothing or from a given folder.
 
-    python benchmarks/train_emoji.py --out run --minutes 120                      # everything, from nothing
-    python benchmarks/train_emoji.py --out run --init FOLDER --stage unet         # go on from a diffusers folder
+    python benchmarks/bundled/train_emoji.py --out run --minutes 120                      # everything, from nothing
+    python benchmarks/bundled/train_emoji.py --out run --init FOLDER --stage unet         # go on from a diffusers folder
 
 PyTorch, diffusers, transformers and Pillow are needed here only; the package itself uses none of them. A run that was
 stopped goes on where it was when the same command is given again. The result is OUT/model, a diffusers folder.
@@ -12,6 +12,7 @@ import json
 import math
 import random
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -22,7 +23,17 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from emoji_data import FONT, REFERENCE, Captions, clip_tokenizer_files, concepts, load_pictures, tiled
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.bundled.emoji_data import (
+    FONT,
+    REFERENCE,
+    Captions,
+    clip_tokenizer_files,
+    concepts,
+    load_pictures,
+    tiled,
+)
 
 SCALE = 0.18215  # Stable Diffusion's; the latents' own mean and deviation are folded into the quant convolutions
 STOP, DROP, DECAY = 0.02, 0.12, 0.997  # last share of the learning rate, share of emptied captions, EMA

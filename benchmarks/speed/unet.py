@@ -1,6 +1,6 @@
 """Full against cached U-Net calls: seconds, multiply-adds, and what of the promised speed-up arrives.
 
-python benchmarks/unet.py --config sd15 --size 256
+python benchmarks/speed/unet.py --config sd15 --size 256
 
 Random weights at real size. "Ideal" is what DeepCache's own multiply-adds promise at an interval; "efficiency" is the
 measured speed-up over that.
@@ -12,9 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.models import UNETS, mlx_unet
+from benchmarks.speed.models import UNETS, mlx_unet
 from benchmarks.timing import INTERVALS, header, machine, medians, write_json
 
 

@@ -1,6 +1,6 @@
 """Fit the linear map from a model's latents to colours that `--preview` uses without a VAE.
 
-python benchmarks/latent_rgb.py --model DIR "a red apple" "a rocket" ...
+python benchmarks/bundled/latent_rgb.py --model DIR "a red apple" "a rocket" ...
 
 Draws the prompts, decodes them, and fits each latent to the mean colour of its pixels by least squares. Prints what
 belongs into the model's model_index.json, under "latent_rgb", and how much of the colours' variance the map explains.
@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import benchmarks  # noqa: F401  (before MLX)
 

@@ -1,6 +1,6 @@
 """The README's picture: twelve prompts, uncached above, every third and every fifth step full below.
 
-python benchmarks/contact_sheet.py --output docs/contact_sheet.png
+python benchmarks/bundled/contact_sheet.py --output docs/contact_sheet.png
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import benchmarks  # noqa: F401  (before MLX)
 

@@ -1,6 +1,6 @@
 """Pictures and captions for the text-to-emoji model: what it may draw, what that is called, how people ask for it.
 
-The pictures are Noto Color Emoji (SIL OFL 1.1), the captions are composed here from `data/emoji_concepts.txt`.
+The pictures are Noto Color Emoji (SIL OFL 1.1), the captions are composed here from `emoji_concepts.txt`.
 """
 
 import argparse
@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 HERE = Path(__file__).resolve().parent
-CONCEPTS = HERE / "data" / "emoji_concepts.txt"
-REFERENCE = HERE / "data" / "emoji_reference.txt"  # the 1,144 characters a drawing is compared with
-SHEET = HERE / "data" / "emoji_reference.png"  # their pictures at 32 px, row by row
+CONCEPTS = HERE / "emoji_concepts.txt"
+REFERENCE = HERE / "emoji_reference.txt"  # the 1,144 characters a drawing is compared with
+SHEET = HERE / "emoji_reference.png"  # their pictures at 32 px, row by row
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # where Debian's fonts-noto-color-emoji puts it
 STRIKE = 109  # px per em of the one bitmap size in that font
 YOO = ("uni", "eu", "ufo")  # these begin with a vowel one does not hear

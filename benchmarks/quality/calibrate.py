@@ -1,6 +1,6 @@
 """Measure what caching policies cost a model in picture, for `generate.py --cache auto`.
 
-    python benchmarks/calibrate.py --model my-model
+    python benchmarks/quality/calibrate.py --model my-model
     python generate.py --model my-model --prompt "a red apple" --cache auto --min-psnr 30
 
 Every composition in the list of policies draws the same prompts from the same noise; its pictures are compared with the
@@ -17,10 +17,10 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import benchmarks  # noqa: F401  (before MLX)
-from benchmarks.drawn import DATA, Case, cache_cases, compare, draw, read_lines, run
+from benchmarks.quality.drawn import DATA, Case, cache_cases, compare, draw, read_lines, run
 from mlx_deepcache import __version__
 from mlx_deepcache.cache.prices import Front, Price
 from mlx_deepcache.checkpoints.folder import price_places

@@ -1,7 +1,7 @@
 """Does the bundled model draw what it is asked for, and does caching change that?
 
-    python benchmarks/emoji_score.py                               # uncached; intervals 2, 3, 5, 10 at branches 0, 1
-    python benchmarks/emoji_score.py --settings 1:0 3:0 --every 4   # a quarter of the prompts, two settings
+    python benchmarks/bundled/emoji_score.py                        # uncached; intervals 2, 3, 5, 10 at branches 0, 1
+    python benchmarks/bundled/emoji_score.py --settings 1:0 3:0 --every 4   # a quarter of the prompts, two settings
 
 Every concept is asked for three times: by its plain name, and in two sentences whose wording the training captions do
 not contain (their words may turn up there as random chatter around a name). The second sentence uses another of the
@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from emoji_data import REFERENCE, SHEET, Concept, concepts, tiled
+from benchmarks.bundled.emoji_data import REFERENCE, SHEET, Concept, concepts, tiled
 from mlx_deepcache import StableDiffusion
 
 SENTENCES = ("an illustration of {}", "i would love to look at {} today")

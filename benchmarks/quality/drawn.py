@@ -18,7 +18,7 @@ import numpy as np
 
 from mlx_deepcache.errors import Failure, UsageError
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent
 IDENTICAL = 100.0  # dB, in place of infinity, so that means can be taken; 8-bit pictures that differ stay below it
 
 

@@ -1,7 +1,7 @@
 """Whole pictures, uncached and cached: the DeepCache documentation's table, with seconds by phase and peak memory.
 
-python benchmarks/images.py --config sd21 --sizes 512,768 --batches 1,8
-python benchmarks/images.py --config sd15 --sizes 256 --steps 10 --against torch
+python benchmarks/speed/images.py --config sd21 --sizes 512,768 --batches 1,8
+python benchmarks/speed/images.py --config sd15 --sizes 256 --steps 10 --against torch
 
 Random weights and token ids at real size (emoji: the bundled model), through the pipeline that users run: DDIM with
 guidance, one prompt for a batch. `--against torch` draws the same pictures with diffusers and the pip package DeepCache
@@ -21,11 +21,11 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from benchmarks import models
+from benchmarks.speed import models
 from benchmarks.timing import header, machine, write_json
 
 VARIANTS = {"original": (1, 0), "I=3 B=0": (3, 0), "I=5 B=0": (5, 0), "I=5 B=1": (5, 1)}

@@ -1,7 +1,7 @@
 """What each caching policy costs in picture, and whether fewer steps would have done better.
 
-    python benchmarks/quality.py --json FILE --plot FILE --sheet FILE
-    python benchmarks/quality.py --model sd15 --prompts prompts.txt --batch 1
+    python benchmarks/quality/quality.py --json FILE --plot FILE --sheet FILE
+    python benchmarks/quality/quality.py --model sd15 --prompts prompts.txt --batch 1
 
 Every composition in the list of policies draws the same prompts from the same noise; its pictures are compared with the
 uncached ones. The rivals that need no cache are drawn too: the model's own solver, DPM++ 2M and UniPC with fewer steps,
@@ -17,11 +17,11 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import benchmarks  # noqa: F401  (before MLX)
-from benchmarks.drawn import DATA, Case, cache_cases, compare, draw, read_lines, run
-from benchmarks.quality_figures import plot, sheet
+from benchmarks.quality.drawn import DATA, Case, cache_cases, compare, draw, read_lines, run
+from benchmarks.quality.quality_figures import plot, sheet
 from benchmarks.timing import header, machine, write_json
 from mlx_deepcache import __version__
 from mlx_deepcache.cache.text import parse

@@ -1,6 +1,6 @@
 """The pieces of a step at the U-Net's widest level, ours against PyTorch's, in turn: which of them holds a step back.
 
-python benchmarks/kernels.py --size 256
+python benchmarks/speed/kernels.py --size 256
 
 SD 1.5's shapes at that level, for one picture with guidance, on the CPU or on CUDA, each framework on its own. "taps"
 are the two ways to upsample: a convolution over the doubled picture, and `Upsample2D`'s folded one over the small.
@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""What it costs in picture that a ControlNet runs on full steps only: `python benchmarks/controlnet.py`.
+"""What it costs in picture that a ControlNet runs on full steps only: `python benchmarks/quality/controlnet.py`.
 
 No ControlNet was trained for the bundled model, so one is made of it: the encoder is the U-Net's own, as at the start
 of every ControlNet's training, and the convolutions behind it and behind the picture, which start at zero, are random.
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mlx_deepcache import Control, StableDiffusion  # noqa: I001  (it loads a fast BLAS, so it comes before MLX)
 import mlx.core as mx
