@@ -1,7 +1,7 @@
 """Train the bundled text-to-emoji Stable Diffusion: VAE, text encoder and U-Net, from nothing or from a given folder.
 
-    python benchmarks/bundled/train_emoji.py --out run --minutes 120                      # everything, from nothing
-    python benchmarks/bundled/train_emoji.py --out run --init FOLDER --stage unet         # go on from a diffusers folder
+    python benchmarks/bundled/train_emoji.py --out run --minutes 120                   # everything, from nothing
+    python benchmarks/bundled/train_emoji.py --out run --init FOLDER --stage unet      # go on from a diffusers folder
 
 PyTorch, diffusers, transformers and Pillow are needed here only; the package itself uses none of them. A run that was
 stopped goes on where it was when the same command is given again. The result is OUT/model, a diffusers folder.

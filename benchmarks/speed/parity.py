@@ -1,8 +1,8 @@
 """Parity with PyTorch at full size: the same random weights and noise through both, and the errors against limits.
 
-python benchmarks/speed/parity.py                                              # both frameworks on this machine
-python benchmarks/speed/parity.py --torch-device cuda --save-reference ref.safetensors    # PyTorch's half alone, on CUDA
-python benchmarks/speed/parity.py --device gpu --reference ref.safetensors                # MLX's half on a Mac, no PyTorch
+python benchmarks/speed/parity.py  # both frameworks on this machine
+python benchmarks/speed/parity.py --torch-device cuda --save-reference ref.safetensors  # PyTorch's half alone, on CUDA
+python benchmarks/speed/parity.py --device gpu --reference ref.safetensors  # MLX's half on a Mac, no PyTorch
 
 Compared are the text encoders, one U-Net call, a cached run of 10 steps (DDIM, interval 3, branch 0, against diffusers
 with the pip package DeepCache) and the VAE's decoder. An error is relative: the norm of the difference over that of
