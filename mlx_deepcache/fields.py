@@ -1,8 +1,8 @@
-"""Typed values read from text: what a command line, a policy's text or a picture's settings may say."""
+"""Typed values read from text: what a command line, a policy's text or a picture's settings may say. A reader raises
+ValueError for what is none."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,39 +17,22 @@ def suggest(text: object, known: Iterable[object]) -> str:
 
 
 def unicode_text(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError("expected text in UTF-8") from None
+    text.encode()
     return text
 
 
 def positive(text: str) -> int:
-    return _whole(text, 1)
-
-
-def natural(text: str) -> int:
-    return _whole(text, 0)
-
-
-def _whole(text: str, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number, {least} or more, got {text!r}")
+    value = int(text) if text.strip().lstrip("+").isdecimal() else 0
+    if value < 1:
+        raise ValueError(f"expected a whole number, 1 or more, got {text!r}")
     return value
 
 
-def number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not abs(value) < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
-    return value
+def finite(value: str | float) -> float:
+    number = float(value)
+    if not abs(number) < float("inf"):
+        raise ValueError
+    return number
 
 
 def file_and_scale(text: str) -> tuple[Path, float]:
@@ -61,9 +44,7 @@ def file_and_scale(text: str) -> tuple[Path, float]:
         scale = float(last)
     except ValueError:
         return Path(text), 1.0
-    if not abs(scale) < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected FILE or FILE:SCALE with a finite number, got {text!r}")
-    return Path(file), scale
+    return Path(file), finite(scale)
 
 
 def file_and_word(text: str) -> tuple[Path, str | None]:

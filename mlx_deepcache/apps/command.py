@@ -17,8 +17,11 @@ def run(
     command: Callable[[argparse.Namespace], None],
     flags: Callable[[list[str]], argparse.Namespace],
     argv: list[str] | None,
+    cancelled: str,
 ) -> int:
-    """A command's exit code: 0, 1 for a failure, 2 for a usage error, 130 for Ctrl-C; errors take one line."""
+    """A command's exit code: 0, 1 for a failure, 2 for a usage error, 130 for Ctrl-C; errors take one line.
+
+    cancelled: what to say after Ctrl-C."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a file's name need not be text
@@ -36,7 +39,7 @@ def run(
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ncancelled; the picture under way was not written", file=sys.stderr)
+        print(f"\n{cancelled}", file=sys.stderr)
         return 130
     except MemoryError:
         print("error: there is not enough memory; try a smaller --height and --width or fewer images", file=sys.stderr)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import mlx.core as mx
 import numpy as np
 
 from ..cache.composition import Caches
@@ -26,17 +25,12 @@ def check_comparable(settings: Settings) -> None:
         raise UsageError("--compare shows what the cache changes, but it is off; give --cache-interval or --cache")
 
 
-def without_cache(
-    pipe: StableDiffusion, settings: Settings, latents: mx.array | None
-) -> tuple[Sequence[np.ndarray], float]:
-    """Draw without a cache what was drawn with one: the pictures, (H, W, 3) in 0-255, and the seconds of denoising.
-
-    latents: as for `pipe.denoise`.
-    """
-    plain = replace(settings, cache=_uncached())
-    steps = list(pipe.denoise(plain, latents))
-    images = pipe.decode(steps[-1].latents, settings.vae_tiling, settings.source)
-    return list(images), pipe.stats(plain, steps)["seconds"]["denoise"]
+def without_cache(pipe: StableDiffusion, settings: Settings) -> tuple[Sequence[np.ndarray], float]:
+    """Draw without a cache what was drawn with one: the pictures, (H, W, 3) in 0-255, and the seconds of denoising."""
+    drawn = pipe.denoise(replace(settings, cache=_uncached()))
+    for _ in drawn:
+        pass
+    return list(drawn.decode()), drawn.clock.seconds["denoise"]
 
 
 def comparison(

@@ -1,19 +1,50 @@
+# PYTHON_ARGCOMPLETE_OK
 """`convert.py` writes a checkpoint in MLX's layout."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
+from ..generation.options import DTYPES, ModelOptions, option_of
 from .command import run
-from .flags import complete, convert_parser
+from .flags import Parser, add_option, complete
 
 
 def main_convert(argv: list[str] | None = None) -> int:
     """convert.py; returns its exit code."""
-    return run(_convert, _convert_flags, argv)
+    return run(_convert, _flags, argv, "cancelled; nothing was written")
 
 
-def _convert_flags(argv: list[str]) -> argparse.Namespace:
+def convert_parser() -> Parser:
+    parser = Parser(
+        "convert.py",
+        "mlx-deepcache-convert",
+        description="Write a Hugging Face checkpoint with weights laid out for MLX: all that generate.py needs.",
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        required=True,
+        metavar="SRC",
+        help="a folder in the diffusers layout, a single .safetensors file in the original layout, or a hub id "
+        "owner/name[@revision]",
+    )
+    add("--output", required=True, type=Path, metavar="DIR", help="the folder to write, whole or not at all")
+    add("--dtype", choices=DTYPES, help="default: the types that the files have")
+    add(
+        "--quantize",
+        type=int,
+        choices=(4, 8),
+        metavar="4|8",
+        help="bits of the U-Net's and text encoders' linear layers",
+    )
+    add_option(parser, option_of(ModelOptions, "prediction_type"))
+    add("--force", action="store_true", help="replace DIR if it exists")
+    return parser
+
+
+def _flags(argv: list[str]) -> argparse.Namespace:
     parser = convert_parser()
     complete(parser)
     return parser.parse_args(argv)
@@ -37,7 +68,7 @@ def _convert(args: argparse.Namespace) -> None:
             dtype=None if args.dtype is None else dtype_of(args.dtype),
             bits=args.quantize,
             force=args.force,
-            prediction_type=args.prediction_type,
+            prediction_type=getattr(args, "prediction_type", None),
             progress=progress,
         )
     print(f"{'component':16}{'parameters':>16}{'bytes':>16}  type")

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """`generate.py` draws."""
 
 from __future__ import annotations
@@ -5,54 +6,64 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, Failure, UsageError
+from ..generation.options import Control, ModelOptions, Options, options_of
 from ..media.files import check_writable, write_text
 from .command import run
 from .flags import complete, generate_parser
 
+if TYPE_CHECKING:
+    from ..generation.pipeline import Generation, StableDiffusion
+    from ..generation.settings import Settings
+    from .watch import Watcher
+
 
 def main_generate(argv: list[str] | None = None) -> int:
     """generate.py; returns its exit code."""
-    return run(_generate, _generate_flags, argv)
+    return run(_generate, _flags, argv, "cancelled; the picture under way was not written")
 
 
-def _generate_flags(argv: list[str]) -> argparse.Namespace:
+def _flags(argv: list[str]) -> argparse.Namespace:
     """The flags on the command line, after those that a picture's settings stand for."""
     parser = generate_parser()
     complete(parser)
     args = parser.parse_args(argv)
+    args.model_named_by = None
     if args.from_image is None:
         if args.prompt is None and args.prompt_file is None:
             parser.error("expected --prompt TEXT, what to draw, or --prompt-file or --from-image")
         return args
-    from ..generation import record as metadata
+    from ..generation import record
 
-    settings, unknown = metadata.read(args.from_image)
-    flags = metadata.as_flags(settings, args.from_image, args)
+    settings, unknown = record.read(args.from_image)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    flags = record.as_flags(settings, args.from_image, given | ({"controls": ()} if "controlnet" in given else {}))
     if unknown and not args.quiet:
         print(f"note: {args.from_image}: not used: {', '.join(unknown)}", file=sys.stderr)
     parser.origin = f"the settings in {args.from_image}"
-    overridden = {flag.partition("=")[0] for flag in argv if flag.startswith("--")}
-    flags = [flag for flag in flags if flag.partition("=")[0] not in overridden]
     parser.parse_args(flags)  # so that an error tells whose it is
     parser.origin = None
-    model = None if args.model is not None else parser.parse_args(flags).model
+    named = "model" not in given and any(flag.startswith("--model=") for flag in flags)
     args = parser.parse_args([*flags, *argv])
-    args.model_named_by = None if model is None else args.from_image
+    args.model_named_by = args.from_image if named else None
     if args.prompt is None and args.prompt_file is None:
         parser.error(f"{args.from_image} has no prompt in it; expected --prompt TEXT")
     return args
 
 
+def _given(args: argparse.Namespace, cls: type) -> dict:
+    """Those of the options in `cls` that flags set."""
+    return {o.name: getattr(args, o.name) for o in options_of(cls) if hasattr(args, o.name)}
+
+
 def _generate(args: argparse.Namespace) -> None:
     import mlx.core as mx
 
-    from ..generation.options import FEWEST_STEPS_TO_CACHE
-    from ..generation.pipeline import StableDiffusion
-    from ..generation.starts import read_latents
+    from ..generation.record import describe, save_png
+    from ..generation.report import dtype_name
     from ..media.latents import write_latents
     from ..media.png import write_image
     from ..media.sheets import grid
@@ -62,161 +73,141 @@ def _generate(args: argparse.Namespace) -> None:
         if not args.quiet:
             print(text)
 
-    if args.output.suffix.lower() != ".png":
-        raise UsageError(f"--output should end in .png, got {str(args.output)!r}")
-    written = {}
-    for flag in ("--output", "--save-latents", "--stats", "--preview"):
-        file = getattr(args, flag[2:].replace("-", "_"))
-        if file is not None:
-            check_writable(file)
-            if (other := written.setdefault(file.resolve(), flag)) != flag:
-                raise UsageError(f"{flag} and {other} name the same file, {file}")
-    if args.model is None:
+    files = Outputs(args)
+    model = ModelOptions(**_given(args, ModelOptions))
+    if model.model is None:
         say("model: the bundled text-to-emoji model; --model sd15 or --model sdxl draws anything, after a download")
     prompts = _prompts(args)
-    if len(args.seed) > 1 and args.num_images is not None:
-        raise UsageError("--num-images counts on from one --seed, and several are given; leave out one of the two")
-    try:
-        pipe = StableDiffusion.from_pretrained(
-            args.model,
-            args.dtype,
-            keep=len(prompts) > 1,
-            quantize=args.quantize,
-            low_memory=args.low_memory,
-            prediction_type=args.prediction_type,
-            compile=args.compile,
-            memory_limit=args.memory_limit,
-            loras=args.lora,
-            embeddings=args.embedding,
-            refiner=args.refiner,
-            vae=args.vae,
-        )
-    except CheckpointError as error:
-        if (named_by := getattr(args, "model_named_by", None)) is None:
-            raise
-        raise CheckpointError(f"{error} ({named_by} was drawn with this model; --model names another)") from None
-
-    latents, n, height, width = None, args.num_images or len(args.seed), args.height, args.width
-    if args.latents is not None:
-        latents = read_latents(args.latents)
-        factor = pipe.checkpoint.vae_config.factor
-        n = n if args.num_images or len(args.seed) > 1 else len(latents)
-        if len(latents) != n:
-            shape = (latents.shape[3], *latents.shape[1:3])
-            raise UsageError(f"latents should have shape {(n, *shape)} for {n} pictures, got {(len(latents), *shape)}")
-        height = height or latents.shape[1] * factor
-        width = width or latents.shape[2] * factor
-    options = {
-        "negative_prompt": args.negative_prompt,
-        "steps": args.steps,
-        "guidance_scale": args.guidance_scale,
-        "height": height,
-        "width": width,
-        "prompt_2": args.prompt_2,
-        "negative_prompt_2": args.negative_prompt_2,
-        "prompt_weights": not args.plain_prompt,
-        "long_prompt": args.long_prompt,
-        "scheduler": args.scheduler,
-        "rng": args.rng,
-        "cache_interval": args.cache_interval,
-        "cache_branch": args.cache_branch,
-        "vae_tiling": args.vae_tiling,
-        "image": args.image,
-        "mask": args.mask,
-        "strength": args.strength,
-        "fit": args.fit,
-        "controls": _controls(args),
-        "control_every_step": args.control_every_step,
-        "refiner_start": args.refiner_start,
-        "cache": args.cache,
-        "min_psnr": args.min_psnr,
-        "max_macs": args.max_macs,
-    }
-    seeds = args.seed if len(args.seed) > 1 else range(args.seed[0], args.seed[0] + n)
-    together = 1 if args.low_memory else n
-    batches = [
-        (slice(i, i + together), pipe.settings(prompt, seeds=seeds[i : i + together], **options))
-        for prompt in prompts
-        for i in range(0, n, together)
-    ]
-    settings = batches[0][1]
-    if settings.cache_choice is not None:
-        say(settings.cache_choice)
-    if args.cache_interval is None and args.cache is None and getattr(settings.cache.when, "interval", None) == 1:
-        few = pipe.checkpoint.few_step
-        if few is None:
-            say(f"cache: off below {FEWEST_STEPS_TO_CACHE} steps; --cache-interval turns it on")
-        else:
-            say(f"cache: off, as this is a few-step model ({few.reason}); --cache-interval turns it on")
-
-    n *= len(prompts)
-    names = [args.output] if n == 1 else [args.output.with_stem(f"{args.output.stem}-{i}") for i in range(1, n + 1)]
-    sheets = {kind: args.output.with_stem(f"{args.output.stem}-{kind}") for kind in ("grid", "compare")}
-    for file in [*names, *(file for kind, file in sheets.items() if getattr(args, kind))]:
-        check_writable(file)
-    if args.grid and n == 1:
-        raise UsageError("--grid shows several pictures, and this draws one; see --num-images")
+    pipe = _pipeline(args, keep=len(prompts) > 1)
+    settings = pipe.settings(prompts[0], **_options(args, pipe))
+    if (note := _about_cache(args, pipe, settings)) is not None:
+        say(note)
+    n = len(settings.seeds)
+    together = 1 if model.low_memory else n
+    batches = [settings.batch(prompt, slice(i, i + together)) for prompt in prompts for i in range(0, n, together)]
+    files.number(n * len(prompts))
     if args.compare:
         check_comparable(settings)
     watch = _watcher(args, pipe)
     for checkpoint in pipe.checkpoints:
         checkpoint.check_files()
 
-    files, finals, stats, images, uncached = iter(names), [], [], [], []
-    for number, (part, settings) in enumerate(batches, 1):
-        start = None if latents is None else latents[part]
+    names, finals, stats, images, uncached = iter(files.pictures), [], [], [], []
+    for number, batch in enumerate(batches, 1):
         watch.begin(f"{number}-" if len(batches) > 1 else "")
-        final, drawn, report = _draw(args, pipe, settings, start, files, watch, say)
-        finals.append(final)
-        stats.append(report)
-        images.extend(drawn)
+        drawn = _draw(pipe, batch, watch, args.quiet)
+        pictures = drawn.decode()
+        for image, prompt, seed, file in zip(pictures, batch.prompts, batch.seeds, names, strict=False):
+            dtype = dtype_name(pipe.dtype)
+            save_png(file, image, None if args.no_metadata else describe(batch, model, dtype, prompt, seed))
+            say(f"wrote {file}")
+        finals.append(drawn.latents)
+        stats.append(drawn.stats())
+        images.extend(pictures)
+        say(_cost(stats[-1]))
         if args.compare:
-            uncached.append(without_cache(pipe, settings, start))
+            uncached.append(without_cache(pipe, batch))
     if args.grid:
-        write_image(sheets["grid"], grid(images))
-        say(f"wrote {sheets['grid']}")
+        write_image(files.grid, grid(images))
+        say(f"wrote {files.grid}")
     if args.compare:
         seconds = sum(report["seconds"]["denoise"] for report in stats)
-        write_image(sheets["compare"], comparison(settings.cache, images, seconds, uncached))
-        say(f"wrote {sheets['compare']}")
+        write_image(files.compare, comparison(settings.cache, images, seconds, uncached))
+        say(f"wrote {files.compare}")
     if args.save_latents is not None:
         write_latents(args.save_latents, mx.concatenate(finals))
     if args.stats is not None:
         write_text(args.stats, json.dumps(stats[0] if len(stats) == 1 else stats, indent=2) + "\n")
 
 
-def _draw(args, pipe, settings, latents, files: Iterator[Path], watch, say: Callable[[str], None]):
-    """Draw one batch and write its pictures; returns the final latents, the pictures, and what they cost."""
+class Outputs:
+    """The files that will be written, checked before any work is done."""
+
+    def __init__(self, args: argparse.Namespace):
+        if args.output.suffix.lower() != ".png":
+            raise UsageError(f"--output should end in .png, got {str(args.output)!r}")
+        self.args, written = args, {}
+        for flag in ("--output", "--save-latents", "--stats", "--preview"):
+            if (file := getattr(args, flag[2:].replace("-", "_"))) is not None:
+                check_writable(file)
+                if (other := written.setdefault(file.resolve(), flag)) != flag:
+                    raise UsageError(f"{flag} and {other} name the same file, {file}")
+
+    def number(self, n: int) -> None:
+        """There will be n pictures."""
+        output = self.args.output
+        self.pictures = [output] if n == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(1, n + 1)]
+        self.grid, self.compare = (output.with_stem(f"{output.stem}-{kind}") for kind in ("grid", "compare"))
+        for file in [*self.pictures, *[self.grid] * self.args.grid, *[self.compare] * self.args.compare]:
+            check_writable(file)
+        if self.args.grid and n == 1:
+            raise UsageError("--grid shows several pictures, and this draws one; see --num-images")
+
+
+def _pipeline(args: argparse.Namespace, *, keep: bool) -> StableDiffusion:
+    from ..generation.pipeline import StableDiffusion
+
+    try:
+        return StableDiffusion.from_pretrained(keep=keep, **_given(args, ModelOptions))
+    except CheckpointError as error:
+        if args.model_named_by is None:
+            raise
+        raise CheckpointError(
+            f"{error} ({args.model_named_by} was drawn with this model; --model names another)"
+        ) from None
+
+
+def _options(args: argparse.Namespace, pipe: StableDiffusion) -> dict:
+    """What the flags say about the pictures, for `pipe.settings`."""
+    from ..generation.starts import read_latents
+
+    options = _given(args, Options) | {"controls": _controls(args)}
+    seeds, n = options.get("seeds", [0]), args.num_images
+    if len(seeds) > 1 and n is not None:
+        raise UsageError("--num-images counts on from one --seed, and several are given; leave out one of the two")
+    if "latents" in options:  # their number and size are the pictures'
+        latents, factor = read_latents(options["latents"]), pipe.checkpoint.vae_config.factor
+        n = len(latents) if n is None else n
+        options = {"height": latents.shape[1] * factor, "width": latents.shape[2] * factor} | options
+    return options | {"seeds": seeds if len(seeds) > 1 else range(seeds[0], seeds[0] + (n or 1))}
+
+
+def _about_cache(args: argparse.Namespace, pipe: StableDiffusion, settings: Settings) -> str | None:
+    """What to know of the caches that were chosen for the user."""
+    from ..generation.settings import FEWEST_STEPS_TO_CACHE
+
+    if settings.cache_choice is not None:
+        return settings.cache_choice
+    asked = hasattr(args, "cache_interval") or hasattr(args, "cache")
+    if asked or settings.cache_interval != 1:
+        return None
+    if (few := pipe.checkpoint.few_step) is not None:
+        return f"cache: off, as this is a few-step model ({few.reason}); --cache-interval turns it on"
+    return f"cache: off below {FEWEST_STEPS_TO_CACHE} steps; --cache-interval turns it on"
+
+
+def _draw(pipe: StableDiffusion, settings: Settings, watch: Watcher, quiet: bool) -> Generation:
+    """Draw a batch up to the latents, with a bar."""
     from tqdm import tqdm
 
-    from ..generation.record import describe, save_png
-
-    steps = []
-    plans = [plan for plan in (settings.plan, settings.refiner_plan) if plan is not None]
-    with tqdm(total=sum(len(plan.steps) for plan in plans), disable=args.quiet, unit="step") as bar:
-        for progress in pipe.denoise(settings, latents):
-            steps.append(progress)
+    drawn = pipe.denoise(settings)
+    with tqdm(total=sum(len(leg.plan.steps) for leg in settings.legs), disable=quiet, unit="step") as bar:
+        for progress in drawn:
             watch(progress)
             bar.set_postfix_str("full" if progress.full else "cached", refresh=False)
             bar.update()
-    final = steps[-1].latents
-    images = pipe.decode(final, settings.vae_tiling, settings.source)
-    for image, prompt, seed in zip(images, settings.prompts, settings.seeds, strict=True):
-        file = next(files)
-        save_png(file, image, None if args.no_metadata else describe(args, settings, pipe, prompt, seed))
-        say(f"wrote {file}")
-    stats = pipe.stats(settings, steps)
-    seconds = stats["seconds"]
-    say(
+    return drawn
+
+
+def _cost(stats: dict) -> str:
+    """Two lines of `report.stats`."""
+    phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in stats["seconds"].items())
+    return (
         f"{stats['full_steps']} full and {stats['cached_steps']} cached steps, "
         f"{stats['unet_macs'] / 1e9:,.1f} of {stats['unet_macs_uncached'] / 1e9:,.1f} G multiply-adds in the U-Net, "
-        f"{stats['device']}, {stats['dtype']}"
+        f"{stats['device']}, {stats['dtype']}\n"
+        f"{phases}, peak memory {stats['peak_memory_bytes'] / 2**20:,.0f} MiB"
     )
-    say(
-        ", ".join(f"{phase} {seconds[phase]:.2f} s" for phase in seconds)
-        + f", peak memory {stats['peak_memory_bytes'] / 2**20:,.0f} MiB"
-    )
-    return final, images, stats
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
@@ -234,7 +225,24 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     return lines
 
 
-def _watcher(args: argparse.Namespace, pipe):
+def _controls(args: argparse.Namespace) -> list[Control]:
+    """The ControlNets that repeated flags describe; a scale, start or end given once is every net's."""
+    given = {part.name: (part.flag, getattr(args, part.key, None)) for part in options_of(Control)}
+    nets = given["model"][1] or []
+    if len(given["image"][1] or []) != len(nets):
+        found = len(given["image"][1] or [])
+        raise UsageError(f"each --controlnet needs a --control-image, got {len(nets)} and {found}")
+    columns = {}
+    for name, (flag, values) in given.items():
+        if values is None:
+            continue
+        if len(values) not in (1, len(nets)) or not nets:
+            raise UsageError(f"{flag} should be given once, or once a --controlnet ({len(nets)}), got {len(values)}")
+        columns[name] = values * len(nets) if len(values) == 1 else values
+    return [Control(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+
+
+def _watcher(args: argparse.Namespace, pipe: StableDiffusion) -> Watcher:
     """What shows each step, as the flags want it; makes the folder for the pictures of single steps."""
     from ..generation.preview import latent_rgb, through
     from .watch import Watcher, make_folder
@@ -250,19 +258,3 @@ def _watcher(args: argparse.Namespace, pipe):
         make_folder(args.save_steps)
         check_writable(args.save_steps / "step-001.png")
     return Watcher(decode, args.preview, args.save_steps)
-
-
-def _controls(args: argparse.Namespace) -> list:
-    """The ControlNets that repeated flags describe; a scale, start or end given once is every net's."""
-    from ..generation.options import Control
-
-    n = len(args.controlnet)
-    if len(args.control_image) != n:
-        raise UsageError(f"each --controlnet needs a --control-image, got {n} and {len(args.control_image)}")
-    columns = []
-    for name, default in (("scale", 1.0), ("start", 0.0), ("end", 1.0)):
-        values = getattr(args, f"control_{name}") or [default]
-        if len(values) > 1 and len(values) != n or not n and values != [default]:
-            raise UsageError(f"--control-{name} should be given once, or once a --controlnet ({n}), got {len(values)}")
-        columns.append(values * n if len(values) == 1 else values)
-    return [Control(*row) for row in zip(args.controlnet, args.control_image, *columns, strict=True)]

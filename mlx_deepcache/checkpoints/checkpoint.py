@@ -126,6 +126,19 @@ class Checkpoint:
         return height * self.vae_config.factor, width * self.vae_config.factor
 
     @property
+    def native_height(self) -> int:
+        return self.native_size[0]
+
+    @property
+    def native_width(self) -> int:
+        return self.native_size[1]
+
+    @property
+    def steps(self) -> int:
+        """The default: 50, or what a few-step model wants."""
+        return 50 if self.few_step is None else self.few_step.steps
+
+    @property
     def few_step(self) -> FewStep | None:
         """The defaults of a model made for few steps, or None."""
         path = self.source.path

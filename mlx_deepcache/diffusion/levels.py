@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import mlx.core as mx
+if TYPE_CHECKING:  # so that names and plans cost no MLX
+    import mlx.core as mx
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,14 @@ history is whatever the solver wants to see again at the next step (None at firs
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import mlx.core as mx
 import numpy as np
 
 from .levels import Level, Prediction, Step, split
+
+if TYPE_CHECKING:  # so that names and plans cost no MLX
+    import mlx.core as mx
 
 
 def ddim(denoise, x, step: Step, history, noise):

@@ -1,20 +1,255 @@
-"""What can be asked for: every option, declared once."""
+"""What can be asked for: every option, declared once.
+
+A field of `ModelOptions` or `Options` is the keyword in Python and, by its declaration, the flag with its help and
+group, the check with its message, the default that a model has for it, what a picture records of it and how that is
+read back, and its name in A1111's text. Whoever shows options asks `options_of`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
+from numbers import Real
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from PIL.Image import Image
+from ..diffusion.noise import GENERATORS
+from ..diffusion.schedulers import SCHEDULERS
+from ..errors import UsageError
+from ..fields import file_and_scale, file_and_word, finite, suggest, unicode_text
+from ..media.pictures import FITS
 
-DEFAULT_STEPS = 50
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import numpy as np
+    from PIL.Image import Image
+
+    from ..cache.composition import Policy as CachingPolicy
+
+    File = Path | str
+    Picture = File | Image | np.ndarray
+    Latents = File | mx.array
+    Lora = File | tuple[File, float]
+    Embedding = File | tuple[File, str | None]
+    Policy = CachingPolicy | str
+
+PICTURE, MODEL, HOW = "what to draw", "which model draws it", "how it is drawn"
+START, CONTROL, REFINER = "from a picture", "ControlNet (repeat the flags for several)", "SDXL refiner"
+MACHINE, CACHE, FILES = "precision, speed and memory", "caches: the same picture, nearly, in less time", "files"
+GROUPS = (PICTURE, MODEL, START, CONTROL, REFINER, HOW, MACHINE, CACHE)
+
+SWITCH = ("auto", "on", "off")
+DTYPES = ("float16", "bfloat16", "float32")
 
 
-DEFAULT_INTERVAL = 3
+@dataclass(frozen=True)
+class Check:
+    """What a value should be, in words, and whether one is."""
+
+    words: str
+    holds: Callable[[Any], bool]
 
 
-FEWEST_STEPS_TO_CACHE = 10  # below this, steps differ too much for features to be reused
+def at_least(least: int) -> Check:
+    return Check(f"a whole number, {least} or more", lambda value: value >= least)
+
+
+SHARE = Check("above 0 and at most 1", lambda value: 0 < value <= 1)
+BETWEEN = Check("between 0 and 1", lambda value: 0 < value < 1)
+DECIBELS = Check("a number of dB above 0, such as 30", lambda value: value > 0)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of value: in words; read from a flag's text, or taken from a caller in Python (ValueError if it is none);
+    and as JSON has it."""
+
+    words: str
+    read: Callable[[str], Any]
+    take: Callable[[Any], Any] = lambda value: value
+    record: Callable[[Any], Any] = lambda value: value
+
+
+def _exactly(kind: type, make: Callable) -> Callable[[Any], Any]:
+    """Takes what equals a number of this kind: 2.0 steps are 2, and True is none."""
+
+    def take(value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, kind) or make(value) != value:
+            raise ValueError
+        return make(value)
+
+    return take
+
+
+def _bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _str(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError
+    return value
+
+
+def _name(file: Any) -> str | None:
+    """A file's bare name: a picture is handed on without the folders that it was drawn in."""
+    return Path(file).name if isinstance(file, (str, Path)) else None
+
+
+def _pair(item: Any) -> tuple[Path, Any]:
+    file, second = item if isinstance(item, tuple) else (item, None)
+    return Path(file), second
+
+
+def _tagged(item: Any) -> str:
+    file, second = _pair(item)
+    return str(file) if second in (None, "") else f"{file}:{second if isinstance(second, str) else format(second, 'g')}"
+
+
+KINDS = {
+    "str": Kind("text in UTF-8", unicode_text, _str),
+    "int": Kind("a whole number", int, _exactly(Real, int)),
+    "float": Kind("a number", finite, _exactly(Real, finite)),
+    "bool": Kind("True or False", str, _bool),
+    "Picture": Kind("a picture", Path, record=_name),
+    "Latents": Kind("latents", Path, record=_name),
+    "Lora": Kind("FILE or FILE:SCALE with a finite number", file_and_scale, record=_tagged),
+    "Embedding": Kind("FILE or FILE:WORD", file_and_word, record=_tagged),
+    "Policy": Kind("a caching policy", str, record=str),
+    "Control": Kind("a Control", str, record=lambda control: {o.name: o.record(control) for o in options_of(Control)}),
+}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option. needs: others of which it needs at least one; model: the attribute of a `Checkpoint` that gives the
+    default; recorded: whether a picture carries it; many: whether it is a sequence."""
+
+    name: str
+    kind: Kind
+    many: bool
+    optional: bool
+    default: Any
+    help: str
+    group: str
+    flag: str
+    metavar: str | None = None
+    nargs: str | None = None
+    choices: Sequence | None = None
+    check: Check | None = None
+    needs: tuple[str, ...] = ()
+    model: str | None = None
+    a1111: str | None = None
+    a1111_values: dict | None = None
+    recorded: bool = True
+
+    @property
+    def key(self) -> str:
+        """What a picture's settings call it."""
+        return self.flag.removeprefix("--").replace("-", "_")
+
+    @property
+    def words(self) -> str:
+        """What it should be."""
+        if self.choices is not None:
+            return f"one of {', '.join(map(str, self.choices))}"
+        return self.kind.words if self.check is None else self.check.words
+
+    def read(self, text: str) -> Any:
+        """A value, or one of several, from text.
+
+        Raises:
+            ValueError: it is none; says what was expected.
+        """
+        try:
+            value = self.kind.read(text)
+            if self.check is not None and not self.check.holds(value):
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"expected {self.words}, got {text!r}") from None
+        return value
+
+    def take(self, value: Any) -> Any:
+        """A value from a caller in Python.
+
+        Raises:
+            UsageError: it cannot be.
+        """
+        if value is None and (self.optional or self.default is None):
+            return None
+        if self.many:
+            several = list(value) if isinstance(value, (list, tuple, range)) else [value]
+            return tuple(self._take(item) for item in several)
+        return self._take(value)
+
+    def _take(self, value: Any) -> Any:
+        try:
+            value = self.kind.take(value)
+            if self.choices is not None and value not in self.choices:
+                raise ValueError
+            if self.check is not None and not self.check.holds(value):
+                raise ValueError
+        except (ValueError, TypeError, OverflowError):
+            raise UsageError(f"{self.name} should be {self.words}, got {value!r}") from None
+        return value
+
+    def record(self, owner: Any) -> Any:
+        """What a picture says of it, for JSON; owner: what has it as an attribute."""
+        value = getattr(owner, self.name)
+        if self.many and value is not None:
+            return [self.kind.record(item) for item in value]
+        return None if value is None else self.kind.record(value)
+
+
+def option(default: Any, help: str, group: str, *, flag: str | None = None, **about) -> Any:
+    """Declare a field as an option; about: the rest of an `Option`."""
+    return field(default=default, metadata={"help": help, "group": group, "flag": flag, **about})
+
+
+@cache
+def options_of(cls: type) -> tuple[Option, ...]:
+    """The options that a class declares."""
+    found = []
+    for item in fields(cls):
+        about = dict(item.metadata)
+        if not about:
+            continue
+        annotation, _, optional = str(item.type).partition(" | ")
+        many = annotation.startswith("tuple[")
+        kind = KINDS[annotation.removeprefix("tuple[").removesuffix(", ...]")]
+        about["flag"] = about["flag"] or "--" + item.name.replace("_", "-")
+        default = None if item.default is MISSING else item.default
+        found.append(Option(item.name, kind, many, bool(optional), default, **about))
+    return tuple(found)
+
+
+def option_of(cls: type, name: str) -> Option:
+    return next(o for o in options_of(cls) if o.name == name)
+
+
+def taken(cls: type, values: dict[str, Any]):
+    """`cls` from keywords, each checked.
+
+    Raises:
+        TypeError: there is no such option.
+        UsageError: a value cannot be, or has no meaning without another; says which.
+    """
+    known = {o.name: o for o in options_of(cls)}
+    for name in values:
+        if name not in known:
+            raise TypeError(f"there is no option {name!r}{suggest(name, known)}")
+    made = cls(**{name: known[name].take(value) for name, value in values.items()})
+    for o in known.values():
+        if getattr(made, o.name) == o.default or not set(o.needs) & known.keys():  # what a model has is checked with it
+            continue
+        if not any(getattr(made, other) not in (None, ()) for other in o.needs):
+            article = "an" if o.needs[0][0] in "aeio" else "a"
+            raise UsageError(f"{o.name} has no meaning without {article} {o.needs[0].removesuffix('s')}")
+    return made
 
 
 @dataclass(frozen=True)
@@ -23,8 +258,221 @@ class Control:
     complete settings (H, W, 3) uint8); scale: the factor on what it adds; start, end: the share of the steps that it
     takes part in."""
 
-    model: str
-    image: Path | str | Image | np.ndarray
-    scale: float = 1.0
-    start: float = 0.0
-    end: float = 1.0
+    model: str = option(
+        MISSING, "a ControlNet in the diffusers layout: a folder or a hub id", CONTROL, flag="--controlnet", metavar="M"
+    )
+    image: Picture = option(MISSING, "the edges, pose, ... to follow", CONTROL, flag="--control-image", metavar="FILE")
+    scale: float = option(1.0, "how strictly it is followed (1)", CONTROL, flag="--control-scale", metavar="X")
+    start: float = option(
+        0.0, "the share of the steps before it starts (0)", CONTROL, flag="--control-start", metavar="X"
+    )
+    end: float = option(1.0, "the share after which it stops (1)", CONTROL, flag="--control-end", metavar="X")
+
+    def __post_init__(self):
+        if not abs(self.scale) < math.inf:
+            raise UsageError(f"a ControlNet's scale should be a number, got {self.scale}")
+        if not 0 <= self.start < self.end <= 1:
+            raise UsageError(
+                f"a ControlNet should start before it ends, both in [0, 1], got {self.start} and {self.end}"
+            )
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What a pipeline is made of: see `StableDiffusion.from_pretrained`."""
+
+    model: str | None = option(
+        None,
+        "a folder from convert.py or in the diffusers layout, a single .safetensors file in the original layout, a hub "
+        "id (owner/name[@revision]), or sd15, sd21, sdxl, sdxl-refiner, sdxl-turbo, sd-turbo; default: the small model "
+        "that comes with the package",
+        MODEL,
+        metavar="M",
+        a1111="Model",
+    )
+    vae: str | None = option(
+        None,
+        "decode with another VAE: a folder or hub id of one (AutoencoderKL or AutoencoderTiny, that is TAESD), or of a "
+        "model that has one",
+        MODEL,
+        metavar="M",
+    )
+    loras: tuple[Lora, ...] = option(
+        (),
+        "change the model by a LoRA (safetensors), SCALE times as strongly as it was trained; repeatable",
+        MODEL,
+        flag="--lora",
+        metavar="FILE[:SCALE]",
+    )
+    embeddings: tuple[Embedding, ...] = option(
+        (),
+        "a textual inversion (safetensors), and the word that calls it in prompts; repeatable",
+        MODEL,
+        flag="--embedding",
+        metavar="FILE[:WORD]",
+    )
+    prediction_type: str | None = option(
+        None,
+        "what the U-Net predicts; default: what the model says (a single file of SD 2.x often does not)",
+        MODEL,
+        choices=("epsilon", "v_prediction"),
+    )
+    refiner: str | None = option(
+        None, "the model that draws the last steps, such as sdxl-refiner", REFINER, metavar="M"
+    )
+    dtype: str = option("auto", "auto: float16 on a GPU, else float32", MACHINE, choices=("auto", *DTYPES))
+    compile: str = option(
+        "auto", "fuse the U-Net's operations; auto: on a GPU", MACHINE, choices=SWITCH, recorded=False
+    )
+    quantize: int | None = option(None, "bits of the linear layers, to save memory", MACHINE, choices=(4, 8))
+    low_memory: bool = option(False, "one thing at a time: slower, in less memory", MACHINE, recorded=False)
+    memory_limit: float | None = option(
+        None, "memory to stay within, where possible", MACHINE, metavar="GB", recorded=False
+    )
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to draw and how. None leaves a choice to the model, or means that there is no such thing."""
+
+    steps: int | None = option(
+        None,
+        "default 50; few-step models such as sdxl-turbo: 4",
+        HOW,
+        metavar="N",
+        check=at_least(1),
+        model="steps",
+        a1111="Steps",
+    )
+    scheduler: str | None = option(
+        None,
+        "default: the model's own; one of " + ", ".join(SCHEDULERS),
+        HOW,
+        metavar="NAME",
+        choices=tuple(SCHEDULERS),
+        a1111="Sampler",
+        a1111_values={
+            "ddim": "DDIM",
+            "pndm": "PLMS",
+            "euler": "Euler",
+            "euler-a": "Euler a",
+            "heun": "Heun",
+            "dpm++2m": "DPM++ 2M",
+            "dpm++2m-karras": "DPM++ 2M Karras",
+            "dpm++2m-sde": "DPM++ 2M SDE",
+            "unipc": "UniPC",
+            "lcm": "LCM",
+            "ddpm": "DDPM",
+        },
+    )
+    guidance_scale: float | None = option(
+        None,
+        "default 7.5 for SD, 5 for SDXL; 1 turns it off (few-step models)",
+        HOW,
+        metavar="G",
+        model="guidance_scale",
+        a1111="CFG scale",
+    )
+    rng: str = option(
+        "torch",
+        "whose random numbers: PyTorch's on a CPU (the default) or on CUDA (not yet verified on one), or MLX's",
+        HOW,
+        choices=tuple(GENERATORS),
+        a1111="RNG",
+        a1111_values={"torch": "CPU", "torch-cuda": "NV", "mlx": "MLX"},
+    )
+    negative_prompt: str | None = option(None, "what it should not show", PICTURE, metavar="TEXT")
+    prompt_2: str | None = option(None, "for SDXL's second text encoder", PICTURE, metavar="TEXT")
+    negative_prompt_2: str | None = option(None, "likewise", PICTURE, metavar="TEXT")
+    plain_prompt: bool = option(False, "brackets are only brackets", PICTURE)
+    long_prompt: bool = option(False, "use all of a prompt of more than 75 tokens", PICTURE)
+    seeds: tuple[int, ...] = option(
+        (0,), "one or several; default 0", PICTURE, flag="--seed", metavar="S", nargs="+", a1111="Seed"
+    )
+    height: int | None = option(
+        None, "default: the model's native size", PICTURE, metavar="PX", check=at_least(1), model="native_height"
+    )
+    width: int | None = option(None, "likewise", PICTURE, metavar="PX", check=at_least(1), model="native_width")
+    image: Picture | None = option(None, "start from this picture; its size is the default", START, metavar="FILE")
+    mask: Picture | None = option(
+        None, "change it only where this one is white", START, metavar="FILE", needs=("image",)
+    )
+    strength: float | None = option(
+        None,
+        "how much to change, in (0, 1]: the share of the steps that is run. Default 0.8, SDXL 0.3; with a mask 1",
+        START,
+        metavar="X",
+        check=SHARE,
+        needs=("image",),
+        a1111="Denoising strength",
+    )
+    fit: str | None = option(
+        None,
+        "a picture of other proportions than --height and --width: stretch (the default)",
+        START,
+        choices=FITS,
+        needs=("image", "controls"),
+    )
+    controls: tuple[Control, ...] = option((), "ControlNets", CONTROL)
+    control_every_step: bool = option(
+        False,
+        "run it on cached steps too; else these use what it said on the last full one",
+        CONTROL,
+        needs=("controls",),
+    )
+    refiner_start: float | None = option(
+        None,
+        "the share of the way from noise where it takes over (0.8)",
+        REFINER,
+        metavar="X",
+        check=BETWEEN,
+        needs=("refiner",),
+    )
+    vae_tiling: str = option(
+        "auto",
+        "decode large pictures in overlapping parts; auto: when memory is short",
+        MACHINE,
+        choices=SWITCH,
+        recorded=False,
+    )
+    cache_interval: int | None = option(
+        None,
+        "run the deep part of the U-Net every N-th step; 1: always. Default 3; few steps or few-step models: 1",
+        CACHE,
+        metavar="N",
+        check=at_least(1),
+        a1111="DeepCache interval",
+    )
+    cache_branch: int = option(
+        0,
+        "how much of the U-Net a cached step runs: 0 (the default) is least, up to 11 for SD and 8 for SDXL",
+        CACHE,
+        metavar="B",
+        check=at_least(0),
+        a1111="DeepCache branch",
+    )
+    cache: tuple[Policy, ...] | None = option(
+        None,
+        "a caching policy in place of the default one; give the flag again to combine several, and --cache-interval "
+        "for plain DeepCache beside them; `--cache list` explains each, `--cache auto` picks by price",
+        CACHE,
+        metavar="NAME[:key=value,...]",
+        a1111="Caches",
+    )
+    min_psnr: float | None = option(
+        None,
+        "with --cache auto: the cheapest cache that keeps pictures this near to the uncached ones, such as 30",
+        CACHE,
+        metavar="DB",
+        check=DECIBELS,
+        recorded=False,
+    )
+    max_macs: float | None = option(
+        None,
+        "with --cache auto: the nearest pictures within this share of the multiply-adds, such as 0.4",
+        CACHE,
+        metavar="X",
+        check=Check("a share of the multiply-adds, above 0 and at most 1", SHARE.holds),
+        recorded=False,
+    )
+    latents: Latents | None = option(None, "start from this noise: safetensors, `latents`", FILES, metavar="FILE")

@@ -1,11 +1,12 @@
-"""The settings of a picture, and how they become flags again: what `--from-image` does."""
+"""A picture's settings: written into it, and read from it to draw it again."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -14,27 +15,30 @@ from PIL.PngImagePlugin import PngInfo
 from .._version import __version__
 from ..errors import Failure, UsageError
 from ..media.png import write_image
+from .options import KINDS, Control, ModelOptions, Option, Options, options_of
 
 JSON_KEY = "mlx_deepcache"
+_PAIR = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+# A1111 writes its own pairs in this order; the others come after them
+_A1111_ORDER = ("Steps", "Sampler", "CFG scale", "Seed", "Size", "Denoising strength", "Model", "RNG")
 
 
-# What other programs call the samplers
-A1111_SAMPLERS = {
-    "ddim": "DDIM",
-    "pndm": "PLMS",
-    "euler": "Euler",
-    "euler-a": "Euler a",
-    "heun": "Heun",
-    "dpm++2m": "DPM++ 2M",
-    "dpm++2m-karras": "DPM++ 2M Karras",
-    "dpm++2m-sde": "DPM++ 2M SDE",
-    "unipc": "UniPC",
-    "lcm": "LCM",
-    "ddpm": "DDPM",
-}
+def recorded() -> Iterator[Option]:
+    """The options that a picture carries."""
+    return (o for cls in (Options, ModelOptions) for o in options_of(cls) if o.recorded)
 
 
-A1111_RNGS = {"torch": "CPU", "torch-cuda": "NV", "mlx": "MLX"}
+def describe(settings, model: ModelOptions, dtype: str, prompt: str, seed: int) -> dict:
+    """All settings of one picture, for JSON; dtype: what it was drawn in."""
+    record = {"prompt": prompt}
+    record |= {o.key: o.record(settings.options) for o in options_of(Options) if o.recorded}
+    record |= {o.key: o.record(model) for o in options_of(ModelOptions) if o.recorded}
+    return record | {
+        "seed": seed,
+        "model": model.model or "emoji",
+        "dtype": dtype,
+        "version": f"mlx_deepcache {__version__}",
+    }
 
 
 def parameters_text(settings: dict) -> str:
@@ -42,28 +46,16 @@ def parameters_text(settings: dict) -> str:
     lines = [settings["prompt"]]
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
-    pairs = {
-        "Steps": settings["steps"],
-        "Sampler": A1111_SAMPLERS[settings["scheduler"]],
-        "CFG scale": settings["guidance_scale"],
-        "Seed": settings["seed"],
-        "Size": f"{settings['width']}x{settings['height']}",
-        **({} if settings.get("strength") is None else {"Denoising strength": settings["strength"]}),
-        "Model": settings["model"],
-        "RNG": A1111_RNGS[settings["rng"]],
-        "DeepCache interval": settings["cache_interval"],
-        "DeepCache branch": settings["cache_branch"],
-        "Caches": " + ".join(settings.get("cache") or []) or None,
-        "Version": settings["version"],
-    }
-    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items() if value is not None))
+    pairs = {"Size": f"{settings['width']}x{settings['height']}"}
+    for o in recorded():
+        value = settings.get(o.key)
+        if o.a1111 is not None and value not in (None, []):
+            value = " + ".join(value) if isinstance(value, list) else value
+            pairs[o.a1111] = value if o.a1111_values is None else o.a1111_values[value]
+    order = [*(name for name in _A1111_ORDER if name in pairs), *(name for name in pairs if name not in _A1111_ORDER)]
+    pairs = {name: pairs[name] for name in order} | {"Version": settings["version"]}
+    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items()))
     return "\n".join(lines)
-
-
-def _quoted(value) -> str:
-    """A1111 quotes a value that its own separators occur in."""
-    text = str(value)
-    return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:"\n') else text
 
 
 def save_png(file: Path, image: np.ndarray, settings: dict | None) -> None:
@@ -78,74 +70,6 @@ def save_png(file: Path, image: np.ndarray, settings: dict | None) -> None:
         info.add_itxt("parameters", parameters_text(settings))
         info.add_itxt(JSON_KEY, json.dumps(settings, ensure_ascii=False))
     write_image(file, image, pnginfo=info)
-
-
-_VALUES = (
-    *("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "model", "vae", "quantize", "seed", "steps"),
-    *("guidance_scale", "height", "width", "scheduler", "rng", "prediction_type", "dtype"),
-)
-
-
-_SWITCHES = ("plain_prompt", "long_prompt")
-
-
-_REST = ("lora", "embedding", "cache", "cache_interval", "cache_branch", "latents", "image", "mask", "strength", "fit")
-
-
-_REST += ("controls", "control_every_step", "refiner", "refiner_start", "version")
-
-
-KEYS = {*_VALUES, *_SWITCHES, *_REST}  # of the settings that a picture carries
-
-
-_PAIR = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
-
-
-_A1111_FLAGS = {"Steps": "steps", "CFG scale": "guidance_scale", "Seed": "seed"}
-
-
-def describe(args: argparse.Namespace, settings, pipe, prompt: str, seed: int) -> dict:
-    """All settings of one picture."""
-    from ..cache.text import write
-
-    return {
-        "prompt": prompt,
-        "negative_prompt": settings.negative_prompt,
-        "prompt_2": settings.prompt_2,
-        "negative_prompt_2": settings.negative_prompt_2,
-        "plain_prompt": args.plain_prompt,
-        "long_prompt": args.long_prompt,
-        "quantize": args.quantize,
-        "model": args.model or "emoji",
-        "seed": seed,
-        "steps": settings.steps,
-        "guidance_scale": settings.guidance_scale,
-        "height": settings.height,
-        "width": settings.width,
-        "scheduler": settings.scheduler,
-        "rng": settings.rng,
-        "cache_interval": getattr(settings.cache.when, "interval", None),
-        "cache_branch": settings.cache.branch,
-        "prediction_type": args.prediction_type,
-        "lora": [f"{file}:{scale:g}" for file, scale in args.lora],
-        "embedding": [f"{file}:{word}" if word else str(file) for file, word in args.embedding],
-        "cache": None if args.cache is None else [write(policy) for policy in settings.cache.policies],
-        "dtype": str(pipe.dtype).removeprefix("mlx.core."),
-        "latents": args.latents.name if args.latents else None,
-        "image": args.image.name if args.image else None,
-        "mask": args.mask.name if args.mask else None,
-        "strength": settings.strength,
-        "fit": settings.fit,
-        "controls": [
-            {"model": c.model, "image": file.name, "scale": c.scale, "start": c.start, "end": c.end}
-            for c, file in zip(settings.controls, args.control_image, strict=True)
-        ],
-        "control_every_step": settings.control_every_step,
-        "refiner": args.refiner,
-        "vae": args.vae,
-        "refiner_start": settings.refiner_start,
-        "version": f"mlx_deepcache {__version__}",
-    }
 
 
 def read(file: Path) -> tuple[dict, list[str]]:
@@ -172,7 +96,8 @@ def read(file: Path) -> tuple[dict, list[str]]:
             settings = None
         if not isinstance(settings, dict):
             raise Failure(f"{file}: its settings ({JSON_KEY}) are damaged; expected a JSON object")
-        return {k: v for k, v in settings.items() if k in KEYS}, sorted(settings.keys() - KEYS)
+        known = {"prompt", "version", *(o.key for o in recorded())}
+        return {k: v for k, v in settings.items() if k in known}, sorted(settings.keys() - known)
     if "parameters" in texts:
         return from_a1111(texts["parameters"], file)
     raise Failure(f"{file} carries no settings: neither {JSON_KEY}'s nor a `parameters` text")
@@ -192,40 +117,26 @@ def from_a1111(text: str, file: Path) -> tuple[dict, list[str]]:
     settings = {"prompt": "\n".join(lines[:start])}
     if start < len(lines):
         settings["negative_prompt"] = "\n".join(lines[start:]).removeprefix("Negative prompt:").strip()
-    for name, key in _A1111_FLAGS.items():
-        if name in pairs:
-            settings[key] = pairs.pop(name)
     if "Size" in pairs:
-        size = pairs.pop("Size")
-        settings["width"], _, settings["height"] = size.partition("x")
-    if "RNG" in pairs:
-        settings["rng"] = {theirs: ours for ours, theirs in A1111_RNGS.items()}.get(pairs["RNG"], pairs["RNG"])
-        del pairs["RNG"]
+        settings["width"], _, settings["height"] = pairs.pop("Size").partition("x")
     if "Sampler" in pairs:
-        name, kind = pairs.pop("Sampler"), pairs.pop("Schedule type", "")
-        karras = kind == "Karras" or (kind == "Automatic" and name == "DPM++ 2M")  # what Automatic means there
-        name += " Karras" if karras else f" {kind}" if kind not in ("", "Automatic", "Uniform") else ""
-        ours = {theirs.lower(): ours for ours, theirs in A1111_SAMPLERS.items()}
-        settings["scheduler"] = ours.get(name.lower(), name)
-    for ours, theirs in (("cache_interval", "DeepCache interval"), ("cache_branch", "DeepCache branch")):
-        if theirs in pairs:
-            settings[ours] = pairs.pop(theirs)
+        kind = pairs.pop("Schedule type", "")
+        karras = kind == "Karras" or (kind == "Automatic" and pairs["Sampler"] == "DPM++ 2M")  # what it means there
+        pairs["Sampler"] += " Karras" if karras else f" {kind}" if kind not in ("", "Automatic", "Uniform") else ""
+    for o in options_of(Options):
+        if o.a1111 in pairs and not o.needs and (o.nargs is not None or not o.many):
+            value = pairs.pop(o.a1111)
+            ours = {theirs.lower(): our for our, theirs in (o.a1111_values or {}).items()}
+            settings[o.key] = ours.get(value.lower(), value)
     return settings, list(pairs)
 
 
-def _unquoted(value: str) -> str:
-    try:
-        return str(json.loads(value)) if value.startswith('"') else value
-    except ValueError:
-        return value
-
-
-def as_flags(settings: dict, file: Path, given: argparse.Namespace) -> list[str]:
+def as_flags(settings: dict, file: Path, given: dict[str, Any]) -> list[str]:
     """What to put before the given flags so that they draw the picture again; a later flag overrides an earlier one.
 
-    given: the flags on the command line. Of those that can be repeated, and of what else would add up with them,
-    nothing is taken from the picture if they are given. Pictures and latents are known by their names only, and looked
-    for here and beside `file`.
+    given: the options on the command line, by their names. Of those that can be repeated, and of what else would add up
+    with them, nothing is taken from the picture if they are given. Pictures and latents are known by their names only,
+    and looked for here and beside `file`.
 
     Raises:
         UsageError: one of those is nowhere to be found, or a value is of the wrong kind.
@@ -233,52 +144,37 @@ def as_flags(settings: dict, file: Path, given: argparse.Namespace) -> list[str]
     settings = {key: value for key, value in settings.items() if value is not None}
     if settings.get("model") == "emoji" and not Path("emoji").exists():
         del settings["model"]
-    if given.prompt_file is not None:
-        settings.pop("prompt", None)
-    if given.cache is not None or "cache" in settings:
+    if "cache" in given or "cache" in settings:  # which says all of it
         settings.pop("cache_interval", None)
         settings.pop("cache_branch", None)
-    if given.cache is not None or given.cache_interval is not None:
+    if "cache_interval" in given:
         settings.pop("cache", None)
-    if "refiner" not in settings and given.refiner is None:
-        settings.pop("refiner_start", None)
-    flags = [f"--{_dashed(key)}={settings[key]}" for key in _VALUES if key in settings]
-    flags += [f"--{_dashed(key)}" for key in _SWITCHES if settings.get(key) is True]
-    flags += [f"--{_dashed(k)}={settings[k]}" for k in ("cache_interval", "refiner", "refiner_start") if k in settings]
-    if "cache_branch" in settings and settings["cache_branch"] != 0:
-        flags.append(f"--cache-branch={settings['cache_branch']}")
-    for key in ("lora", "embedding", "cache"):
-        if not getattr(given, key):
-            flags += [f"--{key}={value}" for value in _list(settings, key, file)]
-    for key in ("latents", "image", "mask"):
-        if key in settings and getattr(given, key) is None:
-            flags.append(f"--{key}={_near(settings[key], file, key)}")
-    controls = [] if given.controlnet else _list(settings, "controls", file)
-    for control in controls:
-        try:
-            flags += [f"--controlnet={control['model']}"]
-            flags += [f"--control-image={_near(control['image'], file, 'control-image')}"]
-            flags += [f"--control-{key}={control[key]}" for key in ("scale", "start", "end")]
-        except (KeyError, TypeError):
-            raise UsageError(f"{file}: its settings are damaged: controls = {control!r}") from None
-    if controls and settings.get("control_every_step") is True:
-        flags.append("--control-every-step")
-    if "image" in settings or given.image is not None:
-        flags += [f"--strength={settings['strength']}"] if "strength" in settings else []
-    if "image" in settings or given.image is not None or controls or given.controlnet:
-        flags += [f"--fit={settings['fit']}"] if "fit" in settings else []
+    flags = [] if "prompt_file" in given or "prompt" not in settings else [f"--prompt={settings['prompt']}"]
+    for o in recorded():
+        value = settings.get(o.key, o.default)
+        if o.name in given or value == o.default:
+            continue
+        if o.needs and not any(name in given or settings.get(name) for name in o.needs):
+            continue
+        flags += _flags(o, value, file)
     return flags
 
 
-def _dashed(key: str) -> str:
-    return key.replace("_", "-")
-
-
-def _list(settings: dict, key: str, file: Path) -> list:
-    value = settings.get(key, [])
+def _flags(o: Option, value: Any, file: Path) -> list[str]:
+    """An option's value, as JSON has it, on a command line."""
+    if o.kind is KINDS["bool"]:
+        return [o.flag] if value is True else []
+    if o.nargs is not None or not o.many:
+        found = _near(value, file, o.flag) if o.kind in (KINDS["Picture"], KINDS["Latents"]) else value
+        return [f"{o.flag}={found}"]
     if not isinstance(value, list):
-        raise UsageError(f"{file}: its settings are damaged: {key} = {value!r} should be a list")
-    return value
+        raise UsageError(f"{file}: its settings are damaged: {o.key} = {value!r} should be a list")
+    if o.kind is not KINDS["Control"]:
+        return [f"{o.flag}={item}" for item in value]
+    try:
+        return [flag for item in value for part in options_of(Control) for flag in _flags(part, item[part.name], file)]
+    except (KeyError, TypeError):
+        raise UsageError(f"{file}: its settings are damaged: {o.key} = {value!r}") from None
 
 
 def _near(name: object, file: Path, flag: str) -> Path:
@@ -287,4 +183,17 @@ def _near(name: object, file: Path, flag: str) -> Path:
     for place in (Path(bare), file.parent / bare):
         if place.is_file():
             return place
-    raise UsageError(f"{file} was drawn from {bare}, which is neither here nor beside it; name it with --{flag}")
+    raise UsageError(f"{file} was drawn from {bare}, which is neither here nor beside it; name it with {flag}")
+
+
+def _quoted(value) -> str:
+    """A1111 quotes a value that its own separators occur in."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:"\n') else text
+
+
+def _unquoted(value: str) -> str:
+    try:
+        return str(json.loads(value)) if value.startswith('"') else value
+    except ValueError:
+        return value

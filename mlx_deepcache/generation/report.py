@@ -3,8 +3,97 @@
 from __future__ import annotations
 
 import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
+
+from .._version import __version__
+from ..cache.macs import unet_macs
+from ..cache.text import write
+
+if TYPE_CHECKING:
+    from .pipeline import Generation
+
+PHASES = ("load", "encode", "denoise", "decode")
+
+
+class Clock:
+    """Seconds and peak memory (bytes) of each phase. A phase within another one counts by itself: the outer one stands
+    still meanwhile. A phase may have nothing to do."""
+
+    def __init__(self):
+        self.seconds, self.peaks = dict.fromkeys(PHASES, 0.0), dict.fromkeys(PHASES, 0)
+        self._phases: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._count()
+        self._phases.append(name)
+        try:
+            yield
+        finally:
+            self._count()
+            self._phases.pop()
+
+    def _count(self) -> None:
+        """What has gone by is the innermost phase's."""
+        now = time.perf_counter()
+        if self._phases:
+            name = self._phases[-1]
+            self.seconds[name] += now - self._since
+            self.peaks[name] = max(self.peaks[name], mx.get_peak_memory())
+        mx.reset_peak_memory()
+        self._since = now
+
+
+def stats(run: Generation) -> dict:
+    """Seconds by phase, each step's kind, U-Net multiply-adds against an uncached run, the most bytes that each cache
+    remembered, what an adaptive cache decided and from which relative change, peak memory, and where it ran."""
+    steps, clock = run.steps, run.clock
+    macs, macs_uncached = (sum(counts) for counts in zip(*_macs(run), strict=True))
+    return {
+        "seconds": {phase: round(seconds, 4) for phase, seconds in clock.seconds.items()},
+        "steps": ["full" if step.full else "cached" for step in steps],
+        "full_steps": sum(step.full for step in steps),
+        "cached_steps": sum(not step.full for step in steps),
+        "unet_macs": macs,
+        "unet_macs_uncached": macs_uncached,
+        "caches": [write(policy) for policy in run.settings.cache.policies],
+        "cache_bytes": {name: max(step.cache_bytes[name] for step in steps) for name in steps[-1].cache_bytes},
+        "decisions": [
+            {"step": step.index, "change": step.change, "full": step.full} for step in steps if step.change is not None
+        ],
+        "peak_memory_bytes": max(clock.peaks.values()),
+        "peak_memory_bytes_by_phase": dict(clock.peaks),
+        "device": device_name(),
+        "dtype": dtype_name(run.pipe.dtype),
+        "versions": {
+            "mlx_deepcache": __version__,
+            "mlx": version("mlx"),
+            "python": platform.python_version(),
+            "system": platform.platform(),
+        },
+    }
+
+
+def _macs(run: Generation) -> Iterator[tuple[int, int]]:
+    """Each leg's multiply-adds, and those of an uncached run."""
+    settings, first = run.settings, 0
+    for leg, components, tokens in zip(settings.legs, run.pipe.models, run.tokens, strict=False):
+        steps, first = run.steps[first : first + len(leg.plan.steps)], first + len(leg.plan.steps)
+        factor = components.checkpoint.vae_config.factor
+        size = (settings.height // factor, settings.width // factor)
+        full, cached = unet_macs(components.checkpoint.module("unet"), size, settings.cache.branch, tokens)
+        batch = len(settings.seeds) * (1 if leg.guidance_scale is None else 2)
+        yield (
+            sum(call.pictures * (full if call.full else cached) - call.saved for step in steps for call in step.work),
+            batch * sum(step.calls * full for step in steps),
+        )
 
 
 def device_name() -> str:

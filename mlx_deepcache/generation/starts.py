@@ -1,13 +1,88 @@
-"""What a generation starts from: noise, given latents, or a picture."""
+"""What a generation starts from: noise, or a picture."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from ..checkpoints.weights import read_tensors
+from ..diffusion.levels import Level
+from ..diffusion.schedule import Plan
 from ..errors import CheckpointError
+from ..media.pictures import Given
+
+Draw = Callable[[], mx.array]
+"""Standard normal noise for the batch, (N, h, w, C), other at each call."""
+
+Encode = Callable[[mx.array, mx.array], mx.array]
+"""A picture (1, H, W, 3) in [-1, 1] and noise (N, h, w, C) -> latents like the noise, one draw a picture."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """x: (N, h, w, C) at the first step's level; keep: given latents and their level, puts back what inpainting leaves
+    as it was; beside: (N, h, w, C') what an inpainting net is shown beside the latents: mask and masked picture."""
+
+    x: mx.array
+    keep: Callable[[mx.array, Level], mx.array] | None = None
+    beside: mx.array | None = None
+
+
+@dataclass(frozen=True)
+class FromNoise:
+    """Nothing but noise."""
+
+    def latents(self, plan: Plan, draw: Draw, given: mx.array | None, encode: Encode) -> Started:
+        """given: (N, h, w, C) standard normal, in place of a draw."""
+        return Started((draw() if given is None else given) * plan.init_scale)
+
+    def paste(self, images: np.ndarray) -> np.ndarray:
+        """Put the picture's own pixels back, of which there are none; (N, H, W, 3) uint8."""
+        return images
+
+
+@dataclass(frozen=True)
+class FromPicture:
+    """A picture with noise added (Meng et al. 2022, SDEdit), and perhaps a mask outside of which it stays.
+
+    fills: the U-Net was trained to fill in, and is shown the mask and the masked picture.
+    """
+
+    picture: Given
+    strength: float
+    fills: bool
+
+    def latents(self, plan: Plan, draw: Draw, given: mx.array | None, encode: Encode) -> Started:
+        """As `FromNoise`. Noise is drawn in the order of diffusers' pipelines: for the picture's latents, the start,
+        the masked picture's."""
+        level, masked = plan.steps[0].here, self.picture.mask is not None
+        pixels = mx.array(self.picture.image)[None].astype(mx.float32) / 255 * 2 - 1
+        from_noise = masked and self.strength == 1
+        clean = None if from_noise and self.fills else encode(pixels, draw())
+        added = draw() if given is None else given
+        x = added * plan.init_scale if from_noise else level.alpha * clean + level.sigma * added
+        if not masked:
+            return Started(x)
+        mask = mx.array(self.picture.mask)[None, ..., None].astype(mx.float32)
+        factor = mask.shape[1] // x.shape[1]
+        small = mask[:, ::factor, ::factor]
+        again = draw()
+        if self.fills:
+            hidden = encode(pixels * (1 - mask), again)
+            shown = mx.broadcast_to(small, (*hidden.shape[:3], 1))
+            return Started(x, beside=mx.concatenate([shown, hidden], axis=-1))
+
+        def keep(x: mx.array, level: Level) -> mx.array:
+            return small * x + (1 - small) * (level.alpha * clean + level.sigma * added)
+
+        return Started(x, keep)
+
+    def paste(self, images: np.ndarray) -> np.ndarray:
+        return self.picture.paste(images)
 
 
 def read_latents(file: Path) -> mx.array:

@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import Failure
 
 
+@contextmanager
+def whole(file: Path, suffix: str = "") -> Iterator[Path]:
+    """Somewhere to write to, which becomes `file` once all is there, and is gone if anything fails.
+
+    Raises:
+        Failure: the file cannot be written.
+    """
+    part = file.with_name(f".{os.getpid()}.part{suffix}")  # a short name, however long the file's own is
+    try:
+        yield part
+        part.replace(file)
+    except (OSError, RuntimeError) as error:  # MLX raises the latter
+        raise Failure(f"cannot write {file}: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Raises Failure if the file cannot be written."""
+    with whole(file) as part:
+        part.write_text(text, encoding="utf-8")
+
+
 def check_writable(file: Path) -> None:
-    """Fail before the work rather than after it."""
+    """Raises Failure before the work rather than after it, if the file cannot be written."""
     try:
         if file.is_dir():
             raise Failure(f"cannot write {file}: it is a folder")
@@ -20,14 +45,4 @@ def check_writable(file: Path) -> None:
         if "\0" in str(file):
             raise Failure(f"cannot write {str(file)!r}: it has a null character")
     except OSError as error:  # such as a name that is too long
-        raise Failure(f"cannot write {file}: {error.strerror or error}") from None
-
-
-def write_text(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{os.getpid()}.part")
-    try:
-        temporary.write_text(text)
-        temporary.replace(file)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise Failure(f"cannot write {file}: {error.strerror or error}") from None

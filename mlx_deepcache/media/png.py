@@ -1,14 +1,13 @@
-"""Pictures as PNG files, with the settings that drew them inside."""
+"""Pictures as PNG files."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ..errors import Failure
+from .files import whole
 
 
 def write_image(file: Path, image: np.ndarray, **options) -> None:
@@ -17,10 +16,5 @@ def write_image(file: Path, image: np.ndarray, **options) -> None:
     Raises:
         Failure: the file cannot be written.
     """
-    temporary = file.with_name(f".{os.getpid()}.part")  # a short name, however long the file's own is
-    try:
-        Image.fromarray(image).save(temporary, format="PNG", **options)
-        os.replace(temporary, file)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise Failure(f"cannot write {file}: {error.strerror or error}") from None
+    with whole(file) as part:
+        Image.fromarray(image).save(part, format="PNG", **options)

@@ -1,0 +1,105 @@
+"""A model's networks and tokenizers: read when first needed, held for the next call or freed after their phase."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..backend.ops import on_gpu
+from ..checkpoints.adapters.applied import Addons
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.part import load_controlnet
+from ..checkpoints.weights import quantize
+from ..errors import UsageError
+from ..nets.controlnet import Controlled
+from .options import Control
+
+
+class Components:
+    """The parts of one checkpoint, by their names in the diffusers layout.
+
+    keep: hold them; else `release` frees them. compile: run the U-Net through `mx.compile`; auto does on a GPU, as on
+    the CPU it gains nothing. bits: 4 or 8, of the U-Net's and text encoders' linear layers, after LoRAs.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: mx.Dtype,
+        *,
+        keep: bool = True,
+        compile: str = "auto",
+        bits: int | None = None,
+        addons: Addons | None = None,
+    ):
+        self.checkpoint, self.dtype, self.keep, self.bits = checkpoint, dtype, keep, bits
+        self.compile = on_gpu() if compile == "auto" else compile == "on"
+        self.addons = Addons(checkpoint) if addons is None else addons
+        self.held: dict = {}
+        self._started: set[str] = set()  # whose weights are still being read
+
+    def tokenizer(self, name: str):
+        """A tokenizer, which knows the embeddings' words."""
+        if name not in self.held:
+            self.held[name] = self.addons.tokenizer(name)
+        return self.held[name]
+
+    def start(self, name: str) -> None:
+        """Begin to read a network's weights, without waiting for them."""
+        if name not in self.held:
+            module = self.checkpoint.load(name, self.dtype_of(name))
+            self.addons.apply(module, name)
+            if self.bits is not None and name != "vae":
+                self._quantize(module, name)
+            mx.async_eval(module.parameters())
+            self.held[name] = module
+            self._started.add(name)
+
+    def network(self, name: str) -> nn.Module:
+        """A network, ready to be used."""
+        self.start(name)
+        if name in self._started:
+            mx.eval(self.held[name].parameters())
+            self._started.discard(name)
+        return self.held[name]
+
+    def unet(self):
+        """The U-Net, and its call, compiled or not."""
+        unet = self.network("unet")
+        if not self.compile:
+            return unet, unet
+        if "compiled unet" not in self.held:
+            self.held["compiled unet"] = unet.compiled()
+        return unet, self.held["compiled unet"]
+
+    def controlled(self, control: Control) -> Controlled:
+        """A ControlNet, ready to be used, with its picture."""
+        name = name_of(control)
+        if name not in self.held:
+            net = load_controlnet(control.model, self.checkpoint, self.dtype)
+            mx.eval(net.parameters())
+            self.held[name] = net
+        picture = mx.array(control.image)[None].astype(mx.float32) / 255
+        return Controlled(self.held[name], picture, control.scale, control.start, control.end)
+
+    def dtype_of(self, name: str) -> mx.Dtype:
+        """SDXL's VAE overflows in float16, and says so in its config."""
+        upcast = name == "vae" and self.checkpoint.xl and self.checkpoint.vae_config.force_upcast
+        return mx.float32 if upcast else self.dtype
+
+    def release(self, *names: str) -> None:
+        """Free these parts, unless all are held."""
+        if not self.keep:
+            for name in names:
+                self.held.pop(name, None)
+            mx.clear_cache()
+
+    def _quantize(self, module: nn.Module, name: str) -> None:
+        if any(isinstance(layer, nn.QuantizedLinear) for layer in module.modules()):
+            raise UsageError(f"{self.checkpoint.source.where(name)} is quantized already; leave out --quantize")
+        quantize(module, self.bits)
+
+
+def name_of(control: Control) -> str:
+    """What its network is held as."""
+    return f"controlnet {control.model}"
