@@ -15,7 +15,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["mlx_deepcache", "mlx_deepcache.*"]),
-    package_data={"mlx_deepcache": ["checkpoints/bundled/**/*"]},
+    package_data={"mlx_deepcache": ["checkpoints/bundled/**/*", "apps/*.txt"]},
     install_requires=[
         "mlx>=0.30; sys_platform == 'darwin'",
         "mlx[cpu]>=0.30; sys_platform == 'linux'",
@@ -32,6 +32,7 @@ setup(
         "console_scripts": [
             "mlx-deepcache-generate = mlx_deepcache.apps.generate:main_generate",
             "mlx-deepcache-convert = mlx_deepcache.apps.convert:main_convert",
+            "mlx-deepcache-calibrate = mlx_deepcache.apps.calibrate:main_calibrate",
         ]
     },
     extras_require={

@@ -22,8 +22,9 @@ def ours(pipeline, kind, scheduler, guidance, cache):
     pipe = pipeline(kind)
     options = {"height": 64, "width": 64, "seeds": [3], "scheduler": scheduler, "guidance_scale": guidance}
     settings = pipe.settings(PROMPT, steps=STEPS, cache=cache, **options)
-    taken = list(pipe.denoise(settings))
-    return to_torch_layout(taken[-1].latents), taken, pipe.stats(settings, taken)
+    run = pipe.denoise(settings)
+    taken = list(run)
+    return to_torch_layout(run.latents), taken, run.stats()
 
 
 UNCACHED = {}

@@ -129,7 +129,7 @@ def test_spectrum_is_a_ridge_fit_of_chebyshev_polynomials():
 def test_a_cached_step_is_given_the_forecast(pipeline, monkeypatch, kind, guidance, policy):
     """What the U-Net is given, seen from outside, is the sum of what it returned with the policy's weights."""
     pipe = pipeline(kind)
-    unet, full, checked = type(pipe._part("unet")), [], 0
+    unet, full, checked = type(pipe.component("unet")), [], 0
     plain = unet.__call__
 
     def watched(self, *args, features=None, **kwargs):
@@ -174,8 +174,9 @@ SIX = {"steps": 6, "height": 64, "width": 64, "seeds": [5, 6]}  # two pictures o
 def drawn(pipe, cache, **options):
     """Final latents and stats, without a VAE."""
     settings = pipe.settings("a cat", cache=cache, **SIX | options)
-    steps = list(pipe.denoise(settings))
-    return steps[-1].latents, pipe.stats(settings, steps)
+    run = pipe.denoise(settings)
+    *_, last = run
+    return last.latents, run.stats()
 
 
 @pytest.mark.parametrize(("kind", "scheduler", "guidance"), [("sd15", "ddim", 4.0), ("sdxl", "euler", 1.0)])

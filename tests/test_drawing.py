@@ -79,4 +79,4 @@ def test_low_memory_changes_nothing_but_memory(checkpoint, pipeline, kind, cache
     frugal = StableDiffusion.from_pretrained(str(checkpoint(kind)), "float32", low_memory=True)
     options = {"steps": 6, "seeds": [1, 2], "cache": cache, "cache_interval": 2 if cache is None else None}
     assert error(frugal("a cat", **options).latents, pipeline(kind)("a cat", **options).latents) < 1e-5
-    assert not [part for part in frugal._parts if not part.startswith("tokenizer")]  # nothing is kept
+    assert not [part for part in frugal.models[0].held if not part.startswith("tokenizer")]  # nothing is kept

@@ -26,8 +26,7 @@ def vectors(kind, n, seed=0):
 
 def context(pipe, prompt):
     """What our U-Net reads, without guidance."""
-    cond, _ = pipe._encode(pipe.settings(prompt, guidance_scale=1.0, height=64, width=64, steps=1))
-    return cond
+    return pipe.denoise(pipe.settings(prompt, guidance_scale=1.0, height=64, width=64, steps=1)).encode()
 
 
 def theirs(pipe, prompt):
@@ -86,9 +85,9 @@ def test_only_the_whole_word(checkpoint, tmp_path):
     """As a word of its own, in any case; and not inside another."""
     save_file({"emb_params": torch.randn(2, 32)}, tmp_path / "zyx.safetensors")
     pipe = ours(checkpoint("sd15"), tmp_path / "zyx.safetensors")
-    tokenizer = pipe._tokenizer("tokenizer")
+    tokenizer = pipe.models[0].tokenizer("tokenizer")
     ids = [np.array(tokenizer(text)["input_ids"]) for text in ("a zyx, cat", "a ZYX, cat", "zyxt azyx")]
-    last = len(pipe._part("text_encoder").embeddings.token_embedding.weight) - 1
+    last = len(pipe.component("text_encoder").embeddings.token_embedding.weight) - 1
     assert np.array_equal(ids[0], ids[1])
     assert [last - 1, last] == sorted(set(ids[0]))[-2:]
     assert max(ids[2]) < last - 1

@@ -21,12 +21,12 @@ def emoji():
 def test_text_encoder(emoji):
     ids = token_rows(load_tokenizer(BUNDLED / "tokenizer"), PROMPTS)
     assert np.array_equal(ids, token_ids(BUNDLED, PROMPTS))
-    hidden, _ = emoji._part("text_encoder")(ids)
+    hidden, _ = emoji.component("text_encoder")(ids)
     assert error(hidden, text_encoder(BUNDLED, np.array(ids))["last"]) < 1e-4
 
 
 def test_unet(emoji):
-    unet = emoji._part("unet")
+    unet = emoji.component("unet")
     x, context, _ = unet_inputs(unet.config)
     prompt = unet.prepare(conditioning(context, None))
     out, features = unet(to_mlx(x), at(unet, prompt, 701), prompt, branch=1)
@@ -37,7 +37,7 @@ def test_unet(emoji):
 
 
 def test_vae(emoji):
-    vae, rng = emoji._part("vae"), np.random.default_rng(0)
+    vae, rng = emoji.component("vae"), np.random.default_rng(0)
     latents = rng.standard_normal((1, 4, 16, 16), dtype=np.float32)
     assert error(to_torch_layout(vae.decode(to_mlx(latents))), vae_decode(BUNDLED, latents)) < 1e-4
     image = rng.uniform(-1, 1, (1, 3, 64, 64)).astype(np.float32)

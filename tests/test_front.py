@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from benchmarks.quality import calibrate, drawn, quality
+from benchmarks.quality import quality
+from mlx_deepcache.apps import calibrate
 from mlx_deepcache.apps.convert import main_convert
 from mlx_deepcache.apps.generate import main_generate
 from mlx_deepcache.cache import prices as front
@@ -78,7 +79,7 @@ def test_caches_that_cannot_be_had_are_passed_over(checkpoint, pipeline, tmp_pat
         ({"cache": "auto", "max_macs": 1.5}, "at most 1"),
         ({"min_psnr": 30}, "needs cache auto"),
         ({"cache": "deepcache", "max_macs": 0.5}, "needs cache auto"),
-        ({"cache": "auto", "min_psnr": 30}, r"nothing was calibrated .* benchmarks/quality/calibrate.py --model"),
+        ({"cache": "auto", "min_psnr": 30}, r"nothing was calibrated .* mlx-deepcache-calibrate --model"),
     ],
 )
 def test_what_has_no_meaning_is_refused(options, message, pipeline, tmp_path, monkeypatch):
@@ -106,7 +107,7 @@ def test_a_damaged_file_is_told(damage, tmp_path):
     file.write_text(FRONT.to_json())
     assert front.read(file) == FRONT
     file.write_text(damage(json.loads(FRONT.to_json())))
-    with pytest.raises(CheckpointError, match="is damaged.*calibrate.py") as caught:
+    with pytest.raises(CheckpointError, match="is damaged.*mlx-deepcache-calibrate") as caught:
         front.read(file)
     assert "\n" not in str(caught.value)
 
@@ -121,10 +122,10 @@ def test_calibrating_and_drawing_with_what_is_picked(checkpoint, tmp_path, monke
     how = ["--model", folder, "--steps", 10, "--dtype", "float32", "--height", 64, "--width", 64]
     calibration = [*how, "--prompts", tmp_path / "prompts", "--policies", tmp_path / "policies"]
     calibration += ["--work", tmp_path / "work", "--batch", 2]
-    calibrate.main([str(a) for a in calibration])
+    assert calibrate.main_calibrate([str(a) for a in calibration]) == 0
     said = capsys.readouterr().out
     assert "left out tgate:step=50" in said and f"wrote {folder / folder_module.PRICES}" in said
-    calibrate.main([str(a) for a in calibration])
+    assert calibrate.main_calibrate([str(a) for a in calibration]) == 0
     assert "round" not in capsys.readouterr().out  # all of it was kept
 
     stored = front.read(folder / folder_module.PRICES)
@@ -208,5 +209,5 @@ def test_psnr_of_equal_pictures_is_finite():
     images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     near = images.copy()
     near[1, 0, 0, 0] ^= 1
-    same, one_level = drawn.psnr(near, images)
-    assert same == drawn.IDENTICAL > one_level > 70
+    same, one_level = calibrate.psnr(near, images)
+    assert same == calibrate.IDENTICAL > one_level > 70

@@ -104,7 +104,7 @@ def unet_error(pipe, net, seed=0):
     args, kwargs = oracle.unet_arguments(x, 421, context, added)
     with torch.no_grad():
         expected = net(*args, **kwargs).sample.numpy()
-    unet = pipe._part("unet")
+    unet = pipe.component("unet")
     prompt = unet.prepare(conditioning(context, added))
     out, _ = unet(to_mlx(x), at(unet, prompt, 421), prompt)
     return error(to_torch_layout(out), expected)
@@ -114,7 +114,7 @@ def text_error(pipe, name, net):
     ids = np.array([[1, 5, 9, 200, 7] + [net.config.vocab_size - 1] * 72])
     with torch.no_grad():
         expected = net(torch.tensor(ids), output_hidden_states=True)
-    last, _ = pipe._part(name)(mx.array(ids))
+    last, _ = pipe.component(name)(mx.array(ids))
     return error(last, expected.last_hidden_state)
 
 
@@ -224,12 +224,12 @@ def test_convolution_in_three_factors():
 def test_several_add_up_and_full_differences(checkpoint, tmp_path):
     folder = checkpoint("sd15")
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-    plain = ours(folder)._part("unet").mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight
+    plain = ours(folder).component("unet").mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight
     down, up, diff = torch.randn(2, 48), torch.randn(48, 2), torch.randn(48, 48)
     save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, tmp_path / "a.safetensors")
     save_file({f"{name}.diff": diff}, tmp_path / "b.safetensors")
     pipe = ours(folder, (tmp_path / "a.safetensors", 0.5), tmp_path / "b.safetensors", (tmp_path / "a.safetensors", -2))
-    changed = pipe._part("unet").mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight
+    changed = pipe.component("unet").mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight
     assert error(changed - plain, -1.5 * up @ down + diff) < 1e-5
 
 
@@ -241,7 +241,9 @@ def test_quantized_layers(checkpoint, tmp_path):
     name = "lora_unet_" + layer.replace(".", "_")
     file = tmp_path / "a.safetensors"
     save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, file)
-    before, after = (dict(ours(tmp_path / "q", *files)._part("unet").named_modules())[layer] for files in ((), (file,)))
+    before, after = (
+        dict(ours(tmp_path / "q", *files).component("unet").named_modules())[layer] for files in ((), (file,))
+    )
     assert isinstance(after, nn.QuantizedLinear)
     assert after.bits == 8
     whole, changed = (mx.dequantize(q.weight, q.scales, q.biases, q.group_size, q.bits) for q in (before, after))

@@ -92,7 +92,7 @@ def test_peaks_are_reported_by_phase(pipeline):
     peaks = stats["peak_memory_bytes_by_phase"]
     assert set(peaks) == set(stats["seconds"])
     assert max(peaks.values()) == stats["peak_memory_bytes"]
-    weights = sum(p.nbytes for p in dict(tree_flatten(pipe._part("unet").parameters())).values())
+    weights = sum(p.nbytes for p in dict(tree_flatten(pipe.component("unet").parameters())).values())
     assert peaks["denoise"] > weights
 
 

@@ -74,12 +74,11 @@ def test_interval_1_is_bit_equal_to_a_loop_without_cache_code(pipeline):
     settings = pipe.settings("a cat", steps=5, height=64, width=64, seeds=[1, 2], cache_interval=1, scheduler="ddim")
     *_, last = pipe.denoise(settings)
 
-    noise, _ = pipe._noise(settings)
-    cond, scale = pipe._encode(settings)
-    unet = pipe._part("unet")
-    prompt, x = unet.prepare(cond), noise()
-    temb = unet.time_embed(mx.array([step.here.t for step in settings.plan.steps]), prompt)
-    for i, step in enumerate(settings.plan.steps):
+    run, scale = pipe.denoise(settings), settings.legs[0].guidance_scale
+    unet, x = pipe.component("unet"), run.noise()
+    prompt = unet.prepare(run.encode())
+    temb = unet.time_embed(mx.array([step.here.t for step in settings.legs[0].plan.steps]), prompt)
+    for i, step in enumerate(settings.legs[0].plan.steps):
 
         def denoise(x, level, i=i):
             out, _ = unet(mx.concatenate([x, x]), temb[i], prompt)
@@ -87,7 +86,7 @@ def test_interval_1_is_bit_equal_to_a_loop_without_cache_code(pipeline):
             out = without + scale * (given - without)
             return Prediction(out, *split("epsilon", out, x, level), x)
 
-        x, _ = settings.plan.solver(denoise, x, step, None, noise)
+        x, _ = settings.legs[0].plan.solver(denoise, x, step, None, run.noise)
     assert mx.array_equal(x, last.latents)
 
 

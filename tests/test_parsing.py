@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mlx_deepcache.apps import command as cli
-from mlx_deepcache.apps.flags import convert_parser, generate_parser
+from mlx_deepcache.apps.calibrate import calibrate_parser, main_calibrate
+from mlx_deepcache.apps.convert import convert_parser, main_convert
+from mlx_deepcache.apps.flags import generate_parser
+from mlx_deepcache.apps.generate import main_generate
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -31,7 +33,7 @@ REPOSITORY = Path(__file__).parent.parent
 def test_suggestions(capfd, monkeypatch, tmp_path, flags, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        cli.main_generate(flags)
+        main_generate(flags)
     assert stop.value.code == 2
     out, err = capfd.readouterr()
     assert out == ""
@@ -39,7 +41,9 @@ def test_suggestions(capfd, monkeypatch, tmp_path, flags, words):
     assert words in err
 
 
-@pytest.mark.parametrize("parser", [generate_parser(), convert_parser()], ids=["generate", "convert"])
+@pytest.mark.parametrize(
+    "parser", [generate_parser(), convert_parser(), calibrate_parser()], ids=["generate", "convert", "calibrate"]
+)
 def test_every_flag_is_explained(parser):
     for action in parser._actions:
         assert action.help, action.option_strings
@@ -51,7 +55,7 @@ def completions(line):
     argcomplete = pytest.importorskip("argcomplete")
     assert argcomplete
     read, write = os.pipe()
-    script = f"import os; os.dup2({write}, 8)\nfrom mlx_deepcache.cli import main_generate\nmain_generate()"
+    script = f"import os; os.dup2({write}, 8)\nfrom mlx_deepcache.apps.generate import main_generate\nmain_generate()"
     environment = os.environ | {
         "_ARGCOMPLETE": "1",
         "_ARGCOMPLETE_IFS": "\n",
@@ -73,10 +77,11 @@ def test_completion():
 
 def test_markers_and_entry_points():
     """argcomplete looks for its marker near the start of a script, or of the module that an entry point names."""
-    for file in ("generate.py", "convert.py", "mlx_deepcache/cli.py"):
+    entries = dict(re.findall(r'"(mlx-deepcache-\w+) = ([\w.]+:\w+)"', (REPOSITORY / "setup.py").read_text()))
+    assert entries == {
+        f"mlx-deepcache-{main.__name__.removeprefix('main_')}": f"{main.__module__}:{main.__name__}"
+        for main in (main_generate, main_convert, main_calibrate)
+    }
+    modules = [entry.partition(":")[0].replace(".", "/") + ".py" for entry in entries.values()]
+    for file in ("generate.py", "convert.py", *modules):
         assert "PYTHON_ARGCOMPLETE_OK" in (REPOSITORY / file).read_text()[:1024]
-    entries = dict(
-        re.findall(r'"(mlx-deepcache-\w+) = mlx_deepcache\.cli:(\w+)"', (REPOSITORY / "setup.py").read_text())
-    )
-    assert entries == {"mlx-deepcache-generate": "main_generate", "mlx-deepcache-convert": "main_convert"}
-    assert all(callable(getattr(cli, name)) for name in entries.values())

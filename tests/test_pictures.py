@@ -268,7 +268,7 @@ def test_the_smallest_strength_works(pipeline):
     for steps in range(1, 200):
         assert int(steps * (math.ceil(1e4 / steps) / 1e4)) >= 1
     settings = pipeline("sd15").settings("a cat", image=PICTURE, steps=7, strength=0.1429, scheduler="ddim")
-    assert len(settings.plan.steps) == 1
+    assert len(settings.legs[0].plan.steps) == 1
 
 
 @pytest.mark.parametrize("options", [{}, {"image": PICTURE}])

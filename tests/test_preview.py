@@ -50,8 +50,8 @@ def test_estimates_end_at_the_picture(pipeline):
     steps = list(pipe.denoise(settings))
     assert error(steps[-1].denoised, steps[-1].latents) < 1e-5
     assert error(steps[0].denoised, steps[0].latents) > 0.1
-    level = settings.plan.steps[1].here  # the estimate and its noise make up the latents
-    x, here = np.array(steps[0].latents), settings.plan.steps[2].here
+    level = settings.legs[0].plan.steps[1].here  # the estimate and its noise make up the latents
+    x, here = np.array(steps[0].latents), settings.legs[0].plan.steps[2].here
     eps = (x - level.alpha * np.array(steps[1].denoised)) / level.sigma
     assert error(here.alpha * np.array(steps[1].denoised) + here.sigma * eps, steps[1].latents) < 1e-5
 

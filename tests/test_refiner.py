@@ -59,9 +59,9 @@ def test_picture_is_that_of_diffusers(checkpoint, refined, scheduler, steps, sha
 def test_heun_hands_over_between_steps(refined):
     """diffusers stops within a step of Heun's there, and its refiner takes that step a second time."""
     settings = refined.settings("a cat", steps=8, scheduler="heun", refiner_start=0.6)
-    last, first = settings.plan.steps[-1], settings.refiner_plan.steps[0]
+    last, first = settings.legs[0].plan.steps[-1], settings.legs[1].plan.steps[0]
     assert last.there.t == first.here.t
-    assert len(settings.plan.steps) + len(settings.refiner_plan.steps) == 8
+    assert len(settings.legs[0].plan.steps) + len(settings.legs[1].plan.steps) == 8
 
 
 def test_a_refiner_alone_from_a_picture(checkpoint, pipeline):

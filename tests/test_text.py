@@ -43,7 +43,7 @@ def test_encoders_are_those_of_transformers(checkpoint, pipeline, kind):
         suffix = name.removeprefix("tokenizer")
         tokens = token_ids(folder, PROMPTS, suffix)
         expected = text_encoder(folder, tokens, suffix)
-        encoder = pipeline(kind)._part(f"text_encoder{suffix}")
+        encoder = pipeline(kind).component(f"text_encoder{suffix}")
         last, pooled = encoder(mx.array(tokens))
         penultimate, _ = encoder(mx.array(tokens), penultimate=True)
         assert error(last, expected["last"]) < 1e-5
@@ -56,8 +56,8 @@ def test_context_is_what_diffusers_gives_the_unet(checkpoint, pipeline, kind):
     pipe = pipeline(kind)
     names = pipe.checkpoint.text_encoders
     cond = encode(
-        [pipe._tokenizer(n.replace("text_encoder", "tokenizer")) for n in names],
-        [pipe._part(n) for n in names],
+        [pipe.models[0].tokenizer(n.replace("text_encoder", "tokenizer")) for n in names],
+        [pipe.component(n) for n in names],
         PROMPTS,
         None,
         size=(72, 104),
@@ -132,8 +132,8 @@ def test_weighted_and_long_prompts(checkpoint, pipeline, kind):
     pipe, folder = pipeline(kind), checkpoint(kind)
     names, xl = pipe.checkpoint.text_encoders, kind == "sdxl"
     cond = encode(
-        [pipe._tokenizer(n.replace("text_encoder", "tokenizer")) for n in names],
-        [pipe._part(n) for n in names],
+        [pipe.models[0].tokenizer(n.replace("text_encoder", "tokenizer")) for n in names],
+        [pipe.component(n) for n in names],
         [LONG, SHORT],
         None,
         size=(64, 64),
@@ -152,8 +152,8 @@ def test_sdxl_reads_a_second_prompt(checkpoint, pipeline):
     pipe = pipeline("sdxl")
     names = pipe.checkpoint.text_encoders
     cond = encode(
-        [pipe._tokenizer(n.replace("text_encoder", "tokenizer")) for n in names],
-        [pipe._part(n) for n in names],
+        [pipe.models[0].tokenizer(n.replace("text_encoder", "tokenizer")) for n in names],
+        [pipe.component(n) for n in names],
         ["a cat"],
         ["a dog"],
         size=(64, 64),

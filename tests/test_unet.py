@@ -18,7 +18,7 @@ from mlx_deepcache.nets.unet_parts import UNetConfig
 
 
 def prepared(pipeline, kind, size=(16, 16), seed=0):
-    unet = pipeline(kind)._part("unet")
+    unet = pipeline(kind).component("unet")
     x, context, added = unet_inputs(unet.config, size, seed=seed)
     return unet, unet.prepare(conditioning(context, added)), x, context, added
 
@@ -63,7 +63,7 @@ def test_a_cached_step_equals_a_full_one_on_the_same_input(pipeline, kind):
 def test_the_deep_part_runs_on_full_steps_only(pipeline, monkeypatch, interval):
     """Counted at the middle block's first resnet."""
     pipe = pipeline("sd15")
-    deep, count = pipe._part("unet").mid_block.resnets[0], 0
+    deep, count = pipe.component("unet").mid_block.resnets[0], 0
     plain = unet_module.ResnetBlock2D.__call__
 
     def counted(self, *args, **kwargs):

@@ -15,7 +15,7 @@ from mlx_deepcache.nets.autoencoder import AutoencoderKL, VAEConfig
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_decode_and_encode(checkpoint, pipeline, kind):
-    vae = pipeline(kind)._part("vae")
+    vae = pipeline(kind).component("vae")
     rng = np.random.default_rng(0)
     latents = rng.standard_normal((2, 4, 5, 9), dtype=np.float32)
     assert error(to_torch_layout(vae.decode(to_mlx(latents))), vae_decode(checkpoint(kind), latents)) < 1e-5

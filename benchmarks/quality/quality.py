@@ -20,10 +20,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import benchmarks  # noqa: F401  (before MLX)
-from benchmarks.quality.drawn import DATA, Case, cache_cases, compare, draw, read_lines, run
 from benchmarks.quality.quality_figures import plot, sheet
 from benchmarks.timing import header, machine, write_json
 from mlx_deepcache import __version__
+from mlx_deepcache.apps.calibrate import POLICIES, PROMPTS, WORK, Case, cache_cases, compare, draw, read_lines
+from mlx_deepcache.apps.command import run
 from mlx_deepcache.cache.text import parse
 from mlx_deepcache.errors import Failure
 
@@ -46,14 +47,14 @@ def rival_cases(steps: int, own: str) -> tuple[list[Case], list[Case]]:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", help="default: the bundled one")
-    p.add_argument("--prompts", type=Path, default=DATA / "quality_prompts.txt", help="one a line")
-    p.add_argument("--policies", type=Path, default=DATA / "policies.txt", help="one composition a line")
+    p.add_argument("--prompts", type=Path, default=PROMPTS, help="one a line")
+    p.add_argument("--policies", type=Path, default=POLICIES, help="one composition a line")
     p.add_argument("--steps", type=int, default=50)
     p.add_argument("--seed", type=int, default=0, help="of the first prompt; the next has the next one")
     p.add_argument("--batch", type=int, default=6, help="pictures drawn at once; a round")
     p.add_argument("--rounds", type=int, nargs="+", metavar="R", help="these only, from 0")
     p.add_argument("--report", action="store_true", help="draw nothing more; report the cases that are complete")
-    p.add_argument("--work", type=Path, default=Path("runs/quality"), help="where what is drawn is kept")
+    p.add_argument("--work", type=Path, default=WORK, help="where what is drawn is kept")
     p.add_argument("--json", type=Path, metavar="FILE")
     p.add_argument("--plot", type=Path, metavar="FILE.png")
     p.add_argument("--sheet", type=Path, metavar="FILE.png")
@@ -129,8 +130,7 @@ def same_psnr_table(rows: list[dict]) -> list[str]:
     return lines
 
 
-def main(argv=None) -> None:
-    args = parser().parse_args(argv)
+def main(args: argparse.Namespace) -> None:
     from mlx_deepcache import StableDiffusion
 
     pipe = StableDiffusion.from_pretrained(args.model)
@@ -193,4 +193,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(run(main, parser().parse_args, None, "cancelled; what is drawn is kept"))

@@ -87,6 +87,11 @@ def add_option(group, option: Option) -> None:
     )
 
 
+def given(args: argparse.Namespace, cls: type) -> dict:
+    """Those of the options in `cls` that flags set, by their names."""
+    return {o.name: getattr(args, o.name) for o in options_of(cls) if hasattr(args, o.name)}
+
+
 class _Cache(argparse.Action):
     """Collects policies; `list` explains them and exits, before anything else is asked for."""
 

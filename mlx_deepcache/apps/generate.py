@@ -13,7 +13,7 @@ from ..errors import CheckpointError, Failure, UsageError
 from ..generation.options import Control, ModelOptions, Options, options_of
 from ..media.files import check_writable, write_text
 from .command import run
-from .flags import complete, generate_parser
+from .flags import complete, generate_parser, given
 
 if TYPE_CHECKING:
     from ..generation.pipeline import Generation, StableDiffusion
@@ -39,24 +39,19 @@ def _flags(argv: list[str]) -> argparse.Namespace:
     from ..generation import record
 
     settings, unknown = record.read(args.from_image)
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    flags = record.as_flags(settings, args.from_image, given | ({"controls": ()} if "controlnet" in given else {}))
+    known = {name for name, value in vars(args).items() if value is not None}
+    flags = record.as_flags(settings, args.from_image, known | ({"controls"} if "controlnet" in known else set()))
     if unknown and not args.quiet:
         print(f"note: {args.from_image}: not used: {', '.join(unknown)}", file=sys.stderr)
     parser.origin = f"the settings in {args.from_image}"
     parser.parse_args(flags)  # so that an error tells whose it is
     parser.origin = None
-    named = "model" not in given and any(flag.startswith("--model=") for flag in flags)
+    named = "model" not in known and any(flag.startswith("--model=") for flag in flags)
     args = parser.parse_args([*flags, *argv])
     args.model_named_by = args.from_image if named else None
     if args.prompt is None and args.prompt_file is None:
         parser.error(f"{args.from_image} has no prompt in it; expected --prompt TEXT")
     return args
-
-
-def _given(args: argparse.Namespace, cls: type) -> dict:
-    """Those of the options in `cls` that flags set."""
-    return {o.name: getattr(args, o.name) for o in options_of(cls) if hasattr(args, o.name)}
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -74,7 +69,7 @@ def _generate(args: argparse.Namespace) -> None:
             print(text)
 
     files = Outputs(args)
-    model = ModelOptions(**_given(args, ModelOptions))
+    model = ModelOptions(**given(args, ModelOptions))
     if model.model is None:
         say("model: the bundled text-to-emoji model; --model sd15 or --model sdxl draws anything, after a download")
     prompts = _prompts(args)
@@ -148,7 +143,7 @@ def _pipeline(args: argparse.Namespace, *, keep: bool) -> StableDiffusion:
     from ..generation.pipeline import StableDiffusion
 
     try:
-        return StableDiffusion.from_pretrained(keep=keep, **_given(args, ModelOptions))
+        return StableDiffusion.from_pretrained(keep=keep, **given(args, ModelOptions))
     except CheckpointError as error:
         if args.model_named_by is None:
             raise
@@ -161,7 +156,7 @@ def _options(args: argparse.Namespace, pipe: StableDiffusion) -> dict:
     """What the flags say about the pictures, for `pipe.settings`."""
     from ..generation.starts import read_latents
 
-    options = _given(args, Options) | {"controls": _controls(args)}
+    options = given(args, Options) | {"controls": _controls(args)}
     seeds, n = options.get("seeds", [0]), args.num_images
     if len(seeds) > 1 and n is not None:
         raise UsageError("--num-images counts on from one --seed, and several are given; leave out one of the two")

@@ -1,4 +1,4 @@
-"""What caching policies cost a model in picture, as benchmarks/calibrate.py measured it; and picking one by that."""
+"""What caching policies cost a model in picture, as mlx-deepcache-calibrate measured it; and picking one by that."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .text import parse
 AUTO = "auto"
 
 
-COMMAND = "python benchmarks/quality/calibrate.py"
+COMMAND = "mlx-deepcache-calibrate"
 
 
 _SAME = ("steps", "scheduler", "guidance_scale", "height", "width")
@@ -120,7 +120,7 @@ def _passes(check: Callable[[Caches], None], caches: Caches) -> bool:
 def read(file: Path) -> Front:
     """
     Raises:
-        CheckpointError: the file cannot be read, or is not what calibrate.py writes; says what is wrong.
+        CheckpointError: the file cannot be read, or is not what mlx-deepcache-calibrate writes; says what is wrong.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -131,10 +131,10 @@ def from_a1111(text: str, file: Path) -> tuple[dict, list[str]]:
     return settings, list(pairs)
 
 
-def as_flags(settings: dict, file: Path, given: dict[str, Any]) -> list[str]:
+def as_flags(settings: dict, file: Path, given: set[str]) -> list[str]:
     """What to put before the given flags so that they draw the picture again; a later flag overrides an earlier one.
 
-    given: the options on the command line, by their names. Of those that can be repeated, and of what else would add up
+    given: the names of the options on the command line. Of those that can be repeated, and of what else would add up
     with them, nothing is taken from the picture if they are given. Pictures and latents are known by their names only,
     and looked for here and beside `file`.
 

@@ -1,25 +1,134 @@
-"""What quality.py and calibrate.py share: which cases to draw, drawing them in interleaved rounds that can be cut and
-resumed, and how near the pictures are to their references."""
+# PYTHON_ARGCOMPLETE_OK
+"""Measure what caching policies cost a model in picture, for `--cache auto`: `mlx-deepcache-calibrate`.
+
+Every composition in the list of policies draws the same prompts from the same noise; its pictures are compared with the
+uncached ones. The result is stored in the model's folder (cache_front.json), or, for a hub's model, a single file and a
+folder that cannot be written, in ~/.cache/mlx_deepcache/fronts; both are where `--cache auto` looks.
+"""
 
 from __future__ import annotations
 
+import argparse
+import datetime
 import hashlib
 import json
 import math
 import os
-import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import mlx.core as mx
 import numpy as np
 
-from mlx_deepcache.errors import Failure, UsageError
+from .._version import __version__
+from ..errors import Failure, UsageError
+from ..fields import positive
+from ..generation.options import ModelOptions, Options, option_of
+from ..media.files import whole, write_text
+from .command import run
+from .flags import Parser, add_option, complete, given, reader
 
-DATA = Path(__file__).parent
+if TYPE_CHECKING:
+    from ..generation.pipeline import StableDiffusion
+
+PROMPTS, POLICIES = (Path(__file__).with_name(f"calibrate_{what}.txt") for what in ("prompts", "policies"))
+WORK = Path("runs/quality")
 IDENTICAL = 100.0  # dB, in place of infinity, so that means can be taken; 8-bit pictures that differ stay below it
+_COMMON = ("guidance_scale", "height", "width")
+
+
+def main_calibrate(argv: list[str] | None = None) -> int:
+    """mlx-deepcache-calibrate; returns its exit code."""
+    return run(_calibrate, _flags, argv, "cancelled; what is drawn is kept, and the same command goes on")
+
+
+def calibrate_parser() -> Parser:
+    parser = Parser(
+        "python -m mlx_deepcache.apps.calibrate",
+        "mlx-deepcache-calibrate",
+        description="Measure what caches cost a model in picture, for generate.py --cache auto. Calibrate with the "
+        "settings that you draw with. A run may be cut and started again.",
+    )
+    for name in ("model", "dtype"):
+        add_option(parser, option_of(ModelOptions, name))
+    for name in ("steps", "scheduler", *_COMMON):
+        add_option(parser, option_of(Options, name))
+    add = parser.add_argument
+    add("--prompts", type=Path, default=PROMPTS, metavar="FILE", help="one a line; default: 24 for the bundled model")
+    add("--policies", type=Path, default=POLICIES, metavar="FILE", help="one composition a line; default: 62 of them")
+    add("--seed", type=int, default=0, metavar="S", help="of the first prompt; the next has the next one")
+    add(
+        "--batch",
+        type=reader(positive),
+        default=1,
+        metavar="N",
+        help="pictures at once (1); adaptive caches decide for all of them",
+    )
+    add("--work", type=Path, default=WORK, metavar="DIR", help=f"where what is drawn is kept; default {WORK}")
+    add("--output", type=Path, metavar="FILE.json", help="where to store the result, if not with the model")
+    return parser
+
+
+def _flags(argv: list[str]) -> argparse.Namespace:
+    parser = calibrate_parser()
+    complete(parser)
+    return parser.parse_args(argv)
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    from ..cache.prices import Front, Price
+    from ..checkpoints.folder import price_places
+    from ..generation.pipeline import StableDiffusion
+
+    model = given(args, ModelOptions)
+    pipe = StableDiffusion.from_pretrained(**model)
+    prompts, options = read_lines(args.prompts), given(args, Options)
+    common = {name: value for name, value in options.items() if name in _COMMON}
+    scheduler = options.get("scheduler")
+    settings = pipe.settings("", **options)
+    uncached = Case("uncached", settings.steps, scheduler=scheduler)
+    cases = cache_cases(pipe, read_lines(args.policies), settings.steps, scheduler, common)
+    places = price_places(pipe.checkpoint.source.path)
+    file = args.output or next((file for file in places if _writable(file)), places[-1])
+    drawn = draw(pipe, [uncached, *cases], prompts, args.seed, batch=args.batch, folder=args.work, common=common)
+    rows = {case.name: compare(drawn[case.name], drawn["uncached"]) for case in cases}
+    prices = [
+        Price(case.caches, **{key: rows[case.name][key] for key in ("macs", "psnr", "psnr_worst", "ssim")})
+        for case in cases
+    ]
+    front = Front(
+        model=model.get("model", "bundled"),
+        steps=settings.steps,
+        scheduler=settings.scheduler,
+        guidance_scale=settings.guidance_scale,
+        height=settings.height,
+        width=settings.width,
+        pictures=len(prompts),
+        version=__version__,
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        policies=tuple(sorted(prices, key=lambda price: price.macs)),
+    )
+    _make_folder(file.parent)
+    write_text(file, front.to_json())
+    for price in front.policies:
+        print(f"{price.macs:.3f}  {price.psnr:5.1f} dB, worst {price.psnr_worst:5.1f}  {price}")
+    print(f"wrote {file}")
+
+
+def _writable(file: Path) -> bool:
+    return file.parent.is_dir() and os.access(file.parent, os.W_OK)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Failure(f"cannot make the folder {folder}: {error.strerror or error}; see --output and --work") from None
+
+
+# What is drawn, and how near it comes
 
 
 @dataclass(frozen=True)
@@ -65,7 +174,7 @@ def read_lines(file: Path) -> list[str]:
 
 
 def cache_cases(
-    pipe, lines: Iterable[str], steps: int, scheduler: str | None = None, common: dict | None = None
+    pipe: StableDiffusion, lines: Iterable[str], steps: int, scheduler: str | None = None, common: dict | None = None
 ) -> list[Case]:
     """Each line's caches, in their shortest writing; those that the model or the number of steps cannot have are left
     out, with a line that says why.
@@ -73,8 +182,8 @@ def cache_cases(
     Raises:
         UsageError: a line is no composition of policies.
     """
-    from mlx_deepcache.cache.composition import Caches
-    from mlx_deepcache.cache.text import parse, write
+    from ..cache.composition import Caches
+    from ..cache.text import parse, write
 
     cases = {}
     for line in lines:
@@ -92,7 +201,7 @@ def cache_cases(
 
 
 def draw(
-    pipe,
+    pipe: StableDiffusion,
     cases: Sequence[Case],
     prompts: Sequence[str],
     seed: int,
@@ -115,7 +224,7 @@ def draw(
     Raises:
         UsageError: there is no such round.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder)
     starts = range(0, len(prompts), batch)
     wanted = range(len(starts)) if rounds is None else rounds
     if not set(wanted) <= set(range(len(starts))):
@@ -139,10 +248,8 @@ def draw(
             result = pipe(some, seeds=seeds, **options)
             images = np.stack([np.asarray(image) for image in result.images])
             macs, seconds = result.stats["unet_macs"], result.stats["seconds"]["denoise"]
-            part = file.with_suffix(f".{os.getpid()}.part")
-            with part.open("wb") as out:
+            with whole(file) as part, part.open("wb") as out:
                 np.savez_compressed(out, images=images, macs=macs, seconds=seconds)
-            part.replace(file)
             found[case.name].append((images, macs, seconds))
             print(
                 f"round {number + 1} of {len(starts)}, {i + 1} of {len(cases)}: {case.name}, "
@@ -156,15 +263,17 @@ def draw(
     }
 
 
-def fingerprint(pipe) -> str:
+def fingerprint(pipe: StableDiffusion) -> str:
     """Tells models apart by the U-Net's last layer, which any training changes."""
-    weight = pipe._part("unet").conv_out.weight.astype(mx.float32)
+    import mlx.core as mx
+
+    weight = pipe.component("unet").conv_out.weight.astype(mx.float32)
     return hashlib.sha256(np.array(weight).tobytes()).hexdigest()[:16]
 
 
 def psnr(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Of each picture, in dB: (N, H, W, 3) uint8 twice -> (N,); `IDENTICAL` where nothing differs."""
-    from skimage.metrics import peak_signal_noise_ratio
+    peak_signal_noise_ratio = _metrics().peak_signal_noise_ratio
 
     same = (images == reference).all((1, 2, 3))
     return np.array(
@@ -177,7 +286,7 @@ def psnr(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 def ssim(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Structural similarity (Wang et al. 2004) of each picture over windows of 7 x 7, in [-1, 1]."""
-    from skimage.metrics import structural_similarity
+    structural_similarity = _metrics().structural_similarity
 
     return np.array(
         [
@@ -202,10 +311,14 @@ def compare(drawn: Drawn, reference: Drawn) -> dict:
     }
 
 
-def run(main: Callable[[], None]) -> None:
-    """A benchmark's main, with errors in one line, as the commands have them."""
+def _metrics():
+    """scikit-image's, which only this command needs."""
     try:
-        main()
-    except (UsageError, Failure) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        import skimage.metrics
+    except ImportError:
+        raise Failure('comparing pictures needs scikit-image: pip install "mlx_deepcache[benchmark]"') from None
+    return skimage.metrics
+
+
+if __name__ == "__main__":
+    raise SystemExit(main_calibrate())
