@@ -42,6 +42,21 @@ GROUPS = (PICTURE, MODEL, START, CONTROL, REFINER, HOW, MACHINE, CACHE)
 
 SWITCH = ("auto", "on", "off")
 DTYPES = ("float16", "bfloat16", "float32")
+# What A1111 calls them
+A1111_SAMPLERS = {
+    "ddim": "DDIM",
+    "pndm": "PLMS",
+    "euler": "Euler",
+    "euler-a": "Euler a",
+    "heun": "Heun",
+    "dpm++2m": "DPM++ 2M",
+    "dpm++2m-karras": "DPM++ 2M Karras",
+    "dpm++2m-sde": "DPM++ 2M SDE",
+    "unipc": "UniPC",
+    "lcm": "LCM",
+    "ddpm": "DDPM",
+}
+A1111_RNGS = {"torch": "CPU", "torch-cuda": "NV", "mlx": "MLX"}
 
 
 @dataclass(frozen=True)
@@ -63,10 +78,11 @@ DECIBELS = Check("a number of dB above 0, such as 30", lambda value: value > 0)
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of value: in words; read from a flag's text, or taken from a caller in Python (ValueError if it is none);
-    and as JSON has it."""
+    """A kind of value: in words, and as the help of a flag shows it; read from a flag's text, or taken from a caller in
+    Python (ValueError if it is none); and as JSON has it."""
 
     words: str
+    metavar: str | None
     read: Callable[[str], Any]
     take: Callable[[Any], Any] = lambda value: value
     record: Callable[[Any], Any] = lambda value: value
@@ -111,16 +127,18 @@ def _tagged(item: Any) -> str:
 
 
 KINDS = {
-    "str": Kind("text in UTF-8", unicode_text, _str),
-    "int": Kind("a whole number", int, _exactly(Real, int)),
-    "float": Kind("a number", finite, _exactly(Real, finite)),
-    "bool": Kind("True or False", str, _bool),
-    "Picture": Kind("a picture", Path, record=_name),
-    "Latents": Kind("latents", Path, record=_name),
-    "Lora": Kind("FILE or FILE:SCALE with a finite number", file_and_scale, record=_tagged),
-    "Embedding": Kind("FILE or FILE:WORD", file_and_word, record=_tagged),
-    "Policy": Kind("a caching policy", str, record=str),
-    "Control": Kind("a Control", str, record=lambda control: {o.name: o.record(control) for o in options_of(Control)}),
+    "str": Kind("text in UTF-8", "TEXT", unicode_text, _str),
+    "int": Kind("a whole number", "N", int, _exactly(Real, int)),
+    "float": Kind("a number", "X", finite, _exactly(Real, finite)),
+    "bool": Kind("True or False", None, str, _bool),
+    "Picture": Kind("a picture", "FILE", Path, record=_name),
+    "Latents": Kind("latents", "FILE", Path, record=_name),
+    "Lora": Kind("FILE or FILE:SCALE with a finite number", "FILE[:SCALE]", file_and_scale, record=_tagged),
+    "Embedding": Kind("FILE or FILE:WORD", "FILE[:WORD]", file_and_word, record=_tagged),
+    "Policy": Kind("a caching policy", "NAME[:key=value,...]", str, record=str),
+    "Control": Kind(
+        "a Control", None, str, record=lambda control: {o.name: o.record(control) for o in options_of(Control)}
+    ),
 }
 
 
@@ -222,6 +240,8 @@ def options_of(cls: type) -> tuple[Option, ...]:
         many = annotation.startswith("tuple[")
         kind = KINDS[annotation.removeprefix("tuple[").removesuffix(", ...]")]
         about["flag"] = about["flag"] or "--" + item.name.replace("_", "-")
+        if "choices" not in about:
+            about.setdefault("metavar", kind.metavar)
         default = None if item.default is MISSING else item.default
         found.append(Option(item.name, kind, many, bool(optional), default, **about))
     return tuple(found)
@@ -261,12 +281,10 @@ class Control:
     model: str = option(
         MISSING, "a ControlNet in the diffusers layout: a folder or a hub id", CONTROL, flag="--controlnet", metavar="M"
     )
-    image: Picture = option(MISSING, "the edges, pose, ... to follow", CONTROL, flag="--control-image", metavar="FILE")
-    scale: float = option(1.0, "how strictly it is followed (1)", CONTROL, flag="--control-scale", metavar="X")
-    start: float = option(
-        0.0, "the share of the steps before it starts (0)", CONTROL, flag="--control-start", metavar="X"
-    )
-    end: float = option(1.0, "the share after which it stops (1)", CONTROL, flag="--control-end", metavar="X")
+    image: Picture = option(MISSING, "the edges, pose, ... to follow", CONTROL, flag="--control-image")
+    scale: float = option(1.0, "how strictly it is followed (1)", CONTROL, flag="--control-scale")
+    start: float = option(0.0, "the share of the steps before it starts (0)", CONTROL, flag="--control-start")
+    end: float = option(1.0, "the share after which it stops (1)", CONTROL, flag="--control-end")
 
     def __post_init__(self):
         if not abs(self.scale) < math.inf:
@@ -302,14 +320,12 @@ class ModelOptions:
         "change the model by a LoRA (safetensors), SCALE times as strongly as it was trained; repeatable",
         MODEL,
         flag="--lora",
-        metavar="FILE[:SCALE]",
     )
     embeddings: tuple[Embedding, ...] = option(
         (),
         "a textual inversion (safetensors), and the word that calls it in prompts; repeatable",
         MODEL,
         flag="--embedding",
-        metavar="FILE[:WORD]",
     )
     prediction_type: str | None = option(
         None,
@@ -336,13 +352,7 @@ class Options:
     """What to draw and how. None leaves a choice to the model, or means that there is no such thing."""
 
     steps: int | None = option(
-        None,
-        "default 50; few-step models such as sdxl-turbo: 4",
-        HOW,
-        metavar="N",
-        check=at_least(1),
-        model="steps",
-        a1111="Steps",
+        None, "default 50; few-step models such as sdxl-turbo: 4", HOW, check=at_least(1), model="steps", a1111="Steps"
     )
     scheduler: str | None = option(
         None,
@@ -351,19 +361,7 @@ class Options:
         metavar="NAME",
         choices=tuple(SCHEDULERS),
         a1111="Sampler",
-        a1111_values={
-            "ddim": "DDIM",
-            "pndm": "PLMS",
-            "euler": "Euler",
-            "euler-a": "Euler a",
-            "heun": "Heun",
-            "dpm++2m": "DPM++ 2M",
-            "dpm++2m-karras": "DPM++ 2M Karras",
-            "dpm++2m-sde": "DPM++ 2M SDE",
-            "unipc": "UniPC",
-            "lcm": "LCM",
-            "ddpm": "DDPM",
-        },
+        a1111_values=A1111_SAMPLERS,
     )
     guidance_scale: float | None = option(
         None,
@@ -379,11 +377,11 @@ class Options:
         HOW,
         choices=tuple(GENERATORS),
         a1111="RNG",
-        a1111_values={"torch": "CPU", "torch-cuda": "NV", "mlx": "MLX"},
+        a1111_values=A1111_RNGS,
     )
-    negative_prompt: str | None = option(None, "what it should not show", PICTURE, metavar="TEXT")
-    prompt_2: str | None = option(None, "for SDXL's second text encoder", PICTURE, metavar="TEXT")
-    negative_prompt_2: str | None = option(None, "likewise", PICTURE, metavar="TEXT")
+    negative_prompt: str | None = option(None, "what it should not show", PICTURE)
+    prompt_2: str | None = option(None, "for SDXL's second text encoder", PICTURE)
+    negative_prompt_2: str | None = option(None, "likewise", PICTURE)
     plain_prompt: bool = option(False, "brackets are only brackets", PICTURE)
     long_prompt: bool = option(False, "use all of a prompt of more than 75 tokens", PICTURE)
     seeds: tuple[int, ...] = option(
@@ -393,15 +391,12 @@ class Options:
         None, "default: the model's native size", PICTURE, metavar="PX", check=at_least(1), model="native_height"
     )
     width: int | None = option(None, "likewise", PICTURE, metavar="PX", check=at_least(1), model="native_width")
-    image: Picture | None = option(None, "start from this picture; its size is the default", START, metavar="FILE")
-    mask: Picture | None = option(
-        None, "change it only where this one is white", START, metavar="FILE", needs=("image",)
-    )
+    image: Picture | None = option(None, "start from this picture; its size is the default", START)
+    mask: Picture | None = option(None, "change it only where this one is white", START, needs=("image",))
     strength: float | None = option(
         None,
         "how much to change, in (0, 1]: the share of the steps that is run. Default 0.8, SDXL 0.3; with a mask 1",
         START,
-        metavar="X",
         check=SHARE,
         needs=("image",),
         a1111="Denoising strength",
@@ -421,12 +416,7 @@ class Options:
         needs=("controls",),
     )
     refiner_start: float | None = option(
-        None,
-        "the share of the way from noise where it takes over (0.8)",
-        REFINER,
-        metavar="X",
-        check=BETWEEN,
-        needs=("refiner",),
+        None, "the share of the way from noise where it takes over (0.8)", REFINER, check=BETWEEN, needs=("refiner",)
     )
     vae_tiling: str = option(
         "auto",
@@ -439,7 +429,6 @@ class Options:
         None,
         "run the deep part of the U-Net every N-th step; 1: always. Default 3; few steps or few-step models: 1",
         CACHE,
-        metavar="N",
         check=at_least(1),
         a1111="DeepCache interval",
     )
@@ -447,7 +436,6 @@ class Options:
         0,
         "how much of the U-Net a cached step runs: 0 (the default) is least, up to 11 for SD and 8 for SDXL",
         CACHE,
-        metavar="B",
         check=at_least(0),
         a1111="DeepCache branch",
     )
@@ -456,7 +444,6 @@ class Options:
         "a caching policy in place of the default one; give the flag again to combine several, and --cache-interval "
         "for plain DeepCache beside them; `--cache list` explains each, `--cache auto` picks by price",
         CACHE,
-        metavar="NAME[:key=value,...]",
         a1111="Caches",
     )
     min_psnr: float | None = option(
@@ -471,8 +458,7 @@ class Options:
         None,
         "with --cache auto: the nearest pictures within this share of the multiply-adds, such as 0.4",
         CACHE,
-        metavar="X",
         check=Check("a share of the multiply-adds, above 0 and at most 1", SHARE.holds),
         recorded=False,
     )
-    latents: Latents | None = option(None, "start from this noise: safetensors, `latents`", FILES, metavar="FILE")
+    latents: Latents | None = option(None, "start from this noise: safetensors, `latents`", FILES)
