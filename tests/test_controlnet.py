@@ -7,9 +7,8 @@ import numpy as np
 import oracle
 import pytest
 from checkpoints import write_controlnet
-from helpers import at, conditioning, error, to_mlx, to_torch_layout, unet_inputs
+from helpers import PICTURE, at, conditioning, error, smooth, to_mlx, to_torch_layout, unet_inputs
 from safetensors.numpy import load_file, save_file
-from test_pictures import PICTURE, smooth
 
 from mlx_deepcache import Control, StableDiffusion
 from mlx_deepcache.checkpoint import load_controlnet

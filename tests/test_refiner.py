@@ -5,8 +5,7 @@ import shutil
 
 import oracle
 import pytest
-from helpers import error, to_torch_layout
-from test_pictures import PICTURE, compare
+from helpers import PICTURE, compare_from_picture, error, to_torch_layout
 
 from mlx_deepcache import StableDiffusion
 from mlx_deepcache.checkpoint import Checkpoint
@@ -65,7 +64,9 @@ def test_heun_hands_over_between_steps(refined):
 
 
 def test_a_refiner_alone_from_a_picture(checkpoint, pipeline):
-    compare(checkpoint, pipeline, "refiner", steps=6, guidance_scale=3.0, strength=0.5, interval=2, branch=1)
+    compare_from_picture(
+        checkpoint, pipeline, "refiner", steps=6, guidance_scale=3.0, strength=0.5, interval=2, branch=1
+    )
 
 
 def test_multiply_adds_are_those_of_both(refined, pipeline):

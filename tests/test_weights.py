@@ -1,16 +1,15 @@
 """convert.py, the files that a checkpoint may consist of, and which of them are asked of the hub."""
 
-import fnmatch
 import json
 import os
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import mlx.core as mx
 import numpy as np
 import pytest
+from checkpoints import Hub, files
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -50,10 +49,6 @@ def draw(model):
 def assert_same_picture(model, reference):
     for ours, theirs in zip(draw(model), draw(reference), strict=True):
         assert np.array_equal(ours, theirs)
-
-
-def files(folder):
-    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
 
 
 def content(folder):
@@ -396,35 +391,6 @@ def test_quantize_twice_is_refused(checkpoint, output, capfd):
 
 
 # -------------------------------------------------------------------------------------------------------------- hub
-
-
-class Hub:
-    """A stand-in for the hub: repositories are folders, and a download copies what the patterns ask for."""
-
-    def __init__(self, monkeypatch, cache):
-        self.repositories, self.calls, self.cache = {}, [], cache
-        monkeypatch.setattr(huggingface_hub, "model_info", self.model_info)
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-
-    def folder(self, repository):
-        if repository not in self.repositories:
-            raise RuntimeError(f"404 Client Error\nRepository Not Found for url {repository}\nand so on")
-        return self.repositories[repository]
-
-    def model_info(self, repo_id, *, revision=None, **_):
-        self.calls.append(("list", repo_id, revision))
-        names = sorted(files(self.folder(repo_id)))
-        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
-
-    def snapshot_download(self, repo_id, *, revision=None, allow_patterns=None, local_files_only=False, **_):
-        self.calls.append(("offline" if local_files_only else "download", repo_id, revision))
-        folder, target = self.folder(repo_id), self.cache / repo_id
-        for name in files(folder):
-            if allow_patterns is None or any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(folder / name, target / name)
-        return str(target)
 
 
 @pytest.fixture
