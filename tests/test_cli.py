@@ -365,6 +365,7 @@ def test_script_fails_clearly(tmp_path):
         (["--height", -64], "--height"),
         (["--steps", 0], "--steps"),
         (["--steps", -3], "--steps"),
+        (["--steps", 1000], "fewer than 1000 with pndm"),
         (["--steps", 1001], "from 1 to 1000"),
         (["--steps", "many"], "--steps"),
         (["--num-images", 0], "--num-images"),
