@@ -87,6 +87,7 @@ UNETS = {
 }
 SCHEDULERS = {
     "inpaint-xl": EULER,
+    "lcm": PNDM | {"_class_name": "LCMScheduler"},
     "refiner": EULER,
     "sd21-base": PNDM | {"prediction_type": "epsilon"},
     "sd21": PNDM | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
@@ -105,8 +106,10 @@ UNETS |= {
         "cross_attention_dim": 48,
         "projection_class_embeddings_input_dim": 40 + 5 * 8,
     },
+    "lcm": SD1 | {"time_cond_proj_dim": 24},
 }
 PIPELINES = {
+    "lcm": "LatentConsistencyModelPipeline",
     "sdxl": "StableDiffusionXLPipeline",
     "inpaint": "StableDiffusionInpaintPipeline",
     "inpaint-xl": "StableDiffusionXLInpaintPipeline",
