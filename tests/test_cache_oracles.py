@@ -90,7 +90,7 @@ def test_faster_cache(checkpoint, pipeline, kind, scheduler, guidance, weight):
     whose bounds are timesteps of the run."""
     options = {"spatial_attention_timestep_skip_range": (1, 831), "unconditional_batch_timestep_skip_range": (1, 748)}
     options["low_frequency_weight_update_timestep_range"] = (416, 665)
-    options["high_frequency_weight_update_timestep_range"] = (84, 499)
+    options["high_frequency_weight_update_timestep_range"] = (167, 582)
     pipe, steps = fresh(checkpoint(kind), scheduler), []
     n = STEPS + (scheduler == "pndm")
     reference.faster(
