@@ -9,11 +9,12 @@ import huggingface_hub
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import Hub, files
+from checkpoints import Hub, files, write_controlnet
+from helpers import PICTURE
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from mlx_deepcache import StableDiffusion, hub
+from mlx_deepcache import Control, StableDiffusion, hub
 from mlx_deepcache import checkpoint as checkpoint_module
 from mlx_deepcache.cli import main_convert
 from mlx_deepcache.errors import CheckpointError
@@ -302,6 +303,38 @@ def test_disk_full(checkpoint, output, capfd, monkeypatch):
     assert content(output.parent) == before
 
 
+def failing_rename(monkeypatch, fails):
+    """Path.rename raises where fails(source, target) says so."""
+    plain = Path.rename
+
+    def rename(self, target):
+        if fails(self, Path(target)):
+            raise OSError(5, "Input/output error")
+        return plain(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+
+
+def test_a_new_folder_that_cannot_be_put_in_place(checkpoint, output, capfd, monkeypatch):
+    """The old one is put back."""
+    assert convert(checkpoint("sd15"), output) == 0
+    before = content(output.parent)
+    failing_rename(monkeypatch, lambda source, target: target == output and (source / "text_encoder_2").is_dir())
+    assert fails(capfd, convert(checkpoint("sdxl"), output, "--force"), "cannot write", "Input/output error")
+    assert content(output.parent) == before
+
+
+def test_an_old_folder_that_cannot_be_put_back(checkpoint, output, capfd, monkeypatch):
+    """It is kept where it is, and the message says where."""
+    assert convert(checkpoint("sd15"), output) == 0
+    before = content(output)
+    failing_rename(monkeypatch, lambda source, target: target == output)
+    code = convert(checkpoint("sdxl"), output, "--force")
+    (kept,) = output.parent.glob(".model.*/old")
+    assert content(kept) == before and not output.exists()
+    assert fails(capfd, code, "cannot write", "Input/output error", f"could not be put back: it is now {kept}")
+
+
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("damage", ["vae cut", "no tokenizer", "no scheduler", "scheduler no JSON", "NaN config"])
 def test_failure_leaves_all_as_it_was(checkpoint, copy, output, capfd, damage, force):
@@ -425,6 +458,31 @@ def test_only_needed_files_are_downloaded(copy, checkpoint, fake_hub, half):
     assert files(folder) == needed
     assert fake_hub.calls == [("list", "somebody/model", None), ("download", "somebody/model", None)]
     assert np.isfinite(draw(folder)[0]).all()
+
+
+def test_a_controlnet_is_downloaded_alone(pipeline, fake_hub, tmp_path):
+    net = write_controlnet("sd15", tmp_path / "net")
+    options = {"steps": 1, "height": 64, "width": 64}
+    expected = pipeline("sd15")("a cat", controls=[Control(str(net), PICTURE)], **options).latents
+    for name in ("README.md", "diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin"):
+        (net / name).write_bytes(b"not needed")
+    fake_hub.repositories["somebody/net"] = net
+    result = pipeline("sd15")("a cat", controls=[Control("somebody/net", PICTURE)], **options)
+    assert np.array_equal(result.latents, expected)
+    assert files(fake_hub.cache / "somebody/net") == {"config.json", "diffusion_pytorch_model.safetensors"}
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_vae_is_downloaded_alone(copy, checkpoint, fake_hub, whole):
+    """From a repository of its own, or from a model's."""
+    source = publish(copy())
+    fake_hub.repositories["somebody/vae"] = source if whole else source / "vae"
+    model, options = str(checkpoint("sd15")), {"steps": 1, "height": 64, "width": 64}
+    expected = StableDiffusion.from_pretrained(model, "float32")("a cat", **options)
+    result = StableDiffusion.from_pretrained(model, "float32", vae="somebody/vae")("a cat", **options)
+    assert np.array_equal(result.images[0], expected.images[0])
+    needed = {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert files(fake_hub.cache / "somebody/vae") == {f"vae/{name}" if whole else name for name in needed}
 
 
 @pytest.mark.parametrize("old", [False, True])
