@@ -129,26 +129,15 @@ def test_compiled_it_is_the_same(pipeline, net):
 @pytest.mark.parametrize("interval", [1, 4])
 def test_it_follows_a_batch_that_halves(checkpoint, pipeline, net, kind, interval):
     """In diffusers both halves always run, and after half of the steps the unconditional one is not looked at. With
-    interval 4 the step after that is a cached one, with residuals of both."""
+    interval 4 the step after that is a cached one, with residuals of both; those that branch 2 reads know prompts."""
     options = {"steps": 6, "guidance_scale": 4.0, "negative_prompt": "a red house", "scheduler": "ddim"}
     options |= {"height": 64, "width": 64}
     base = fresh(checkpoint(kind), "ddim")
     Calls(base, lambda call, t, out: out if call < 3 else drop(out))
     net = net(kind)
-    expected = oracle.controlled(
-        checkpoint(kind),
-        "a cat",
-        [net],
-        [PICTURE],
-        [1.0],
-        [(0, 1)],
-        False,
-        base,
-        interval=interval,
-        seed=[1],
-        **options,
-    )
-    cache, controls = [DeepCache(interval), GuidanceInterval(0, 0.5)], [Control(net, PICTURE)]
+    given = [checkpoint(kind), "a cat", [net], [PICTURE], [1.0], [(0, 1)], False, base]
+    expected = oracle.controlled(*given, interval=interval, branch=2, seed=[1], **options)
+    cache, controls = [DeepCache(interval, 2), GuidanceInterval(0, 0.5)], [Control(net, PICTURE)]
     result = pipeline(kind)("a cat", cache=cache, controls=controls, seeds=[1], **options)
     assert error(to_torch_layout(result.latents), expected["latents"]) < 1e-4
     assert result.stats["unet_macs"] <= 0.75 * result.stats["unet_macs_uncached"]
@@ -157,21 +146,10 @@ def test_it_follows_a_batch_that_halves(checkpoint, pipeline, net, kind, interva
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_low_memory_changes_nothing(checkpoint, net, kind):
     """Guidance's halves run one after the other there."""
-    net, options = net(kind), {"guidance_scale": 4.0, "negative_prompt": "a red house", "height": 64, "width": 64}
-    options |= {"steps": 4}
-    expected = oracle.controlled(
-        checkpoint(kind),
-        "a cat",
-        [net],
-        [PICTURE],
-        [1.0],
-        [(0, 1)],
-        False,
-        interval=2,
-        num_images=2,
-        seed=[1, 2],
-        **options,
-    )
+    options = {"steps": 4, "guidance_scale": 4.0, "negative_prompt": "a red house", "height": 64, "width": 64}
+    net = net(kind)
+    given = [checkpoint(kind), "a cat", [net], [PICTURE], [1.0], [(0, 1)], False]
+    expected = oracle.controlled(*given, interval=2, num_images=2, seed=[1, 2], **options)
     frugal = StableDiffusion.from_pretrained(str(checkpoint(kind)), "float32", low_memory=True)
     result = frugal("a cat", controls=[Control(net, PICTURE)], cache_interval=2, seeds=[1, 2], **options)
     assert error(to_torch_layout(result.latents), expected["latents"]) < 1e-4
