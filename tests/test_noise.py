@@ -19,6 +19,16 @@ def test_torch_cpu(seed, shape):
         assert np.abs(ours.normal(shape) - torch.randn(shape, generator=reference).numpy()).max() < 2e-6
 
 
+def test_torch_cuda():
+    """torch.randn((3, 4)) of seed 0 on an NVIDIA card, as AUTOMATIC1111's web UI quotes it beside its own Philox."""
+    expected = [
+        [-0.92466259, -0.42534415, -2.6438457, 0.14518388],
+        [-0.12086647, -0.57972564, -0.62285122, -0.32838709],
+        [-1.07454231, -0.36314407, -1.67105067, 2.26550497],
+    ]
+    assert np.abs(TorchCUDA(0).normal((3, 4)) - expected).max() < 2e-6
+
+
 def test_a_handful_of_values_is_refused():
     with pytest.raises(UsageError, match="16 values or more, got 4"):
         TorchCPU(0).normal((1, 4, 1, 1))

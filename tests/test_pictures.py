@@ -1,6 +1,8 @@
 """From a picture to a picture: reading and fitting files, image to image and inpainting against diffusers."""
 
 import io
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from helpers import MASK, PICTURE, compare_from_picture, error, smooth
 from oracle import SCHEDULERS
 from PIL import Image
 
+from mlx_deepcache import StableDiffusion
 from mlx_deepcache.errors import Failure, UsageError
 from mlx_deepcache.pictures import fit, read_mask, read_picture, size_for, source
 
@@ -24,6 +27,16 @@ def test_image_to_image(checkpoint, pipeline, scheduler):
     for steps, strength in ((6, 0.7), (8, 0.13)):
         options = {"steps": steps, "guidance_scale": 2.0, "scheduler": scheduler, "strength": strength}
         compare_from_picture(checkpoint, pipeline, "sd15", interval=2, branch=1, **options)
+
+
+def test_image_to_image_with_pndms_runge_kutta_start(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint("sd15"), tmp_path / "model")
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"skip_prk_steps": False}))
+    options = {"steps": 8, "guidance_scale": 2.0, "strength": 0.7}
+    compare_from_picture(
+        lambda kind: folder, lambda kind: StableDiffusion.from_pretrained(str(folder), "float32"), "sd15", **options
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,6 +97,8 @@ def test_turned_as_exif_says():
     exif[0x0112] = 6  # the camera was held upright
     sideways = PICTURE.transpose(Image.Transpose.ROTATE_90)
     assert np.array_equal(saved(sideways, exif=exif), PICTURE)
+    sideways.getexif()[0x0112] = 6  # as it has where it was opened by someone else
+    assert np.array_equal(read_picture(sideways), PICTURE)
 
 
 def test_transparency_is_over_white_and_in_a_mask_over_black():
