@@ -10,7 +10,7 @@ from mlx_deepcache.noise import GENERATORS, BatchNoise, TorchCPU, TorchCUDA, phi
 SHAPES = [(1, 4, 64, 64), (1, 4, 8, 8), (1, 4, 9, 13), (1, 4, 5, 5), (1, 4, 2, 2), (1, 4, 128, 96)]
 
 
-@pytest.mark.parametrize("seed", [*range(16), 42, 2**31, 2**32 + 7, 2**63 - 1])
+@pytest.mark.parametrize("seed", [*range(16), 42, 2**31, 2**32 + 7, 2**63 - 1, 2**64 - 1, -1, -(2**40)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_torch_cpu(seed, shape):
     """Three draws from the same generator, as an ancestral sampler makes them."""
