@@ -44,6 +44,8 @@ setup(
             "DeepCache",
             "peft",
             "argcomplete",
+            "openai-clip",
+            "psutil",
             "scikit-image",
             "pytest",
             "ruff==0.17.5",

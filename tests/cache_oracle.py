@@ -22,12 +22,14 @@ def fresh(folder, scheduler):
     parts["scheduler"] = oracle.make_scheduler(pipe.own_scheduler, scheduler)
     options = {"add_watermarker": False} if "tokenizer_2" in parts else {"requires_safety_checker": False}
     result = type(pipe)(**parts, **options)
+    result.own_scheduler = pipe.own_scheduler
     result.set_progress_bar_config(disable=True)
     return result
 
 
 class Masked(oracle.Helper):
-    """The pip package's cache with its clock replaced: `decide(call, x, t)` says whether a U-Net call is a full one."""
+    """The pip package's cache with its clock replaced: `decide(call, x, t, ...)`, given what the U-Net is given, says
+    whether a call is a full one."""
 
     decide = None
 
@@ -35,7 +37,7 @@ class Masked(oracle.Helper):
         self.function_dict["unet_forward"] = forward = self.pipe.unet.forward
 
         def counted(*args, **kwargs):
-            self.full.append(bool(self.decide(len(self.full), args[0], args[1])))
+            self.full.append(bool(self.decide(len(self.full), *args, **kwargs)))
             self.cur_timestep = 0 if self.full[-1] else 1
             return forward(*args, **kwargs)
 
@@ -176,23 +178,31 @@ def gate_rule(calls, c_of_call, step, sp_interval, fi_interval, warm_up, guided)
     return rule
 
 
-def conv_in_change(unet):
-    """A decision as Adaptive's at branch 0, whose skip is what `conv_in` gives: (threshold, most) -> decide."""
+def encoder_layers(unet):
+    """The modules that give the skips, outermost first."""
+    layers = [unet.conv_in]
+    for block in unet.down_blocks:
+        layers += [*(getattr(block, "attentions", None) or block.resnets), *(block.downsamplers or [])]
+    return layers
 
-    def rule(threshold, most):
-        kept, log = {}, []
 
-        def decide(call, x, t):
-            skip = unet.conv_in(x).detach()
-            full = "skip" not in kept
-            if not full:
-                change = (skip - kept["skip"]).abs().mean((1, 2, 3)) / kept["skip"].abs().mean((1, 2, 3))
-                log.append(float(change.max()))
-                full = log[-1] >= threshold or call - kept["call"] >= most
-            if full:
-                kept.update(skip=skip, call=call)
-            return full
+def skip_change(unet, branch, threshold, most):
+    """Adaptive's rule as `decide` for `masked`, and the list of the changes that it will have seen. Each call is run
+    whole on a copy of the U-Net, for the skip at the branch."""
+    whole, kept, seen, log = copy.deepcopy(unet), {}, [], []
+    encoder_layers(whole)[branch].register_forward_hook(
+        lambda _, __, out: seen.append(getattr(out, "sample", out[0] if isinstance(out, tuple) else out))
+    )
 
-        return decide, log
+    def decide(call, *args, **kwargs):
+        whole(*args, **kwargs)
+        skip, full = seen.pop(), "skip" not in kept
+        if not full:
+            change = (skip - kept["skip"]).abs().mean((1, 2, 3)) / kept["skip"].abs().mean((1, 2, 3))
+            log.append(float(change.max()))
+            full = log[-1] >= threshold or call - kept["call"] >= most
+        if full:
+            kept.update(skip=skip, call=call)
+        return full
 
-    return rule
+    return decide, log

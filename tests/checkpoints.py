@@ -1,15 +1,20 @@
 """Tiny random checkpoints in the diffusers layout, one a family, for tests that hold our code against diffusers.
 
-`build(kind, folder)` writes one. The weights are random but lively: every layer keeps about unit variance, so that a
-skip, the prompt or the timestep left out shows in the output, and an epsilon model's last convolution is fitted to
-predict the noise, so that fifty steps end at latents of ordinary size. Nothing here comes from outside this file.
+`build(kind, folder)` writes one; `Hub` stands in for the place where people get theirs. The weights are random but
+lively: every layer keeps about unit variance, so that a skip, the prompt or the timestep left out shows in the output,
+and an epsilon model's last convolution is fitted to predict the noise, so that fifty steps end at latents of ordinary
+size. Nothing here comes from outside this file.
 """
 
+import fnmatch
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -82,6 +87,7 @@ UNETS = {
 }
 SCHEDULERS = {
     "inpaint-xl": EULER,
+    "lcm": PNDM | {"_class_name": "LCMScheduler"},
     "refiner": EULER,
     "sd21-base": PNDM | {"prediction_type": "epsilon"},
     "sd21": PNDM | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
@@ -100,8 +106,10 @@ UNETS |= {
         "cross_attention_dim": 48,
         "projection_class_embeddings_input_dim": 40 + 5 * 8,
     },
+    "lcm": SD1 | {"time_cond_proj_dim": 24},
 }
 PIPELINES = {
+    "lcm": "LatentConsistencyModelPipeline",
     "sdxl": "StableDiffusionXLPipeline",
     "inpaint": "StableDiffusionInpaintPipeline",
     "inpaint-xl": "StableDiffusionXLInpaintPipeline",
@@ -252,6 +260,21 @@ def write_vae(kind, folder):
         rename(folder / "diffusion_pytorch_model.safetensors", old)
 
 
+def write_taesd(folder):
+    """A lively AutoencoderTiny that fits Stable Diffusion's latents."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(5)
+        vae = AutoencoderTiny(
+            encoder_block_out_channels=(16,) * 4,
+            decoder_block_out_channels=(24,) * 4,
+            num_encoder_blocks=(1, 2, 1, 2),
+            num_decoder_blocks=(2, 1, 2, 1),
+            scaling_factor=1.3,
+        )
+        enliven(vae).save_pretrained(folder)
+    return folder
+
+
 def rename(file, table):
     """Replace parts of the tensor names in one safetensors file."""
     tensors = load_file(file)
@@ -330,3 +353,40 @@ def write_tokenizer(folder, pad):
     options = {"add_prefix_space": False, "do_lower_case": True, "errors": "replace", "model_max_length": 77}
     write_json(folder / "tokenizer_config.json", special | options | {"tokenizer_class": "CLIPTokenizer"})
     return len(tokens) - 1
+
+
+# -------------------------------------------------------------------------------------------------------------- hub
+
+
+def files(folder):
+    """Names of all files in a folder and below."""
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+class Hub:
+    """A stand-in for the hub: repositories are folders, and a download copies what the patterns ask for."""
+
+    def __init__(self, monkeypatch, cache):
+        self.repositories, self.calls, self.cache = {}, [], cache
+        monkeypatch.setattr(huggingface_hub, "model_info", self.model_info)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+    def folder(self, repository):
+        if repository not in self.repositories:
+            raise RuntimeError(f"404 Client Error\nRepository Not Found for url {repository}\nand so on")
+        return self.repositories[repository]
+
+    def model_info(self, repo_id, *, revision=None, **_):
+        self.calls.append(("list", repo_id, revision))
+        names = sorted(files(self.folder(repo_id)))
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+
+    def snapshot_download(self, repo_id, *, revision=None, allow_patterns=None, local_files_only=False, **_):
+        self.calls.append(("offline" if local_files_only else "download", repo_id, revision))
+        folder, target = self.folder(repo_id), self.cache / repo_id
+        for name in files(folder):
+            if allow_patterns is None or any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / name, target / name)
+        return str(target)

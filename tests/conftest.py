@@ -32,3 +32,9 @@ def pipeline(checkpoint):
         return pipes[kind]
 
     return loaded
+
+
+@pytest.fixture(scope="session")
+def taesd(tmp_path_factory):
+    """The folder of a tiny AutoencoderTiny."""
+    return checkpoints.write_taesd(tmp_path_factory.mktemp("taesd"))

@@ -1,7 +1,9 @@
-"""What several tests share: layouts, one measure of error, and U-Net inputs."""
+"""What several tests share: layouts, one measure of error, U-Net inputs, and pictures to start from."""
 
 import mlx.core as mx
 import numpy as np
+import oracle
+from PIL import Image
 
 
 def error(ours, reference) -> float:
@@ -55,3 +57,47 @@ def token_rows(tokenizer, texts):
     from mlx_deepcache.generation.prompts import chunked, tokenize
 
     return chunked(tokenizer, [tokenize(tokenizer, text) for text in texts])[0][:, 0]
+
+
+def smooth(height, width, channels=3, seed=0):
+    """A picture with large and small forms in it."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (5, 7, channels), dtype=np.uint8).squeeze()
+    large = np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+    return Image.fromarray(np.clip(large + rng.integers(-20, 20, large.shape), 0, 255).astype(np.uint8))
+
+
+PICTURE = smooth(72, 104)
+MASK = Image.fromarray(np.pad(np.full((40, 50), 255, np.uint8), ((12, 20), (30, 24))))
+
+
+def compare_from_picture(checkpoint, pipeline, kind, mask=None, tolerance=1e-4, **options):
+    """Two pictures by diffusers with DeepCache and by us. Returns our result and the relative error of the latents."""
+    interval, branch = options.pop("interval", 1), options.pop("branch", 0)
+    expected = oracle.from_picture(
+        checkpoint(kind),
+        "a small red cat",
+        PICTURE,
+        mask,
+        interval=interval,
+        branch=branch,
+        seed=[3, 4],
+        num_images=2,
+        height=72,
+        width=104,
+        **options,
+    )
+    steps = []
+    result = pipeline(kind)(
+        "a small red cat",
+        image=PICTURE,
+        mask=mask,
+        seeds=[3, 4],
+        cache_interval=interval,
+        cache_branch=branch,
+        on_step=steps.append,
+        **options,
+    )
+    assert [step.full for step in steps for _ in range(step.calls)] == expected["full"]
+    assert error(to_torch_layout(result.latents), expected["latents"]) < tolerance
+    return result, expected

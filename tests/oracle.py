@@ -161,7 +161,7 @@ def generate(
             **sizes,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
+            **({} if negative_prompt is None else {"negative_prompt": negative_prompt}),
             num_images_per_prompt=num_images,
             generator=generators(seed),
             **({} if latents is None else {"latents": latents}),
@@ -210,10 +210,11 @@ def from_picture(folder, prompt, image, mask=None, strength=None, **options):
     return generate(folder, prompt, pipe=pipe, options=more, **options)
 
 
-def controlled(folder, prompt, nets, images, scales, windows, every_step=True, **options):
-    """`generate` with ControlNets; every_step False: a cached step is given the residuals of the last full one."""
+def controlled(folder, prompt, nets, images, scales, windows, every_step=True, base=None, more=None, **options):
+    """`generate` with ControlNets; every_step False: a cached step is given the residuals of the last full one; base:
+    a pipeline to take the parts of, else the shared one; more: arguments of the diffusers pipeline."""
     nets = [diffusers.ControlNetModel.from_pretrained(net) for net in nets]
-    pipe = variant(shared(str(folder)), "ControlNet", controlnet=nets)
+    pipe = variant(shared(str(folder)) if base is None else base, "ControlNet", controlnet=nets)
     forward, kept, calls = pipe.controlnet.forward, [], []
 
     def remembering(*args, **kwargs):
@@ -225,7 +226,7 @@ def controlled(folder, prompt, nets, images, scales, windows, every_step=True, *
 
     pipe.controlnet.forward = remembering
     starts, ends = map(list, zip(*windows, strict=True))
-    more = {
+    more = (more or {}) | {
         "image": images,
         "controlnet_conditioning_scale": scales,
         "control_guidance_start": starts,
@@ -234,14 +235,32 @@ def controlled(folder, prompt, nets, images, scales, windows, every_step=True, *
     return generate(folder, prompt, pipe=pipe, options=more, **options)
 
 
-def refined(base, refiner, prompt, share, seed, height, width, **options):
-    """`generate`, first by SDXL up to `share` of the noise schedule, then by its refiner."""
+def refined(base, refiner, prompt, share, seed, height, width, control=None, **options):
+    """`generate`, first by SDXL up to `share` of the noise schedule, then by its refiner; control: a ControlNet's
+    folder and picture, for SDXL."""
     draws = generators(seed)
     options = options | {"num_images": len(seed), "seed": draws}
-    first = generate(base, prompt, height=height, width=width, options={"denoising_end": share}, **options)
+    if control is None:
+        first = generate(base, prompt, height=height, width=width, options={"denoising_end": share}, **options)
+    else:
+        first = controlled_until(base, prompt, share, *control, height=height, width=width, **options)
     more = {"denoising_start": share, "image": as_torch(first["latents"])}
     last = generate(refiner, prompt, pipe=shared(str(refiner)), options=more, **options)
     return last | {"full": first["full"] + last["full"]}
+
+
+def controlled_until(folder, prompt, share, net, image, **options):
+    """`controlled` up to `share` of the noise schedule, for which diffusers' pipeline has no argument: the latents are
+    taken from a whole run."""
+    visited = []
+
+    def visit(pipe, i, t, now):
+        visited.append((int(t), now["latents"].numpy().copy()))
+        return now
+
+    whole = controlled(folder, prompt, [net], [image], [1.0], [(0, 1)], more={"callback_on_step_end": visit}, **options)
+    until = sum(t >= round(1000 - share * 1000) for t, _ in visited)
+    return {"latents": visited[until - 1][1], "full": whole["full"][:until]}
 
 
 @torch.no_grad()

@@ -5,10 +5,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import error, to_mlx, to_torch_layout
+from mlx.nn import LayerNorm
+from oracle import shared
 from torch.nn import functional as F
 
 from mlx_deepcache.backend import ops
-from mlx_deepcache.nets.blocks import ResnetBlock2D, Upsample2D
+from mlx_deepcache.checkpoints.checkpoint import Checkpoint
+from mlx_deepcache.nets.blocks import GroupNorm, ResnetBlock2D, Upsample2D
 
 
 def lively(module, seed=0):
@@ -84,3 +87,15 @@ def test_the_fixed_part_of_a_resnet(features, skip, out, groups):
     f, s, temb = normal(2, 6, 5, features), normal(2, 6, 5, skip, seed=2), mx.array(normal(1, 16))
     whole = block(mx.array(np.concatenate([f, s], axis=-1)), temb)
     assert error(block.join(block.fixed_part(mx.array(f)), mx.array(s), temb), whole) < 3e-6
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_norms_have_the_epsilons_of_diffusers(checkpoint, kind, part):
+    """They differ by kind of norm, and show only where a picture is almost flat."""
+    net = getattr(shared(str(checkpoint(kind))), part)
+    kinds = torch.nn.GroupNorm | torch.nn.LayerNorm
+    expected = {name: module.eps for name, module in net.named_modules() if isinstance(module, kinds)}
+    ours = Checkpoint.open(str(checkpoint(kind))).module(part).named_modules()
+    assert {name: module.eps for name, module in ours if isinstance(module, GroupNorm | LayerNorm)} == expected
+    assert part == "vae" or set(expected.values()) == {1e-5, 1e-6}

@@ -45,17 +45,19 @@ def agrees(latents, expected, uncached):
 
 
 def deepcache(pipe, full, branch=0):
-    return nullcontext() if full is None else masked(pipe, lambda call, x, t: full[call], branch)
+    return nullcontext() if full is None else masked(pipe, lambda call, *_, **__: full[call], branch)
 
 
 @pytest.mark.parametrize(("kind", "scheduler", "guidance"), CASES)
 @pytest.mark.parametrize("branch", [None, 1])
 def test_pyramid_attention_broadcast(checkpoint, pipeline, kind, scheduler, guidance, branch):
-    """diffusers' hook on the same net. Its layers that a cached step of DeepCache leaves out do not count on."""
+    """diffusers' hook on the same net. Its layers that a cached step of DeepCache leaves out do not count on. The
+    timesteps are 83 apart, and the windows begin and end at some of them, which are outside."""
     ranges = {
         "spatial_attention_block_skip_range": 2,
         "cross_attention_block_skip_range": 3,
-        "spatial_attention_timestep_skip_range": (60, 850),
+        "spatial_attention_timestep_skip_range": (84, 831),
+        "cross_attention_timestep_skip_range": (167, 748),
     }
     pipe = fresh(checkpoint(kind), scheduler)
     reference.broadcast(pipe, Calls(pipe), **ranges)
@@ -68,12 +70,28 @@ def test_pyramid_attention_broadcast(checkpoint, pipeline, kind, scheduler, guid
     assert stats["cache_bytes"]["pab"] > 0 and stats["unet_macs"] < stats["unet_macs_uncached"]
 
 
+@pytest.mark.parametrize(("kind", "scheduler"), [("sd15", "ddim"), ("sdxl", "euler")])
+def test_pyramid_attention_broadcast_where_guidance_ends(checkpoint, pipeline, kind, scheduler):
+    """From then on the outputs that were kept of both halves are used for the conditional one alone."""
+    ranges = {"spatial_attention_block_skip_range": 2, "cross_attention_block_skip_range": 5}
+    ranges |= {f"{attention}_attention_timestep_skip_range": (-1, 1000) for attention in ("spatial", "cross")}
+    pipe = fresh(checkpoint(kind), scheduler)
+    reference.broadcast(pipe, Calls(pipe, lambda call, t, out: out if call < STEPS / 2 else drop(out)), **ranges)
+    expected = draw(pipe, STEPS, 5.0)
+    cache = [PyramidAttentionBroadcast(**ranges), GuidanceInterval(0, 0.5)]
+    latents, taken, _ = ours(pipeline, kind, scheduler, 5.0, cache)
+    agrees(latents, expected, plain(checkpoint, kind, scheduler, 5.0))
+    assert [step.work[0].pictures for step in taken] == [2] * (STEPS // 2) + [1] * (STEPS // 2)
+
+
 @pytest.mark.parametrize(("kind", "scheduler", "guidance"), CASES)
 @pytest.mark.parametrize("weight", [(0.5, 0.5), (0, 1)])
 def test_faster_cache(checkpoint, pipeline, kind, scheduler, guidance, weight):
-    """diffusers' hooks for the denoiser and for blocks; windows that begin after the first step, as they need."""
-    options = {"spatial_attention_timestep_skip_range": (-1, 800), "unconditional_batch_timestep_skip_range": (-1, 800)}
-    options["low_frequency_weight_update_timestep_range"] = (400, 901)
+    """diffusers' hooks for the denoiser and for blocks; windows that begin after the first step, as they need, and
+    whose bounds are timesteps of the run."""
+    options = {"spatial_attention_timestep_skip_range": (1, 831), "unconditional_batch_timestep_skip_range": (1, 748)}
+    options["low_frequency_weight_update_timestep_range"] = (416, 665)
+    options["high_frequency_weight_update_timestep_range"] = (167, 582)
     pipe, steps = fresh(checkpoint(kind), scheduler), []
     n = STEPS + (scheduler == "pndm")
     reference.faster(
@@ -202,15 +220,16 @@ def test_guidance_interval(checkpoint, pipeline, kind, scheduler, start, end, in
 
 
 @pytest.mark.parametrize(("kind", "scheduler", "guidance"), CASES)
-def test_adaptive(checkpoint, pipeline, kind, scheduler, guidance):
-    """The decisions are made from `conv_in`'s output in PyTorch; the pip package keeps the features."""
+@pytest.mark.parametrize("branch", [0, 4])
+def test_adaptive(checkpoint, pipeline, kind, scheduler, guidance, branch):
+    """The decisions are made from the skip at the branch in PyTorch; the pip package keeps the features."""
     pipe = fresh(checkpoint(kind), scheduler)
-    decide, log = reference.conv_in_change(pipe.unet)(0.3, 4)
-    with masked(pipe, decide) as cache:
+    decide, log = reference.skip_change(pipe.unet, branch, 0.3, 4)
+    with masked(pipe, decide, branch) as cache:
         expected = draw(pipe, STEPS, guidance)
         full = list(cache.full)
-    latents, taken, stats = ours(pipeline, kind, scheduler, guidance, [Adaptive(0.3, max_interval=4)])
-    assert [step.full for step in taken] == full and full.count(False) > 2
+    latents, taken, stats = ours(pipeline, kind, scheduler, guidance, [Adaptive(0.3, 4, branch)])
+    assert [step.full for step in taken] == full and full.count(False) > 2 and full.count(True) > 4
     agrees(latents, expected, plain(checkpoint, kind, scheduler, guidance))
     assert [d["change"] for d in stats["decisions"]] == pytest.approx(log, rel=1e-3)
     assert [d["full"] for d in stats["decisions"]] == full[1:]

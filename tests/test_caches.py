@@ -4,11 +4,13 @@ import gc
 import json
 import weakref
 
+import diffusers
 import mlx.core as mx
 import numpy as np
 import pytest
 import torch
 from diffusers.hooks.taylorseer_cache import TaylorSeerState
+from helpers import PICTURE
 
 from mlx_deepcache import (
     Adaptive,
@@ -124,35 +126,41 @@ def test_spectrum_is_a_ridge_fit_of_chebyshev_polynomials():
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize(("guidance", "window"), [(1.0, None), (3.0, None), (3.0, (0, 0.4)), (3.0, (0.5, 1))])
 @pytest.mark.parametrize("policy", [TaylorSeer(2), Spectrum(history=3)])
-def test_a_cached_step_is_given_the_forecast(pipeline, monkeypatch, kind, guidance, policy):
-    """What the U-Net is given, seen from outside, is the sum of what it returned with the policy's weights."""
+def test_a_cached_step_is_given_the_forecast(pipeline, monkeypatch, kind, guidance, window, policy):
+    """What the U-Net is given, seen from outside, is the sum of what it returned with the policy's weights: for the
+    conditional half that of the conditional half, and for both only of calls that had both."""
     pipe = pipeline(kind)
     unet, full, checked = type(pipe.component("unet")), [], 0
     plain = unet.__call__
 
-    def watched(self, *args, features=None, **kwargs):
+    def watched(self, x, *args, features=None, **kwargs):
         nonlocal checked
         step = len(calls)
         if features is not None:
             steps, kept = zip(*full[-policy.history :], strict=True)
             weights = policy.weights(steps, step, 11)
             for part, parts in zip(features, zip(*kept, strict=True), strict=True):
-                expected = sum(w * np.array(p) for w, p in zip(weights, parts, strict=True))
+                assert len(part) == len(x)
+                expected = sum(w * np.array(p)[-len(x) :] for w, p in zip(weights, parts, strict=True))
                 assert np.allclose(np.array(part), expected, atol=1e-4 * np.abs(expected).max(initial=0))
                 checked += part.size > 0
-        out, returned = plain(self, *args, features=features, **kwargs)
+        out, returned = plain(self, x, *args, features=features, **kwargs)
         if features is None:
+            if full and len(full[-1][1].conv) < len(x):
+                full.clear()
             full.append((step, returned))
-        calls.append(step)
+        calls.append(len(x))
         return out, returned
 
     calls = []
     monkeypatch.setattr(unet, "__call__", watched)
-    cache = [DeepCache(3), policy]
+    cache = [DeepCache(3), policy] + ([] if window is None else [GuidanceInterval(*window)])
     drawn(pipe, cache, steps=11, guidance_scale=guidance, scheduler="ddim", seeds=[1])
-    assert checked >= 14 and len(full) == 4
+    start, end = (0, 1) if window is None else window
+    assert calls == [2 if guidance > 1 and start <= i / 11 < end else 1 for i in range(11)]
+    assert checked >= 14
 
 
 # ---------------------------------------------------------------------------------------- neutral, never left over
@@ -403,6 +411,33 @@ def test_settings(pipeline):
     ]:
         with pytest.raises(UsageError, match=message):
             caches(**options)
+
+
+def test_the_cache_is_off_where_few_steps_are_run(pipeline):
+    """20 steps of which the picture's strength leaves 6."""
+    few, many = ({"image": PICTURE, "steps": 20, "strength": strength} for strength in (0.3, 0.5))
+    assert pipeline("sd15").settings("a cat", **few).cache.when == DeepCache(1)
+    assert pipeline("sd15").settings("a cat", **many).cache.when == DeepCache(3)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "but"),
+    [
+        (FasterCache(), diffusers.FasterCacheConfig(), set()),
+        # which leaves both kinds of attention alone until a range is given
+        (
+            PyramidAttentionBroadcast(),
+            diffusers.PyramidAttentionBroadcastConfig(),
+            {"spatial_attention_block_skip_range", "cross_attention_block_skip_range"},
+        ),
+    ],
+    ids=["fastercache", "pab"],
+)
+def test_defaults_are_those_of_diffusers(ours, theirs, but):
+    shared = {name for name in vars(ours) if hasattr(theirs, name)} - but
+    assert len(shared) >= 2
+    for name in shared:
+        assert np.array_equal(getattr(ours, name), getattr(theirs, name)), name
 
 
 def test_cache_list(capsys):

@@ -63,6 +63,12 @@ def pixels(file="out.png"):
     return np.asarray(Image.open(file)).astype(int)
 
 
+def recorded(file="out.png"):
+    """The settings in a picture."""
+    with Image.open(file) as image:
+        return json.loads(image.text["mlx_deepcache"])
+
+
 def assert_fails(capfd, code, expected, *words):
     """One line says what went wrong, and nothing was written."""
     out, err = capfd.readouterr()
@@ -274,7 +280,11 @@ def test_rng(draw):
 @pytest.mark.parametrize("rng", ["torch", "torch-cuda", "mlx"])
 @pytest.mark.parametrize("seed", [-1, 2**32 - 1, 2**64 - 1, 2**80 + 7])
 def test_any_seed(draw, rng, seed):
-    assert draw("--steps", 1, "--rng", rng, "--seed", seed) == 0
+    """Generators look at 64 bits of it; the picture keeps all of it."""
+    drawn = final_latents(draw, "--steps", 1, "--rng", rng, "--seed", seed, seed % 2**64, 0)
+    assert error(drawn[0], drawn[1]) < 1e-5
+    assert error(drawn[0], drawn[2]) > 0.1
+    assert [recorded(f"out-{i}.png")["seed"] for i in (1, 2, 3)] == [seed, seed % 2**64, 0]
 
 
 def test_seed(draw):
@@ -366,6 +376,7 @@ def test_script_fails_clearly(tmp_path):
         (["--height", -64], "--height"),
         (["--steps", 0], "--steps"),
         (["--steps", -3], "--steps"),
+        (["--steps", 1000], "fewer than 1000 with pndm"),
         (["--steps", 1001], "from 1 to 1000"),
         (["--steps", "many"], "--steps"),
         (["--num-images", 0], "--num-images"),
@@ -434,6 +445,26 @@ def test_disk_full(draw, capfd, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", save)
     assert_fails(capfd, draw("--steps", 1), 1, "cannot write out.png", "No space left")
+
+
+@pytest.mark.parametrize(("flag", "file"), [("--stats", "s.json"), ("--save-latents", "l.safetensors")])
+def test_disk_full_beside_the_picture(draw, capfd, monkeypatch, flag, file):
+    """What was there before stays."""
+
+    def write_text(self, *_, **__):
+        self.write_bytes(b"half a fi")
+        raise OSError(28, "No space left on device")
+
+    def save_safetensors(name, *_, **__):
+        Path(name).write_bytes(b"half a fi")
+        raise RuntimeError("[save_safetensors] No space left on device")
+
+    Path(file).write_bytes(b"old")
+    monkeypatch.setattr(Path, "write_text", write_text)
+    monkeypatch.setattr(mx, "save_safetensors", save_safetensors)
+    assert draw("--steps", 1, flag, file) == 1
+    assert re.search(rf"^error: cannot write {file}: .*No space left on device$", capfd.readouterr().err, re.MULTILINE)
+    assert (left(), Path(file).read_bytes()) == (sorted([file, "out.png"]), b"old")
 
 
 @pytest.mark.parametrize("name", ["no such model", "", "./nowhere", "x" * 5000, "nobody/nothing"])
@@ -669,6 +700,7 @@ def test_closed_pipe(checkpoint, tmp_path):
         done = subprocess.run(command, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
     finally:
         os.close(write)
+    assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
 

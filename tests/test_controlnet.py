@@ -6,12 +6,12 @@ import mlx.core as mx
 import numpy as np
 import oracle
 import pytest
+from cache_oracle import Calls, drop, fresh
 from checkpoints import write_controlnet
-from helpers import at, conditioning, error, to_mlx, to_torch_layout, unet_inputs
+from helpers import PICTURE, at, conditioning, error, smooth, to_mlx, to_torch_layout, unet_inputs
 from safetensors.numpy import load_file, save_file
-from test_pictures import PICTURE, smooth
 
-from mlx_deepcache import Control, StableDiffusion
+from mlx_deepcache import Control, DeepCache, GuidanceInterval, StableDiffusion
 from mlx_deepcache.apps.generate import main_generate
 from mlx_deepcache.checkpoints.part import load_controlnet
 from mlx_deepcache.errors import CheckpointError, UsageError
@@ -125,14 +125,34 @@ def test_compiled_it_is_the_same(pipeline, net):
         assert error(compiled("a cat", controls=controls, **options).latents, expected.latents) < 1e-4
 
 
-@pytest.mark.parametrize("cache", [["guidance:end=0.5"], ["guidance:end=0.5", "deepcache:interval=2"]])
-def test_it_follows_a_batch_that_halves(pipeline, net, cache):
-    """Where both halves of guidance read the same prompt, leaving one out changes nothing."""
-    options = {"negative_prompt": "a cat", "steps": 6, "controls": [Control(net("sd15"), PICTURE)], "seeds": [1, 2]}
-    kept = pipeline("sd15")("a cat", **options, cache=cache[1:] or "deepcache:interval=1").latents
-    halved = pipeline("sd15")("a cat", **options, cache=cache)
-    assert error(halved.latents, kept) < 1e-5
-    assert halved.stats["unet_macs"] < 0.9 * halved.stats["unet_macs_uncached"]
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize("interval", [1, 4])
+def test_it_follows_a_batch_that_halves(checkpoint, pipeline, net, kind, interval):
+    """In diffusers both halves always run, and after half of the steps the unconditional one is not looked at. With
+    interval 4 the step after that is a cached one, with residuals of both; those that branch 2 reads know prompts."""
+    options = {"steps": 6, "guidance_scale": 4.0, "negative_prompt": "a red house", "scheduler": "ddim"}
+    options |= {"height": 64, "width": 64}
+    base = fresh(checkpoint(kind), "ddim")
+    Calls(base, lambda call, t, out: out if call < 3 else drop(out))
+    net = net(kind)
+    given = [checkpoint(kind), "a cat", [net], [PICTURE], [1.0], [(0, 1)], False, base]
+    expected = oracle.controlled(*given, interval=interval, branch=2, seed=[1], **options)
+    cache, controls = [DeepCache(interval, 2), GuidanceInterval(0, 0.5)], [Control(net, PICTURE)]
+    result = pipeline(kind)("a cat", cache=cache, controls=controls, seeds=[1], **options)
+    assert error(to_torch_layout(result.latents), expected["latents"]) < 1e-4
+    assert result.stats["unet_macs"] <= 0.75 * result.stats["unet_macs_uncached"]
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_low_memory_changes_nothing(checkpoint, net, kind):
+    """Guidance's halves run one after the other there."""
+    options = {"steps": 4, "guidance_scale": 4.0, "negative_prompt": "a red house", "height": 64, "width": 64}
+    net = net(kind)
+    given = [checkpoint(kind), "a cat", [net], [PICTURE], [1.0], [(0, 1)], False]
+    expected = oracle.controlled(*given, interval=2, num_images=2, seed=[1, 2], **options)
+    frugal = StableDiffusion.from_pretrained(str(checkpoint(kind)), "float32", low_memory=True)
+    result = frugal("a cat", controls=[Control(net, PICTURE)], cache_interval=2, seeds=[1, 2], **options)
+    assert error(to_torch_layout(result.latents), expected["latents"]) < 1e-4
 
 
 def test_size_is_that_of_the_picture(pipeline, net):

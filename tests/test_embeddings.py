@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from mlx_deepcache import StableDiffusion
-from mlx_deepcache.apps.flags import file_and_word
 from mlx_deepcache.apps.generate import main_generate
+from mlx_deepcache.fields import file_and_word
 
 WIDTHS = {"sd15": (32,), "sd21": (48,), "sdxl": (32, 48)}
 

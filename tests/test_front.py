@@ -10,12 +10,15 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from benchmarks.quality import quality
+from mlx_deepcache import StableDiffusion
 from mlx_deepcache.apps import calibrate
 from mlx_deepcache.apps.convert import main_convert
 from mlx_deepcache.apps.generate import main_generate
 from mlx_deepcache.cache import prices as front
 from mlx_deepcache.cache.prices import Front, Price
+from mlx_deepcache.cache.text import write
 from mlx_deepcache.checkpoints import folder as folder_module
+from mlx_deepcache.checkpoints.checkpoint import BUNDLED
 from mlx_deepcache.errors import CheckpointError, UsageError
 
 PRICES = (
@@ -58,6 +61,15 @@ def test_the_cheapest_that_keeps_the_promise_is_picked(promise, index):
 def test_an_impossible_promise_says_what_the_best_is(promise, message):
     with pytest.raises(UsageError, match=message):
         FRONT.pick(*promise)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_equally_good_ones_the_better_is_picked(order):
+    cheap, dear, near = PRICES[2], replace(PRICES[2], macs=0.3), replace(PRICES[2], psnr=45.0)
+    pick = replace(FRONT, policies=(cheap, dear)[::order]).pick
+    assert pick(None, 1.0)[0] == pick(39, None)[0] == cheap  # as near, at less
+    pick = replace(FRONT, policies=(cheap, near)[::order]).pick
+    assert pick(None, 1.0)[0] == pick(39, None)[0] == near  # as cheap, and nearer
 
 
 def test_caches_that_cannot_be_had_are_passed_over(checkpoint, pipeline, tmp_path):
@@ -161,8 +173,6 @@ def test_calibrating_and_drawing_with_what_is_picked(checkpoint, tmp_path, monke
 
 
 def calibrate_pipe(folder):
-    from mlx_deepcache import StableDiffusion
-
     return StableDiffusion.from_pretrained(str(folder), "float32")
 
 
@@ -178,11 +188,16 @@ def test_where_fronts_lie(tmp_path, monkeypatch):
 
 
 def test_the_bundled_model_has_a_front(monkeypatch, tmp_path):
-    from mlx_deepcache import StableDiffusion
-
+    """Picked is the cheapest in the file of which no picture came to less than was asked for."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    settings = StableDiffusion.from_pretrained().settings("a red apple", cache="auto", min_psnr=30)
-    assert settings.cache_choice.startswith("cache: ") and settings.cache.when.full_steps(50).count(False) >= 0
+    settings = StableDiffusion.from_pretrained().settings("a red apple", cache="auto", min_psnr=40)
+    rows = json.loads((BUNDLED / folder_module.PRICES).read_text())["policies"]
+    near = [row for row in rows if row["psnr_worst"] >= 40]
+    assert 0 < len(near) < len(rows)
+    cheapest = min(near, key=lambda row: row["macs"])
+    assert [write(policy) for policy in settings.cache.policies] == cheapest["cache"]
+    assert settings.cache_choice.startswith(f"cache: {' '.join(cheapest['cache'])}: cheapest of {len(near)} ")
+    assert False in settings.cache.when.full_steps(50)
 
 
 def test_who_beats_whom():
@@ -203,6 +218,13 @@ def test_who_beats_whom():
     assert told["good"] == told["same"] == (None, None, None)
     assert told["dominated"] == (None, "unipc, 10 steps", "good")
     assert told["loses"] == ("ddim, 20 steps", "unipc, 10 steps", "good")
+
+    rows = [row("a", "cache", 0.3, 50), row("as near, dearer", "cache", 0.31, 50), row("as cheap", "cache", 0.3, 49)]
+    rows.append(row("ddim, 15 steps", "fewer steps", 0.3, 50, own=50))
+    quality.judge(rows)
+    assert [r["name"] for r in rows if r["front"]] == ["a", "ddim, 15 steps"]
+    assert [r["dominated_by"] for r in rows[:3]] == [None, "a", "a"]
+    assert {r["loses_to"] for r in rows[:3]} == {r["loses_to_own"] for r in rows[:3]} == {"ddim, 15 steps"}
 
 
 def test_psnr_of_equal_pictures_is_finite():

@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 
 from mlx_deepcache import StableDiffusion
 from mlx_deepcache.apps.convert import main_convert
-from mlx_deepcache.apps.flags import file_and_scale
 from mlx_deepcache.apps.generate import main_generate
 from mlx_deepcache.checkpoints.adapters import lora
+from mlx_deepcache.errors import CheckpointError
+from mlx_deepcache.fields import file_and_scale
 
 RANK = 3
 ATTENTION = r"(to_[qkv]|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2)$"
@@ -192,19 +193,21 @@ def test_against_peft(checkpoint, tmp_path, kind):
     assert unet_error(pipe, net) < 1e-5
 
 
-def test_peft_metadata_has_the_alpha(checkpoint, tmp_path):
+@pytest.mark.parametrize("stabilised", [False, True])
+def test_peft_metadata_has_the_alpha(checkpoint, tmp_path, stabilised):
     """diffusers writes PEFT's alpha and rank-stabilised scaling into the metadata."""
     theirs = oracle.pipeline(checkpoint("sd15"))
-    config = {"r": RANK, "init_lora_weights": "gaussian", "target_modules": ["to_q", "to_v"]}
+    config = {"r": RANK, "init_lora_weights": "gaussian", "target_modules": ["to_q", "to_v"], "use_rslora": stabilised}
     theirs.unet.add_adapter(peft.LoraConfig(lora_alpha=7, alpha_pattern={"attn2.to_v": 2}, **config))
     torch.manual_seed(0)
     for name, parameter in theirs.unet.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
+            torch.nn.init.normal_(parameter, std=0.1)
     state = peft.get_peft_model_state_dict(theirs.unet)
     theirs.save_lora_weights(tmp_path, state, unet_lora_adapter_metadata=theirs.unet.peft_config["default"].to_dict())
     (file,) = tmp_path.glob("*.safetensors")
     assert unet_error(ours(checkpoint("sd15"), file), theirs.unet) < 1e-5
+    assert unet_error(ours(checkpoint("sd15")), theirs.unet) > 0.01
 
 
 def test_convolution_in_three_factors():
@@ -219,6 +222,51 @@ def test_convolution_in_three_factors():
         parts = {name: mx.array(part.numpy()) for name, part in parts.items() if part is not None}
         delta = np.array(lora._changed(mx.zeros(shape), parts, 1.0))
         assert error(torch.conv2d(x, torch.tensor(delta)), expected) < 1e-5
+
+
+BLOCK = "mid_block_attentions_0_transformer_blocks_0"
+
+
+def middle(folder, *files):
+    """The middle's transformer, with these LoRAs in it."""
+    return ours(folder, *files).component("unet").mid_block.attentions[0]
+
+
+def changed(file, **tensors):
+    save_file({f"lora_unet_{name}": tensor for name, tensor in tensors.items()}, file)
+    return file
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((1, 192), 0), ((48, 1), 1)])
+def test_the_axis_of_doras_magnitude(checkpoint, tmp_path, shape, axis):
+    """Of each output, as PEFT has it, or, in LyCORIS's first files, of each input: it is what the norms of the changed
+    weights come to."""
+    layer, torch_rng = f"{BLOCK}_ff_net_2", torch.Generator().manual_seed(0)
+    down, up = (torch.randn(s, generator=torch_rng) for s in ((2, 192), (48, 2)))
+    magnitude = torch.rand(shape, generator=torch_rng) + 0.5
+    tensors = {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up, f"{layer}.dora_scale": magnitude}
+    file = changed(tmp_path / "a.safetensors", **tensors)
+    weight = np.array(middle(checkpoint("sd15"), file).transformer_blocks[0].ff.net[2].weight)
+    assert error(np.linalg.norm(weight, axis=axis), magnitude.numpy().ravel()) < 1e-5
+
+
+def test_biases_and_norms_are_changed(checkpoint, tmp_path):
+    folder, plain = checkpoint("sd15"), middle(checkpoint("sd15"))
+    rows = torch.arange(48.0)
+    tensors = {"mid_block_attentions_0_proj_in.diff_b": rows}
+    tensors |= {f"{BLOCK}_norm1.w_norm": rows + 1, f"{BLOCK}_norm1.b_norm": rows + 2}
+    now = middle(folder, (changed(tmp_path / "a.safetensors", **tensors), 0.5))
+    assert error(now.proj_in.bias - plain.proj_in.bias, 0.5 * rows) < 1e-5
+    assert mx.array_equal(now.proj_in.weight, plain.proj_in.weight)
+    before, after = plain.transformer_blocks[0].norm1, now.transformer_blocks[0].norm1
+    assert error(after.weight - before.weight, 0.5 * (rows + 1)) < 1e-5
+    assert error(after.bias - before.bias, 0.5 * (rows + 2)) < 1e-5
+
+
+def test_a_bias_that_is_not_there(checkpoint, tmp_path):
+    file = changed(tmp_path / "a.safetensors", **{f"{BLOCK}_attn1_to_q.diff_b": torch.ones(48)})
+    with pytest.raises(CheckpointError, match=r"the bias of unet\.mid_block.*attn1\.to_q, which has none"):
+        middle(checkpoint("sd15"), file)
 
 
 def test_several_add_up_and_full_differences(checkpoint, tmp_path):

@@ -4,21 +4,23 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import psutil
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from helpers import error, to_torch_layout
-from mlx.utils import tree_flatten
 from PIL import Image
 
 import mlx_deepcache
 from mlx_deepcache.backend.memory import limit_memory, machine_memory
 from mlx_deepcache.checkpoints.checkpoint import BUNDLED, Checkpoint
 from mlx_deepcache.errors import UsageError
+from mlx_deepcache.media.pictures import to_uint8
 from mlx_deepcache.nets.autoencoder import VAEConfig
 from mlx_deepcache.nets.tiling import decode_tiled, tiled
 
 SHEET = Path(__file__).parents[1] / "docs" / "contact_sheet.png"
+FILES = ("text_encoder/model.safetensors", *(f"{n}/diffusion_pytorch_model.safetensors" for n in ("unet", "vae")))
 SD_VAE = VAEConfig(block_out_channels=(128, 256, 512, 512))
 
 
@@ -48,7 +50,7 @@ def test_tiles_differ_little_from_the_whole(vae, size):
     latents = encoded(vae, *size)
     whole = np.clip(np.array(vae.decode(latents)), -1, 1)
     in_tiles = np.clip(decode_tiled(vae, latents), -1, 1)
-    assert np.abs(in_tiles - whole).mean() / 2 < 0.01  # of the range from black to white
+    assert np.abs(in_tiles - whole).mean() / 2 < 0.004  # of the range from black to white
     assert not np.array_equal(in_tiles, whole)
 
 
@@ -58,49 +60,69 @@ def test_one_tile_is_the_whole(vae):
 
 
 def test_when_tiles_are_used():
+    """By itself, a machine of 8 GB decodes 1024 pixels a side in tiles, one of 64 GB does not."""
     small, large, gigabyte = (64, 64), (128, 128), 10**9
     assert not tiled("on", SD_VAE, small, 2, gigabyte)  # one tile holds it
-    assert tiled("on", SD_VAE, large, 2, 10**15)
-    assert not tiled("off", SD_VAE, large, 2, gigabyte)
-    assert tiled("auto", SD_VAE, large, 2, gigabyte)
-    assert not tiled("auto", SD_VAE, large, 2, 10**15)
+    assert tiled("on", SD_VAE, large, 2, 64 * gigabyte)
+    assert not tiled("off", SD_VAE, large, 2, 8 * gigabyte)
+    assert tiled("auto", SD_VAE, large, 2, 8 * gigabyte)
+    assert not tiled("auto", SD_VAE, large, 2, 64 * gigabyte)
 
 
-def test_tiles_take_less_memory(vae):
+def peak_of(run):
+    """What a computation takes at most beside what is there already."""
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(run())
+    return mx.get_peak_memory() - before
+
+
+def test_tiles_take_no_more_memory_than_one(vae):
     latents = encoded(vae, 128, 128)
-    peaks = []
-    for decode in (vae.decode, lambda z: mx.array(decode_tiled(vae, z))):
-        mx.reset_peak_memory()
-        mx.eval(decode(latents))
-        peaks.append(mx.get_peak_memory() - mx.get_active_memory())
-    assert peaks[1] < peaks[0] / 2
+    mx.eval(latents)
+    in_tiles = peak_of(lambda: mx.array(decode_tiled(vae, latents)))
+    assert in_tiles < 1.05 * peak_of(lambda: vae.decode(latents[:, :64, :64]))
+    assert in_tiles < 0.3 * peak_of(lambda: vae.decode(latents))
 
 
-def test_the_pipeline_tiles_when_memory_is_short():
+def test_the_pipeline_tiles_when_memory_is_short(vae):
     pipe = mlx_deepcache.StableDiffusion.from_pretrained(None, "float32")
-    latents = encoded(pipe.checkpoint.load("vae", mx.float32), 80, 80)
-    whole, in_tiles = pipe.decode(latents, "off"), pipe.decode(latents, "on")
-    assert 0 < np.abs(whole.astype(float) - in_tiles).mean() < 2.55
-    assert np.array_equal(pipe.decode(latents, "auto"), whole)
+    frugal = mlx_deepcache.StableDiffusion.from_pretrained(None, "float32", low_memory=True)
+    latents = encoded(vae, 80, 80)
+    whole, in_tiles = to_uint8(np.array(vae.decode(latents))), to_uint8(decode_tiled(vae, latents))
+    assert not np.array_equal(whole, in_tiles)
+    assert np.array_equal(pipe.decode(latents, "off"), whole)
+    assert np.array_equal(pipe.decode(latents, "on"), in_tiles)
+    assert np.array_equal(pipe.decode(latents), whole)
+    assert np.array_equal(frugal.decode(latents), in_tiles)
+    assert np.array_equal(frugal.decode(latents, "off"), whole)
     pipe.budget = 10**6
-    assert np.array_equal(pipe.decode(latents, "auto"), in_tiles)
+    assert np.array_equal(pipe.decode(latents), in_tiles)
 
 
-def test_peaks_are_reported_by_phase(pipeline):
-    pipe = pipeline("sd15")
-    stats = pipe("a cat", steps=2).stats
-    peaks = stats["peak_memory_bytes_by_phase"]
-    assert set(peaks) == set(stats["seconds"])
-    assert max(peaks.values()) == stats["peak_memory_bytes"]
-    weights = sum(p.nbytes for p in dict(tree_flatten(pipe.component("unet").parameters())).values())
-    assert peaks["denoise"] > weights
+def test_peaks_are_reported_by_phase():
+    """A phase holds the weights that it needs; with low memory no others, and one half of guidance."""
+    options = {"steps": 2, "height": 64, "width": 64, "cache_interval": 1}
+    held, frugal = (
+        mlx_deepcache.StableDiffusion.from_pretrained(None, "float32", low_memory=low)("a cat", **options).stats
+        for low in (False, True)
+    )
+    for stats in (held, frugal):
+        assert stats["peak_memory_bytes_by_phase"].keys() == stats["seconds"].keys()
+        assert max(stats["peak_memory_bytes_by_phase"].values()) == stats["peak_memory_bytes"]
+    held, frugal = (stats["peak_memory_bytes_by_phase"] for stats in (held, frugal))
+    text, unet, vae = (2 * (BUNDLED / file).stat().st_size for file in FILES)  # they hold float16
+    assert text < frugal["encode"] < unet < held["encode"]
+    assert unet < frugal["denoise"] < held["denoise"] - text
+    assert vae < frugal["decode"] < unet < held["decode"]
 
 
 def test_a_memory_limit_is_kept_as_a_budget():
     before = mx.set_memory_limit(10**12)
     cache = mx.set_cache_limit(10**9)
     try:
-        assert limit_memory() == machine_memory() > 10**9
+        assert limit_memory() == machine_memory()
+        assert limit_memory(10**6) == machine_memory()  # there is no more than that
         assert limit_memory(1.5) == 1_500_000_000
         assert mx.set_memory_limit(10**12) == 1_500_000_000
         assert mx.set_cache_limit(10**9) == 375_000_000
@@ -110,3 +132,9 @@ def test_a_memory_limit_is_kept_as_a_budget():
     finally:
         mx.set_memory_limit(before)
         mx.set_cache_limit(cache)
+
+
+def test_the_machines_memory():
+    """A GPU has its own, or on Apple Silicon that of the machine."""
+    own = mx.device_info(mx.default_device()).get("memory_size")
+    assert machine_memory() == (own or psutil.virtual_memory().total)

@@ -125,6 +125,25 @@ def test_picture_that_it_started_from(draw, checkpoint, tmp_path, capfd):
     assert "photo.png, which is neither here nor beside it; name it with --image" in one_error(capfd)
 
 
+@pytest.mark.parametrize("folder", ["{elsewhere}", ".."])
+@pytest.mark.parametrize(
+    "named",
+    [
+        lambda file: {"image": file},
+        lambda file: {"image": "a.png", "mask": file},
+        lambda file: {"latents": file},
+        lambda file: {"controls": [{"model": "net", "image": file, "scale": 1, "start": 0, "end": 1}]},
+    ],
+    ids=["image", "mask", "latents", "control"],
+)
+def test_a_picture_cannot_name_files_elsewhere(draw, tmp_path, capfd, folder, named):
+    """Who hands a picture on does not decide what is read."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "secret.png")
+    write(mlx_deepcache=json.dumps({"prompt": "x", **named(folder.format(elsewhere=tmp_path) + "/secret.png")}))
+    assert draw("--from-image", "a.png") == 2
+    assert "drawn from secret.png, which is neither here nor beside it" in one_error(capfd)
+
+
 def test_every_setting_is_read(draw, checkpoint):
     assert draw("--model", checkpoint("sd15"), "--prompt", "a cat", "--steps", 1, "--height", 64, "--width", 64) == 0
     assert set(settings("out.png")) == {"prompt", "version", *(option.key for option in metadata.recorded())}
@@ -180,6 +199,12 @@ def test_a1111_samplers(line, scheduler):
         {"prompt": "x", "steps": "2", "scheduler": scheduler},
         [],
     )
+
+
+@pytest.mark.parametrize(("name", "rng"), [("CPU", "torch"), ("NV", "torch-cuda"), ("MLX", "mlx")])
+def test_a1111_random_numbers(name, rng):
+    found, unknown = metadata.from_a1111(f"x\nSteps: 2, RNG: {name}", NOWHERE)
+    assert (found["rng"], unknown) == (rng, [])
 
 
 def test_a1111_picture(draw, capfd):

@@ -10,13 +10,23 @@ from mlx_deepcache.errors import UsageError
 SHAPES = [(1, 4, 64, 64), (1, 4, 8, 8), (1, 4, 9, 13), (1, 4, 5, 5), (1, 4, 2, 2), (1, 4, 128, 96)]
 
 
-@pytest.mark.parametrize("seed", [*range(16), 42, 2**31, 2**32 + 7, 2**63 - 1])
+@pytest.mark.parametrize("seed", [*range(16), 42, 2**31, 2**32 + 7, 2**63 - 1, 2**64 - 1, -1, -(2**40)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_torch_cpu(seed, shape):
     """Three draws from the same generator, as an ancestral sampler makes them."""
     reference, ours = torch.Generator().manual_seed(seed), TorchCPU(seed)
     for _ in range(3):
         assert np.abs(ours.normal(shape) - torch.randn(shape, generator=reference).numpy()).max() < 2e-6
+
+
+def test_torch_cuda():
+    """torch.randn((3, 4)) of seed 0 on an NVIDIA card, as AUTOMATIC1111's web UI quotes it beside its own Philox."""
+    expected = [
+        [-0.92466259, -0.42534415, -2.6438457, 0.14518388],
+        [-0.12086647, -0.57972564, -0.62285122, -0.32838709],
+        [-1.07454231, -0.36314407, -1.67105067, 2.26550497],
+    ]
+    assert np.abs(TorchCUDA(0).normal((3, 4)) - expected).max() < 2e-6
 
 
 def test_a_handful_of_values_is_refused():

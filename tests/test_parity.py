@@ -1,5 +1,11 @@
 """Whole pictures against diffusers with the pip package DeepCache: every kind of model, schedulers and branches."""
 
+import inspect
+import json
+import shutil
+
+import diffusers
+import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import KINDS
@@ -64,10 +70,54 @@ def test_twenty_steps_with_every_scheduler(checkpoint, pipeline, kind, name):
     assert error(to_torch_layout(result.latents), expected["latents"]) < 1e-3
 
 
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "values", "scheduler"),
+    [
+        ("sdxl", SCHEDULER, {"clip_sample": True}, "ddim"),
+        ("sd15", SCHEDULER, {"clip_sample": True, "steps_offset": 0}, None),  # as first published
+        ("sd15", SCHEDULER, {"clip_sample": True, "steps_offset": 0}, "ddim"),
+        ("sd15", SCHEDULER, {"clip_sample": None, "steps_offset": None}, "ddim"),
+        ("sdxl", "model_index.json", {"force_zeros_for_empty_prompt": None}, None),
+        ("sdxl", "model_index.json", {"force_zeros_for_empty_prompt": False}, None),
+    ],
+)
+def test_configs_are_read_as_diffusers_reads_them(checkpoint, tmp_path, kind, file, values, scheduler):
+    """With its defaults for what is left out, and its corrections."""
+    folder = shutil.copytree(checkpoint(kind), tmp_path / "model")
+    config = json.loads((folder / file).read_text()) | values
+    (folder / file).write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    options = {"steps": 6, "guidance_scale": 3.0, "height": 64, "width": 64, "scheduler": scheduler}
+    expected = generate(folder, "a cat", seed=[5], **options)
+    result = StableDiffusion.from_pretrained(str(folder), "float32")("a cat", seeds=[5], cache_interval=1, **options)
+    assert error(to_torch_layout(result.latents), expected["latents"]) < 1e-4
+
+
+@pytest.mark.parametrize(("interval", "guidance"), [(1, None), (2, 1.5)])
+def test_a_unet_that_is_told_the_guidance_scale(checkpoint, pipeline, interval, guidance):
+    """A latent consistency model's whole picture, with its pipeline's own defaults: no second half of the batch."""
+    defaults = inspect.signature(diffusers.LatentConsistencyModelPipeline.__call__).parameters
+    scale = defaults["guidance_scale"].default if guidance is None else guidance
+    steps = defaults["num_inference_steps"].default
+    size, prompt = {"height": 72, "width": 104}, "a small red cat"
+    more = {"steps": steps, "guidance_scale": scale, "interval": interval, "seed": [3, 4], "num_images": 2}
+    expected = generate(checkpoint("lcm"), prompt, **size, **more)
+    result = pipeline("lcm")(prompt, seeds=[3, 4], cache_interval=interval, guidance_scale=guidance, **size)
+    assert error(to_torch_layout(result.latents), expected["latents"]) < 1e-4
+    assert len(result.stats["steps"]) == steps
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_default_guidance_is_that_of_diffusers(pipeline, kind):
+    theirs = {"sd15": diffusers.StableDiffusionPipeline, "sdxl": diffusers.StableDiffusionXLPipeline}[kind]
+    scale = inspect.signature(theirs.__call__).parameters["guidance_scale"].default
+    assert pipeline(kind).settings("a cat").guidance_scale == scale
+
+
 def test_interval_1_is_bit_equal_to_a_loop_without_cache_code(pipeline):
     """The plain loop below knows nothing of features, branches or schedules."""
-    import mlx.core as mx
-
     from mlx_deepcache.diffusion.levels import Prediction, split
 
     pipe = pipeline("sd15")
@@ -112,3 +162,15 @@ def test_float16_stays_close_to_float32(pipeline, checkpoint):
     half = StableDiffusion.from_pretrained(str(checkpoint("sd15")), "float16")("a cat", **options)
     assert error(half.latents, exact.latents) < 0.05
     assert error(pipeline("sd15")("a cat", seeds=[1], **options).latents, exact.latents) > 0.5
+
+
+@pytest.mark.parametrize(("kind", "force_upcast"), [("sd15", False), ("sdxl", True), ("sdxl", False)])
+def test_the_vae_stays_in_float32_where_its_config_asks_for_it(checkpoint, pipeline, tmp_path, kind, force_upcast):
+    """Real ones of SDXL overflow in float16. Seen by the picture of given latents being that of float32, or not."""
+    folder = shutil.copytree(checkpoint(kind), tmp_path / "model")
+    file = folder / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"force_upcast": force_upcast}))
+    half = StableDiffusion.from_pretrained(str(folder), "float16")
+    latents = mx.random.normal((1, 16, 16, 4), key=mx.random.key(0))
+    same = np.array_equal(half.decode(latents), pipeline(kind).decode(latents))
+    assert same == (kind == "sdxl" and force_upcast)

@@ -1,65 +1,24 @@
 """From a picture to a picture: reading and fitting files, image to image and inpainting against diffusers."""
 
 import io
+import json
+import shutil
 
 import numpy as np
 import pytest
 from diffusers.image_processor import VaeImageProcessor
-from helpers import error, to_torch_layout
-from oracle import SCHEDULERS, from_picture
+from helpers import MASK, PICTURE, compare_from_picture, error, smooth
+from oracle import SCHEDULERS
 from PIL import Image
 
+from mlx_deepcache import StableDiffusion
 from mlx_deepcache.errors import Failure, UsageError
 from mlx_deepcache.media.pictures import fit, read_mask, read_picture, size_for, source
 
 RNG = np.random.default_rng(0)
 
 
-def smooth(height, width, channels=3, seed=0):
-    """A picture with large and small forms in it."""
-    rng = np.random.default_rng(seed)
-    small = rng.integers(0, 256, (5, 7, channels), dtype=np.uint8).squeeze()
-    large = np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)).astype(int)
-    return Image.fromarray(np.clip(large + rng.integers(-20, 20, large.shape), 0, 255).astype(np.uint8))
-
-
-PICTURE = smooth(72, 104)
-MASK = Image.fromarray(np.pad(np.full((40, 50), 255, np.uint8), ((12, 20), (30, 24))))
-
-
 # ------------------------------------------------------------------------------------------------- against diffusers
-
-
-def compare(checkpoint, pipeline, kind, mask=None, tolerance=1e-4, **options):
-    """Two pictures by diffusers with DeepCache and by us. Returns our result and the relative error of the latents."""
-    interval, branch = options.pop("interval", 1), options.pop("branch", 0)
-    expected = from_picture(
-        checkpoint(kind),
-        "a small red cat",
-        PICTURE,
-        mask,
-        interval=interval,
-        branch=branch,
-        seed=[3, 4],
-        num_images=2,
-        height=72,
-        width=104,
-        **options,
-    )
-    steps = []
-    result = pipeline(kind)(
-        "a small red cat",
-        image=PICTURE,
-        mask=mask,
-        seeds=[3, 4],
-        cache_interval=interval,
-        cache_branch=branch,
-        on_step=steps.append,
-        **options,
-    )
-    assert [step.full for step in steps for _ in range(step.calls)] == expected["full"]
-    assert error(to_torch_layout(result.latents), expected["latents"]) < tolerance
-    return result, expected
 
 
 @pytest.mark.parametrize("scheduler", [None, *SCHEDULERS])
@@ -67,7 +26,17 @@ def test_image_to_image(checkpoint, pipeline, scheduler):
     """Every scheduler's shortened schedule, cached; strengths that leave one and some of the steps."""
     for steps, strength in ((6, 0.7), (8, 0.13)):
         options = {"steps": steps, "guidance_scale": 2.0, "scheduler": scheduler, "strength": strength}
-        compare(checkpoint, pipeline, "sd15", interval=2, branch=1, **options)
+        compare_from_picture(checkpoint, pipeline, "sd15", interval=2, branch=1, **options)
+
+
+def test_image_to_image_with_pndms_runge_kutta_start(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint("sd15"), tmp_path / "model")
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"skip_prk_steps": False}))
+    options = {"steps": 8, "guidance_scale": 2.0, "strength": 0.7}
+    compare_from_picture(
+        lambda kind: folder, lambda kind: StableDiffusion.from_pretrained(str(folder), "float32"), "sd15", **options
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,26 +45,28 @@ def test_image_to_image(checkpoint, pipeline, scheduler):
 )
 def test_image_to_image_of_other_kinds(checkpoint, pipeline, kind, scheduler, strength):
     options = {"steps": 5, "guidance_scale": 3.0, "scheduler": scheduler, "strength": strength}
-    compare(checkpoint, pipeline, kind, interval=2, branch=1, **options)
+    compare_from_picture(checkpoint, pipeline, kind, interval=2, branch=1, **options)
 
 
 @pytest.mark.parametrize("scheduler", [None, *SCHEDULERS])
 def test_inpainting_by_blending(checkpoint, pipeline, scheduler):
     options = {"steps": 6, "guidance_scale": 2.0, "scheduler": scheduler, "strength": 0.7}
-    compare(checkpoint, pipeline, "sd15", MASK, interval=2, branch=1, **options)
+    compare_from_picture(checkpoint, pipeline, "sd15", MASK, interval=2, branch=1, **options)
 
 
 @pytest.mark.parametrize("kind", ["inpaint", "inpaint-xl"])
 @pytest.mark.parametrize(("scheduler", "strength"), [(None, 1.0), ("heun", 0.7), ("euler-a", 0.5)])
 def test_inpainting_with_a_net_made_for_it(checkpoint, pipeline, kind, scheduler, strength):
     options = {"steps": 4, "guidance_scale": 2.0, "scheduler": scheduler, "strength": strength}
-    compare(checkpoint, pipeline, kind, MASK, interval=2, branch=1, **options)
+    compare_from_picture(checkpoint, pipeline, kind, MASK, interval=2, branch=1, **options)
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 @pytest.mark.parametrize("mask", [None, MASK])
 def test_default_strength(checkpoint, pipeline, kind, mask):
-    result, expected = compare(checkpoint, pipeline, kind, mask, steps=5, scheduler="ddim", guidance_scale=1.0)
+    result, expected = compare_from_picture(
+        checkpoint, pipeline, kind, mask, steps=5, scheduler="ddim", guidance_scale=1.0
+    )
     if mask is not None:  # outside, the very pixels of the picture; inside, diffusers' picture
         inside = np.asarray(MASK) > 127
         for image, reference in zip(result.images, expected["image"], strict=True):
@@ -126,6 +97,8 @@ def test_turned_as_exif_says():
     exif[0x0112] = 6  # the camera was held upright
     sideways = PICTURE.transpose(Image.Transpose.ROTATE_90)
     assert np.array_equal(saved(sideways, exif=exif), PICTURE)
+    sideways.getexif()[0x0112] = 6  # as it has where it was opened by someone else
+    assert np.array_equal(read_picture(sideways), PICTURE)
 
 
 def test_transparency_is_over_white_and_in_a_mask_over_black():

@@ -13,7 +13,6 @@ from diffusers import AutoencoderTiny
 from helpers import error, to_torch_layout
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
-from test_taesd import taesd  # noqa: F401
 
 from mlx_deepcache import StableDiffusion
 from mlx_deepcache.apps.convert import main_convert
@@ -97,7 +96,7 @@ def test_colours_that_cannot_be(checkpoint, tmp_path, value):
         latent_rgb(Checkpoint.open(str(model)))
 
 
-def test_preview_through_taesd_is_that_of_diffusers(pipeline, taesd):  # noqa: F811
+def test_preview_through_taesd_is_that_of_diffusers(pipeline, taesd):
     pipe = pipeline("sd15")
     progress = next(pipe.denoise(pipe.settings("a cat", steps=2, height=64, width=64, seeds=(1, 2))))
     with torch.no_grad():
@@ -107,7 +106,7 @@ def test_preview_through_taesd_is_that_of_diffusers(pipeline, taesd):  # noqa: F
     assert np.abs(through(*pipe.other_vae(str(taesd)))(progress.denoised).astype(int) - expected).max() <= 1
 
 
-def test_files_of_the_steps(draw, taesd):  # noqa: F811
+def test_files_of_the_steps(draw, taesd):
     """The preview is left as the last step was; several pictures lie side by side."""
     assert draw("--preview", "now.png", "--save-steps", "steps", "--scheduler", "euler", "--num-images", 2) == 0
     assert sorted(os.listdir()) == ["now.png", "out-1.png", "out-2.png", "steps"]

@@ -5,10 +5,10 @@ import shutil
 
 import oracle
 import pytest
-from helpers import error, to_torch_layout
-from test_pictures import PICTURE, compare
+from checkpoints import write_controlnet
+from helpers import PICTURE, compare_from_picture, error, to_torch_layout
 
-from mlx_deepcache import StableDiffusion
+from mlx_deepcache import Control, StableDiffusion
 from mlx_deepcache.apps.generate import main_generate
 from mlx_deepcache.checkpoints.checkpoint import Checkpoint
 from mlx_deepcache.checkpoints.families import FewStep, few_step
@@ -56,6 +56,29 @@ def test_picture_is_that_of_diffusers(checkpoint, refined, scheduler, steps, sha
     assert error(to_torch_layout(result.latents), expected["latents"]) < 1e-4
 
 
+@pytest.mark.parametrize(("interval", "branch"), [(1, 0), (2, 1)])
+def test_a_controlnet_steers_the_base_alone(checkpoint, refined, tmp_path, interval, branch):
+    net = write_controlnet("sdxl", tmp_path)
+    options = {"steps": 6, "guidance_scale": 3.0, "height": 64, "width": 64}
+    folders = checkpoint("sdxl"), checkpoint("refiner")
+    expected, plain = (
+        oracle.refined(*folders, "a cat", 0.6, [3], interval=interval, branch=branch, control=control, **options)
+        for control in ((net, PICTURE), None)
+    )
+    result = refined(
+        "a cat",
+        controls=[Control(str(net), PICTURE)],
+        control_every_step=True,
+        refiner_start=0.6,
+        seeds=[3],
+        cache_interval=interval,
+        cache_branch=branch,
+        **options,
+    )
+    assert error(to_torch_layout(result.latents), expected["latents"]) < 1e-4
+    assert error(plain["latents"], expected["latents"]) > 0.01
+
+
 def test_heun_hands_over_between_steps(refined):
     """diffusers stops within a step of Heun's there, and its refiner takes that step a second time."""
     settings = refined.settings("a cat", steps=8, scheduler="heun", refiner_start=0.6)
@@ -65,7 +88,9 @@ def test_heun_hands_over_between_steps(refined):
 
 
 def test_a_refiner_alone_from_a_picture(checkpoint, pipeline):
-    compare(checkpoint, pipeline, "refiner", steps=6, guidance_scale=3.0, strength=0.5, interval=2, branch=1)
+    compare_from_picture(
+        checkpoint, pipeline, "refiner", steps=6, guidance_scale=3.0, strength=0.5, interval=2, branch=1
+    )
 
 
 def test_multiply_adds_are_those_of_both(refined, pipeline):

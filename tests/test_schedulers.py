@@ -1,4 +1,4 @@
-"""Schedules and solvers against diffusers' schedulers, around a stand-in for the network."""
+"""Schedules, solvers and the loop around them against diffusers' schedulers, with a stand-in for the network."""
 
 import inspect
 import re
@@ -12,9 +12,13 @@ import pytest
 import torch
 from helpers import error
 
+from mlx_deepcache.cache.composition import Caches
 from mlx_deepcache.diffusion.levels import Prediction, split
 from mlx_deepcache.diffusion.schedulers import SCHEDULERS, schedule
 from mlx_deepcache.errors import CheckpointError, UsageError
+from mlx_deepcache.nets.blocks import Fixed
+from mlx_deepcache.nets.unet_parts import Conditioning
+from mlx_deepcache.sampler import Denoiser, sample
 
 BASE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 VARIANTS = {
@@ -54,23 +58,30 @@ def reference(name, config, steps, start):
     return x.numpy(), len(scheduler.timesteps)
 
 
+class StandIn:
+    """A U-Net's place in the sampling loop, filled by `network`; counts its calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def prepare(self, cond):
+        return None
+
+    def time_embed(self, t, prompt):
+        return t
+
+    def __call__(self, x, t, prompt, **_):
+        self.calls += 1
+        return mx.array(network(np.array(x), t.item())), Fixed(*[mx.zeros(len(x))] * 3)
+
+
 def ours(name, config, steps, start):
-    plan = schedule(config, name).plan(steps)
-    generator, calls = torch.Generator().manual_seed(1), 0
-
-    def denoise(x, level):
-        nonlocal calls
-        calls += 1
-        output = mx.array(network(np.array(x), level.t))
-        x0, eps = split(plan.prediction_type, output, x, level)
-        return Prediction(output, x0 if plan.clip is None else mx.clip(x0, -plan.clip, plan.clip), eps, x)
-
-    x, history = mx.array(start) * plan.init_scale, None
-    for step in plan.steps:
-        x, history = plan.solver(
-            denoise, x, step, history, lambda: mx.array(torch.randn(start.shape, generator=generator).numpy())
-        )
-    return np.array(x), calls
+    """The final latents of the whole sampling loop, and how often it called the network."""
+    plan, generator = schedule(config, name).plan(steps), torch.Generator().manual_seed(1)
+    net, x = StandIn(), mx.array(start) * plan.init_scale
+    denoiser = Denoiser(net, Conditioning(mx.zeros((1, 1, 1))), plan, None)
+    *_, last = sample(denoiser, x, Caches(), lambda: mx.array(torch.randn(start.shape, generator=generator).numpy()))
+    return np.array(last.latents), net.calls
 
 
 # diffusers loses count of its steps where a timestep comes twice, as it does in this whole schedule
@@ -128,6 +139,63 @@ def test_one_step():
     for name in SCHEDULERS:
         config = BASE | VARIANTS["sd"] | {"timestep_spacing": "trailing"}
         assert error(ours(name, config, 1, start)[0], reference(name, config, 1, start)[0]) < 2e-4, name
+
+
+@pytest.mark.parametrize("steps", [14, 15])
+@pytest.mark.parametrize("name", ["dpm++2m", "unipc"])
+def test_the_last_step_of_a_short_run(name, steps):
+    """DPM-Solver ends at order 1 below 15 steps, which shows where noise is left at the end."""
+    start = np.random.default_rng(0).standard_normal((1, 4, 4, 4)).astype(np.float32)
+    config = BASE | {"final_sigmas_type": "sigma_min"}
+    assert error(ours(name, config, steps, start)[0], reference(name, config, steps, start)[0]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "spacing", "more"),
+    [
+        ("ddim", "leading", {"steps_offset": 0}),
+        ("pndm", "trailing", {}),
+        ("euler", "leading", {}),
+        ("dpm++2m", "trailing", {}),
+        ("dpm++2m", "linspace", {"solver_order": 1}),
+        ("unipc", "linspace", {"solver_order": 1}),
+    ],
+)
+def test_as_many_steps_as_there_are_timesteps(name, spacing, more):
+    start = np.random.default_rng(0).standard_normal((1, 4, 4, 4)).astype(np.float32)
+    config = BASE | VARIANTS["sd"] | {"timestep_spacing": spacing} | more
+    assert error(ours(name, config, 1000, start)[0], reference(name, config, 1000, start)[0]) < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "spacing", "message"),
+    [
+        ("ddim", 1000, "leading", "fewer than 1000 with ddim here: the first would be at timestep 1000 of 0 to 999"),
+        ("pndm", 1000, "leading", "fewer than 1000 with pndm"),
+        ("ddpm", 1000, "leading", "fewer than 1000 with ddpm"),
+        (
+            "dpm++2m",
+            1000,
+            "leading",
+            r"fewer than 1000 with dpm\+\+2m here: two of them would be at the same noise level",
+        ),
+        ("dpm++2m", 999, "leading", "fewer than 999"),
+        ("dpm++2m-sde", 1000, "linspace", "the same noise level"),
+        ("unipc", 1000, "linspace", "the same noise level"),
+    ],
+)
+def test_too_many_steps_for_a_spacing(name, steps, spacing, message):
+    """Where diffusers looks beyond the last timestep, or divides by zero."""
+    start = np.random.default_rng(0).standard_normal((1, 4, 4, 4)).astype(np.float32)
+    config = BASE | VARIANTS["sd"] | {"timestep_spacing": spacing}
+    with pytest.raises(UsageError, match=message):
+        schedule(config, name).plan(steps)
+    try:
+        with np.errstate(invalid="ignore"):
+            expected, _ = reference(name, config, steps, start)
+    except (IndexError, AssertionError):
+        return
+    assert not np.isfinite(expected).all()
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,8 @@
 
 import importlib.util
 import json
-import sys
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -314,22 +312,19 @@ def test_vocabulary_is_clips(tmp_path):
         assert np.array_equal(token_rows(load_tokenizer(tmp_path / str(padding)), prompts), ids)
 
 
-def test_vocabulary_against_open_clip(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ftfy", SimpleNamespace(fix_text=lambda text: text))  # it mends broken text only
-    spec = importlib.util.find_spec("open_clip")
-    if spec is None:
-        pytest.skip("open_clip is not installed")
-    file = Path(spec.origin).parent / "tokenizer.py"  # by itself: the package would import models
-    module_spec = importlib.util.spec_from_file_location("open_clip_tokenizer", file)
-    theirs = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(theirs)
+def test_vocabulary_against_openais():
+    """Every token of the tokenizer that CLIP was published with, and what it makes of some prompts."""
+    file = Path(importlib.util.find_spec("clip").origin).with_name("simple_tokenizer.py")  # the package imports models
+    spec = importlib.util.spec_from_file_location("simple_tokenizer", file)
+    theirs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    reference = theirs.SimpleTokenizer()
+    assert vocabulary.vocabulary() == reference.encoder
     prompts = ["Ein Märchenwald, 8k; it's 猫!", "hello, world... (test:1.2)", "", "🙂 émigré_42 don't", "zymurgy"]
-    reference = theirs.SimpleTokenizer()(prompts).numpy()
     ours = np.array(token_rows(vocabulary.tokenizer(vocabulary.END), prompts))
-    for row, expected in zip(ours, reference, strict=True):
-        n = int(np.argmax(expected)) + 1  # its padding is 0
-        assert np.array_equal(row[:n], expected[:n])
-        assert (row[n:] == 49407).all()
+    for row, prompt in zip(ours, prompts, strict=True):
+        expected = [49406, *reference.encode(prompt), 49407]
+        assert row.tolist() == expected + [49407] * (77 - len(expected))
 
 
 # -------------------------------------------------------------------------------------------------------------- errors

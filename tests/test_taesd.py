@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from checkpoints import enliven
 from diffusers import AutoencoderTiny as Reference
 from helpers import error, to_mlx, to_torch_layout
 from safetensors.numpy import load_file, save_file
@@ -16,23 +15,6 @@ from mlx_deepcache.errors import CheckpointError
 from mlx_deepcache.nets.autoencoder import VAEConfig
 
 OWN = VAEConfig((16, 16, 24, 32))
-
-
-@pytest.fixture(scope="session")
-def taesd(tmp_path_factory):
-    """A lively AutoencoderTiny in diffusers' layout."""
-    folder = tmp_path_factory.mktemp("taesd")
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(5)
-        vae = Reference(
-            encoder_block_out_channels=(16,) * 4,
-            decoder_block_out_channels=(24,) * 4,
-            num_encoder_blocks=(1, 2, 1, 2),
-            num_decoder_blocks=(2, 1, 2, 1),
-            scaling_factor=1.3,
-        )
-        enliven(vae).save_pretrained(folder)
-    return folder
 
 
 def test_decode_and_encode(taesd):

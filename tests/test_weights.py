@@ -1,22 +1,22 @@
 """convert.py, the files that a checkpoint may consist of, and which of them are asked of the hub."""
 
-import fnmatch
 import json
 import os
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import mlx.core as mx
 import numpy as np
 import pytest
+from checkpoints import Hub, files, write_controlnet
+from helpers import PICTURE
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from mlx_deepcache import StableDiffusion
+from mlx_deepcache import Control, StableDiffusion
 from mlx_deepcache.apps.convert import main_convert
-from mlx_deepcache.checkpoints import checkpoint as checkpoint_module
+from mlx_deepcache.checkpoints import convert as convert_module
 from mlx_deepcache.checkpoints import hub
 from mlx_deepcache.errors import CheckpointError
 
@@ -51,10 +51,6 @@ def draw(model):
 def assert_same_picture(model, reference):
     for ours, theirs in zip(draw(model), draw(reference), strict=True):
         assert np.array_equal(ours, theirs)
-
-
-def files(folder):
-    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
 
 
 def content(folder):
@@ -303,9 +299,41 @@ def test_disk_full(checkpoint, output, capfd, monkeypatch):
 
     assert convert(checkpoint("sd15"), output) == 0
     before = content(output.parent)
-    monkeypatch.setattr(checkpoint_module, "_copy_settings", full)
+    monkeypatch.setattr(convert_module, "_copy_settings", full)
     assert fails(capfd, convert(checkpoint("sdxl"), output, "--force"), "cannot write", "No space left")
     assert content(output.parent) == before
+
+
+def failing_rename(monkeypatch, fails):
+    """Path.rename raises where fails(source, target) says so."""
+    plain = Path.rename
+
+    def rename(self, target):
+        if fails(self, Path(target)):
+            raise OSError(5, "Input/output error")
+        return plain(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+
+
+def test_a_new_folder_that_cannot_be_put_in_place(checkpoint, output, capfd, monkeypatch):
+    """The old one is put back."""
+    assert convert(checkpoint("sd15"), output) == 0
+    before = content(output.parent)
+    failing_rename(monkeypatch, lambda source, target: target == output and (source / "text_encoder_2").is_dir())
+    assert fails(capfd, convert(checkpoint("sdxl"), output, "--force"), "cannot write", "Input/output error")
+    assert content(output.parent) == before
+
+
+def test_an_old_folder_that_cannot_be_put_back(checkpoint, output, capfd, monkeypatch):
+    """It is kept where it is, and the message says where."""
+    assert convert(checkpoint("sd15"), output) == 0
+    before = content(output)
+    failing_rename(monkeypatch, lambda source, target: target == output)
+    code = convert(checkpoint("sdxl"), output, "--force")
+    (kept,) = output.parent.glob(".model.*/old")
+    assert content(kept) == before and not output.exists()
+    assert fails(capfd, code, "cannot write", "Input/output error", f"could not be put back: it is now {kept}")
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -340,7 +368,7 @@ def test_ctrl_c_leaves_nothing(checkpoint, output, capfd, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint_module, "_copy_settings", interrupted)
+    monkeypatch.setattr(convert_module, "_copy_settings", interrupted)
     assert convert(checkpoint("sd15"), output) == 130
     assert "cancelled" in capfd.readouterr().err
     assert os.listdir(output.parent) == []
@@ -399,35 +427,6 @@ def test_quantize_twice_is_refused(checkpoint, output, capfd):
 # -------------------------------------------------------------------------------------------------------------- hub
 
 
-class Hub:
-    """A stand-in for the hub: repositories are folders, and a download copies what the patterns ask for."""
-
-    def __init__(self, monkeypatch, cache):
-        self.repositories, self.calls, self.cache = {}, [], cache
-        monkeypatch.setattr(huggingface_hub, "model_info", self.model_info)
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-
-    def folder(self, repository):
-        if repository not in self.repositories:
-            raise RuntimeError(f"404 Client Error\nRepository Not Found for url {repository}\nand so on")
-        return self.repositories[repository]
-
-    def model_info(self, repo_id, *, revision=None, **_):
-        self.calls.append(("list", repo_id, revision))
-        names = sorted(files(self.folder(repo_id)))
-        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
-
-    def snapshot_download(self, repo_id, *, revision=None, allow_patterns=None, local_files_only=False, **_):
-        self.calls.append(("offline" if local_files_only else "download", repo_id, revision))
-        folder, target = self.folder(repo_id), self.cache / repo_id
-        for name in files(folder):
-            if allow_patterns is None or any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(folder / name, target / name)
-        return str(target)
-
-
 @pytest.fixture
 def fake_hub(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -460,6 +459,31 @@ def test_only_needed_files_are_downloaded(copy, checkpoint, fake_hub, half):
     assert files(folder) == needed
     assert fake_hub.calls == [("list", "somebody/model", None), ("download", "somebody/model", None)]
     assert np.isfinite(draw(folder)[0]).all()
+
+
+def test_a_controlnet_is_downloaded_alone(pipeline, fake_hub, tmp_path):
+    net = write_controlnet("sd15", tmp_path / "net")
+    options = {"steps": 1, "height": 64, "width": 64}
+    expected = pipeline("sd15")("a cat", controls=[Control(str(net), PICTURE)], **options).latents
+    for name in ("README.md", "diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin"):
+        (net / name).write_bytes(b"not needed")
+    fake_hub.repositories["somebody/net"] = net
+    result = pipeline("sd15")("a cat", controls=[Control("somebody/net", PICTURE)], **options)
+    assert np.array_equal(result.latents, expected)
+    assert files(fake_hub.cache / "somebody/net") == {"config.json", "diffusion_pytorch_model.safetensors"}
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_vae_is_downloaded_alone(copy, checkpoint, fake_hub, whole):
+    """From a repository of its own, or from a model's."""
+    source = publish(copy())
+    fake_hub.repositories["somebody/vae"] = source if whole else source / "vae"
+    model, options = str(checkpoint("sd15")), {"steps": 1, "height": 64, "width": 64}
+    expected = StableDiffusion.from_pretrained(model, "float32")("a cat", **options)
+    result = StableDiffusion.from_pretrained(model, "float32", vae="somebody/vae")("a cat", **options)
+    assert np.array_equal(result.images[0], expected.images[0])
+    needed = {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert files(fake_hub.cache / "somebody/vae") == {f"vae/{name}" if whole else name for name in needed}
 
 
 @pytest.mark.parametrize("old", [False, True])

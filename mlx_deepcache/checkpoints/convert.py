@@ -76,14 +76,36 @@ def convert(
         new.mkdir()
         report = [_convert_one(checkpoint, name, new, dtype, bits, progress) for name in checkpoint.components]
         _copy_settings(checkpoint, new)
-        if output.exists():  # set the old one aside, so that there is no moment without either
-            output.rename(temporary / "old")
-        new.rename(output)
+        _put_in_place(new, output, temporary / "old")
     except OSError as error:
         raise Failure(f"cannot write {output}: {error.strerror or error}") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if output.exists() or not (temporary / "old").exists():
+            shutil.rmtree(temporary, ignore_errors=True)
     return report
+
+
+def _put_in_place(new: Path, output: Path, old: Path) -> None:
+    """Rename a folder to `output`; what is there is first set aside as `old`, and put back if that fails.
+
+    Raises:
+        OSError: it failed, and `output` is what it was.
+        Failure: `output` could not be put back either; says where it is.
+    """
+    try:
+        if output.exists():
+            output.rename(old)
+        new.rename(output)
+    except BaseException:  # Ctrl-C too
+        if old.exists() and not output.exists():
+            try:
+                old.rename(output)
+            except OSError as error:
+                reason = error.strerror or error
+                raise Failure(
+                    f"cannot write {output}: {reason}; what was there could not be put back: it is now {old}"
+                ) from None
+        raise
 
 
 def _convert_one(checkpoint, name, target, dtype, bits, progress) -> Converted:

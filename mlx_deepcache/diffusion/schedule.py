@@ -84,14 +84,24 @@ class NoiseSchedule:
         return Level(float(t), math.sqrt(a), math.sqrt(1 - a))
 
     def spaced(self, n: int, *, whole: bool = True) -> np.ndarray:
-        """n timesteps, descending, spread as the config's `timestep_spacing` says."""
+        """n timesteps, descending, spread as the config's `timestep_spacing` says.
+
+        Raises:
+            UsageError: they should be whole, and the first lies beyond the last training timestep.
+        """
         c, total = self.config, self.config["num_train_timesteps"]
         spacing = c["timestep_spacing"]
         if spacing == "linspace":
             t = np.linspace(0, total - 1, n)[::-1]
             return t.round() if whole else t.astype(np.float32)
         if spacing == "leading":
-            return (np.arange(n) * (total // n))[::-1] + c["steps_offset"]
+            t = (np.arange(n) * (total // n))[::-1] + c["steps_offset"]
+            if whole and t[0] >= total:
+                raise UsageError(
+                    f"steps should be fewer than {n} with {self.name} here: the first would be at timestep {t[0]} of 0 "
+                    f"to {total - 1}"
+                )
+            return t
         return np.arange(total, 0, -total / n).round() - 1
 
     def ratios(self) -> np.ndarray:

@@ -85,22 +85,31 @@ def _dpm_steps(s: NoiseSchedule, n: int):
     steps = _chain([*_multistep_levels(s, n), s.last()])
     n = len(steps)
     lower_last = c["euler_at_final"] or (c["lower_order_final"] and n < 15) or c["final_sigmas_type"] == "zero"
-    return _ordered(steps, c["solver_order"], lower_last), 1.0
+    return _ordered(s, steps, c["solver_order"], lower_last), 1.0
 
 
 def _unipc_steps(s: NoiseSchedule, n: int):
     steps = _chain([*_multistep_levels(s, n), s.last()])
     lower_last = s.config["lower_order_final"] or s.config["final_sigmas_type"] == "zero"
-    return _ordered(steps, s.config["solver_order"], lower_last), 1.0
+    return _ordered(s, steps, s.config["solver_order"], lower_last), 1.0
 
 
-def _ordered(steps: list[Step], order: int, lower_last: bool) -> list[Step]:
-    """A multistep method starts at order 1, and may end there."""
+def _ordered(s: NoiseSchedule, steps: list[Step], order: int, lower_last: bool) -> list[Step]:
+    """A multistep method starts at order 1, and may end there.
+
+    Raises:
+        UsageError: two levels are the same, so that there is no slope between them.
+    """
     last = len(steps) - 1
-    return [
+    made = [
         Step(step.here, step.there, order=1 if i == 0 or (i == last and lower_last) else order)
         for i, step in enumerate(steps)
     ]
+    if any(step.order == 2 and before.here.sigma == step.here.sigma for before, step in pairwise(made)):
+        raise UsageError(
+            f"steps should be fewer than {len(steps)} with {s.name} here: two of them would be at the same noise level"
+        )
+    return made
 
 
 def _lcm_steps(s: NoiseSchedule, n: int):

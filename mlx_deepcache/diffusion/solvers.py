@@ -116,10 +116,10 @@ def _unipc_update(x, before, m0, here: Level, there: Level, order: int, bh1: boo
     h = there.snr - here.snr
     growth = math.expm1(-h)
     b = -h if bh1 else growth
-    phi1 = growth / -h - 1
     x = there.sigma / here.sigma * x - there.alpha * growth * m0
     if order == 1:
         return x if end is None else x - there.alpha * b * 0.5 * (end - m0)
+    phi1 = growth / -h - 1
     m1, level = before[-1]
     r = (level.snr - here.snr) / h
     correction = 0.5 / r * (m1 - m0)
