@@ -54,4 +54,11 @@ def token_rows(tokenizer, texts):
     """Token ids as an encoder reads them, (N, 77), each text cut to one chunk."""
     from mlx_deepcache.generation.prompts import chunked, tokenize
 
-    return chunked(tokenizer, [tokenize(tokenizer, text) for text in texts])[0][:, 0]
+    return chunked(tokenizer, [tokenize(tokenizer, text) for text in texts], 1)[0][:, 0]
+
+
+def loaded(addons, name):
+    """A component of a checkpoint with LoRAs and embeddings in it."""
+    net = addons.checkpoint.load(name, mx.float32)
+    addons.apply(net, name)
+    return net

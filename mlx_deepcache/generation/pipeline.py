@@ -139,7 +139,8 @@ class StableDiffusion:
         refiner = None if self.refiner is None else self.refiner.checkpoint
         settings = settings_for(self.checkpoint, prompt, refiner=refiner, **options)
         for control in settings.controls:
-            find_controlnet(control.model, self.checkpoint, self.dtype)  # better known now than once a bar is shown
+            unet, vae = self.checkpoint.unet_config, self.checkpoint.vae_config
+            find_controlnet(control.model, unet, vae.factor, self.dtype)  # better known now than once a bar is shown
         return settings
 
     def other_vae(self, model: str) -> tuple[nn.Module, mx.Dtype]:
@@ -371,7 +372,7 @@ class StableDiffusion:
                 [settings.negative_prompt] * len(settings.prompts) if guided else None,
                 size=(settings.height, settings.width),
                 zeros_for_none=bool(self.checkpoint.index.get("force_zeros_for_empty_prompt", True)),
-                refiner=self.checkpoint.refiner,
+                family=self.checkpoint.family,
                 prompt_2=settings.prompt_2,
                 negative_2=settings.negative_prompt_2,
                 weighted=settings.prompt_weights,
@@ -394,7 +395,8 @@ class StableDiffusion:
         key = _key(control)
         if key not in self._parts:
             with self._clock("load"):
-                net = load_controlnet(control.model, self.checkpoint, self.dtype)
+                unet, vae = self.checkpoint.unet_config, self.checkpoint.vae_config
+                net = load_controlnet(control.model, unet, vae.factor, self.dtype)
                 mx.eval(net.parameters())
                 self._parts[key] = net
         picture = mx.array(control.image)[None].astype(mx.float32) / 255
@@ -423,7 +425,7 @@ class StableDiffusion:
     def _quantize(self, name: str) -> None:
         module = self._parts[name]
         if any(isinstance(layer, nn.QuantizedLinear) for layer in module.modules()):
-            raise UsageError(f"{self.checkpoint.source.where(name)} is quantized already; leave out --quantize")
+            raise UsageError(f"{self.checkpoint.part(name).where} is quantized already; leave out --quantize")
         quantize(module, self.quantize)
 
     def _tokenizer(self, name: str):
