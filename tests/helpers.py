@@ -56,7 +56,7 @@ def token_rows(tokenizer, texts):
     """Token ids as an encoder reads them, (N, 77), each text cut to one chunk."""
     from mlx_deepcache.generation.prompts import chunked, tokenize
 
-    return chunked(tokenizer, [tokenize(tokenizer, text) for text in texts])[0][:, 0]
+    return chunked(tokenizer, [tokenize(tokenizer, text) for text in texts], 1)[0][:, 0]
 
 
 def smooth(height, width, channels=3, seed=0):
@@ -101,3 +101,10 @@ def compare_from_picture(checkpoint, pipeline, kind, mask=None, tolerance=1e-4, 
     assert [step.full for step in steps for _ in range(step.calls)] == expected["full"]
     assert error(to_torch_layout(result.latents), expected["latents"]) < tolerance
     return result, expected
+
+
+def loaded(addons, name):
+    """A component of a checkpoint with LoRAs and embeddings in it."""
+    net = addons.checkpoint.load(name, mx.float32)
+    addons.apply(net, name)
+    return net

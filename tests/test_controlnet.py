@@ -38,7 +38,7 @@ def net(tmp_path_factory):
 def test_one_call(net, pipeline, kind, order):
     """All residuals; and the first ones alone, as a cached step asks for them."""
     folder = net(kind, controlnet_conditioning_channel_order=order)
-    ours = load_controlnet(folder, pipeline(kind).checkpoint, mx.float32)
+    ours = load_controlnet(folder, pipeline(kind).checkpoint.unet_config, 8, mx.float32)
     x, context, added = unet_inputs(ours.config, (9, 13), batch=2)
     picture = np.asarray(PICTURE, np.float32).transpose(2, 0, 1)[None] / 255
     expected = oracle.controlnet_call(folder, x, 501, context, picture.repeat(2, 0), added)
@@ -175,7 +175,7 @@ def test_settings_that_cannot_be(pipeline, net, values, message):
 
 
 def test_bad_files(pipeline, net, checkpoint, tmp_path):
-    model = pipeline("sd15").checkpoint
+    model = pipeline("sd15").checkpoint.unet_config
     for folder, message in (
         (net("sdxl"), "for another kind of model: its block_out_channels"),
         (net("sd21"), r"its cross_attention_dim is 48, the model's 32"),
@@ -185,7 +185,7 @@ def test_bad_files(pipeline, net, checkpoint, tmp_path):
         ("no such net", "no model 'no such net': expected a folder or a hub id like owner/name$"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            load_controlnet(folder, model, mx.float32)
+            load_controlnet(folder, model, 8, mx.float32)
     with pytest.raises(CheckpointError, match="no model 'no such net'"):  # before anything is loaded
         pipeline("sd15").settings("a cat", controls=[Control("no such net", PICTURE)])
     for change, message in (
@@ -201,14 +201,14 @@ def test_bad_files(pipeline, net, checkpoint, tmp_path):
         file = folder / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
         with pytest.raises(CheckpointError, match=message):
-            load_controlnet(str(folder), model, mx.float32)
+            load_controlnet(str(folder), model, 8, mx.float32)
     folder = write_controlnet("sd15", tmp_path / "short")
     file = folder / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     del tensors["controlnet_mid_block.weight"]
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match="lacks controlnet_mid_block.weight"):
-        load_controlnet(str(folder), model, mx.float32)
+        load_controlnet(str(folder), model, 8, mx.float32)
 
 
 def test_flags(checkpoint, pipeline, net, tmp_path, monkeypatch, capfd):

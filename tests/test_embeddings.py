@@ -7,13 +7,15 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from helpers import error
+from helpers import error, loaded
 from PIL import Image
 from safetensors.torch import save_file
 
-from mlx_deepcache import StableDiffusion
 from mlx_deepcache.apps.generate import main_generate
+from mlx_deepcache.checkpoints.adapters.applied import Addons
+from mlx_deepcache.checkpoints.checkpoint import Checkpoint
 from mlx_deepcache.fields import file_and_word
+from mlx_deepcache.generation.conditioning import encode
 
 WIDTHS = {"sd15": (32,), "sd21": (48,), "sdxl": (32, 48)}
 
@@ -24,9 +26,18 @@ def vectors(kind, n, seed=0):
     return [torch.randn(n, width) if n else torch.randn(width) for width in WIDTHS[kind]]
 
 
-def context(pipe, prompt):
+def context(addons, prompt):
     """What our U-Net reads, without guidance."""
-    return pipe.denoise(pipe.settings(prompt, guidance_scale=1.0, height=64, width=64, steps=1)).encode()
+    family = addons.checkpoint.family
+    return encode(
+        [addons.tokenizer(name) for name in family.encoders.values()],
+        [loaded(addons, name) for name in family.encoders],
+        [prompt],
+        None,
+        family=family,
+        size=(64, 64),
+        zeros_for_none=True,
+    )
 
 
 def theirs(pipe, prompt):
@@ -38,7 +49,7 @@ def theirs(pipe, prompt):
 
 
 def ours(folder, *embeddings):
-    return StableDiffusion.from_pretrained(str(folder), "float32", embeddings=list(embeddings))
+    return Addons(Checkpoint.open(str(folder)), embeddings=embeddings)
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sd21"])
@@ -84,10 +95,10 @@ def test_two_encoders(checkpoint, tmp_path, n):
 def test_only_the_whole_word(checkpoint, tmp_path):
     """As a word of its own, in any case; and not inside another."""
     save_file({"emb_params": torch.randn(2, 32)}, tmp_path / "zyx.safetensors")
-    pipe = ours(checkpoint("sd15"), tmp_path / "zyx.safetensors")
-    tokenizer = pipe.models[0].tokenizer("tokenizer")
+    addons = ours(checkpoint("sd15"), tmp_path / "zyx.safetensors")
+    tokenizer = addons.tokenizer("tokenizer")
     ids = [np.array(tokenizer(text)["input_ids"]) for text in ("a zyx, cat", "a ZYX, cat", "zyxt azyx")]
-    last = len(pipe.component("text_encoder").embeddings.token_embedding.weight) - 1
+    last = len(loaded(addons, "text_encoder").embeddings.token_embedding.weight) - 1
     assert np.array_equal(ids[0], ids[1])
     assert [last - 1, last] == sorted(set(ids[0]))[-2:]
     assert max(ids[2]) < last - 1

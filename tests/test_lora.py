@@ -11,14 +11,15 @@ import peft
 import pytest
 import torch
 from checkpoints import CROSS
-from helpers import at, conditioning, error, to_mlx, to_torch_layout, unet_inputs
+from helpers import at, conditioning, error, loaded, to_mlx, to_torch_layout, unet_inputs
 from PIL import Image
 from safetensors.torch import save_file
 
-from mlx_deepcache import StableDiffusion
 from mlx_deepcache.apps.convert import main_convert
 from mlx_deepcache.apps.generate import main_generate
 from mlx_deepcache.checkpoints.adapters import lora
+from mlx_deepcache.checkpoints.adapters.applied import Addons
+from mlx_deepcache.checkpoints.checkpoint import Checkpoint
 from mlx_deepcache.errors import CheckpointError
 from mlx_deepcache.fields import file_and_scale
 
@@ -96,26 +97,26 @@ def kohya_layer(name, weight, generator):
 
 
 def ours(folder, *files):
-    return StableDiffusion.from_pretrained(str(folder), "float32", loras=list(files))
+    return Addons(Checkpoint.open(str(folder)), loras=files)
 
 
-def unet_error(pipe, net, seed=0):
+def unet_error(addons, net, seed=0):
     """Of our U-Net call against a torch one."""
-    x, context, added = unet_inputs(pipe.checkpoint.unet_config, seed=seed)
+    x, context, added = unet_inputs(addons.checkpoint.unet_config, seed=seed)
     args, kwargs = oracle.unet_arguments(x, 421, context, added)
     with torch.no_grad():
         expected = net(*args, **kwargs).sample.numpy()
-    unet = pipe.component("unet")
+    unet = loaded(addons, "unet")
     prompt = unet.prepare(conditioning(context, added))
     out, _ = unet(to_mlx(x), at(unet, prompt, 421), prompt)
     return error(to_torch_layout(out), expected)
 
 
-def text_error(pipe, name, net):
+def text_error(addons, name, net):
     ids = np.array([[1, 5, 9, 200, 7] + [net.config.vocab_size - 1] * 72])
     with torch.no_grad():
         expected = net(torch.tensor(ids), output_hidden_states=True)
-    last, _ = pipe.component(name)(mx.array(ids))
+    last, _ = loaded(addons, name)(mx.array(ids))
     return error(last, expected.last_hidden_state)
 
 
@@ -140,11 +141,11 @@ def test_against_diffusers(checkpoint, tmp_path, kind, make, pattern):
     before = unet_error(plain, theirs.unet)
     theirs.load_lora_weights(str(file))
     theirs.fuse_lora(lora_scale=0.7)
-    pipe = ours(folder, (file, 0.7))
+    changed = ours(folder, (file, 0.7))
     assert before < 1e-5 < 0.01 < unet_error(plain, theirs.unet)  # it changes much
-    assert unet_error(pipe, theirs.unet) < 1e-5
+    assert unet_error(changed, theirs.unet) < 1e-5
     for name, net in encoders(theirs).items():
-        assert text_error(pipe, name, net) < 1e-5
+        assert text_error(changed, name, net) < 1e-5
         if make is not old_file:
             assert text_error(plain, name, net) > 0.01
 
@@ -188,9 +189,9 @@ def test_against_peft(checkpoint, tmp_path, kind):
             layer.scaling["default"] = 1.0
     assert len(out) > 100
     save_file(out, tmp_path / "lora.safetensors")
-    plain, pipe = ours(checkpoint("sd15")), ours(checkpoint("sd15"), tmp_path / "lora.safetensors")
+    plain, changed = ours(checkpoint("sd15")), ours(checkpoint("sd15"), tmp_path / "lora.safetensors")
     assert unet_error(plain, net) > 0.01
-    assert unet_error(pipe, net) < 1e-5
+    assert unet_error(changed, net) < 1e-5
 
 
 @pytest.mark.parametrize("stabilised", [False, True])
@@ -272,12 +273,13 @@ def test_a_bias_that_is_not_there(checkpoint, tmp_path):
 def test_several_add_up_and_full_differences(checkpoint, tmp_path):
     folder = checkpoint("sd15")
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-    plain = ours(folder).component("unet").mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight
+    plain = loaded(ours(folder), "unet").mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight
     down, up, diff = torch.randn(2, 48), torch.randn(48, 2), torch.randn(48, 48)
-    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, tmp_path / "a.safetensors")
-    save_file({f"{name}.diff": diff}, tmp_path / "b.safetensors")
-    pipe = ours(folder, (tmp_path / "a.safetensors", 0.5), tmp_path / "b.safetensors", (tmp_path / "a.safetensors", -2))
-    changed = pipe.component("unet").mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight
+    low_rank, whole = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, low_rank)
+    save_file({f"{name}.diff": diff}, whole)
+    addons = ours(folder, (low_rank, 0.5), whole, (low_rank, -2))
+    changed = loaded(addons, "unet").mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight
     assert error(changed - plain, -1.5 * up @ down + diff) < 1e-5
 
 
@@ -290,7 +292,7 @@ def test_quantized_layers(checkpoint, tmp_path):
     file = tmp_path / "a.safetensors"
     save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, file)
     before, after = (
-        dict(ours(tmp_path / "q", *files).component("unet").named_modules())[layer] for files in ((), (file,))
+        dict(loaded(ours(tmp_path / "q", *files), "unet").named_modules())[layer] for files in ((), (file,))
     )
     assert isinstance(after, nn.QuantizedLinear)
     assert after.bits == 8

@@ -198,12 +198,13 @@ def test_defaults_follow(checkpoint, tmp_path, monkeypatch, capfd):
 
 def test_names_in_files_count(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint("sdxl"), tmp_path / "mine")
-    assert Checkpoint.open(str(folder)).few_step is None
+    assert (found := Checkpoint.open(str(folder))).few_step is None
+    assert (found.steps, found.guidance_scale) == (50, 5.0)
     file = folder / "unet" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"_name_or_path": "ByteDance/SDXL-Lightning-2step"}))
     opened = Checkpoint.open(str(folder))
     assert opened.few_step == FewStep(2, 1.0, "its name says lightning")
-    assert opened.guidance_scale == 1.0
+    assert (opened.steps, opened.guidance_scale) == (2, 1.0)
 
 
 def test_a_refiner_lacking_its_encoder(checkpoint, tmp_path):

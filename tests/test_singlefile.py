@@ -25,7 +25,6 @@ from mlx_deepcache.checkpoints.checkpoint import Checkpoint
 from mlx_deepcache.checkpoints.folder import Folder
 from mlx_deepcache.checkpoints.original.singlefile import ModelWarning, SingleFile
 from mlx_deepcache.checkpoints.tokenizer import load_tokenizer
-from mlx_deepcache.checkpoints.weights import fill
 from mlx_deepcache.errors import CheckpointError
 from mlx_deepcache.nets.autoencoder import AutoencoderKL, VAEConfig
 from mlx_deepcache.nets.clip import CLIPConfig, CLIPTextModel
@@ -60,20 +59,21 @@ def components(folder):
 
 def module(source, name, dtype=None):
     """A component of ours, filled from a source, as {name: array}."""
-    config = source.config(name)
+    part = source.part(name)
+    config = part.config
     if name == "unet":
         net = UNet2DConditionModel(UNetConfig.from_dict(config))
     elif name == "vae":
         net = AutoencoderKL(VAEConfig.from_dict(config))
     else:
         net = CLIPTextModel(CLIPConfig.from_dict(config))
-    return dict(tree_flatten(fill(net, *source.tensors(name), source.where(name), dtype).parameters()))
+    return dict(tree_flatten(part.load(net, dtype).parameters()))
 
 
 def described(source, name):
     """A component's config as we read it."""
     reader = {"unet": UNetConfig, "vae": VAEConfig}.get(name, CLIPConfig)
-    return reader.from_dict(source.config(name))
+    return reader.from_dict(source.part(name).config)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -102,7 +102,7 @@ def test_every_tensor_and_setting_is_that_of_the_folder(made, kind):
                 assert getattr(described(single, name), field) == getattr(described(whole, name), field), field
         else:
             assert described(single, name) == described(whole, name)
-    ours, reference = single.config("scheduler"), whole.config("scheduler")
+    ours, reference = single.scheduler(), whole.scheduler()
     assert ours["_class_name"] == reference["_class_name"]
     assert {k: v for k, v in ours.items() if k in reference} == {k: reference[k] for k in ours if k in reference}
 
@@ -132,7 +132,7 @@ def test_diffusers_reads_the_same(made, kind):
             expected[name]["text_projection.weight"] = raw[f"{prefix}text_projection"].T
     for name, reference in expected.items():
         bare = {n.removeprefix("text_model."): t for n, t in reference.items() if not n.endswith("position_ids")}
-        ours, _ = single.tensors(name)
+        ours, _ = single.part(name).tensors()
         ours = {n.removeprefix("text_model."): t for n, t in ours.items() if not n.endswith("position_ids")}
         assert ours.keys() == bare.keys()
         for tensor, value in bare.items():
@@ -235,14 +235,14 @@ def test_published_architectures(tmp_path, kind):
         file.truncate(8 + len(text) + offset)
     single = SingleFile(tmp_path / "x.safetensors", "epsilon")
     assert single.index["_class_name"] == pipeline
-    ours, _ = single.tensors("unet")
+    ours, _ = single.part("unet").tensors()
     assert {name: tuple(t.shape) for name, t in ours.items()} == shapes
-    config = UNetConfig.from_dict(single.config("unet"))
+    config = UNetConfig.from_dict(single.part("unet").config)
     assert config.heads == tuple(np.broadcast_to(options["attention_head_dim"], config.levels))
     ours = UNet2DConditionModel(config).parameters()
     assert sum(p.size for _, p in tree_flatten(ours)) == sum(p.numel() for p in net.parameters()) == parameters
     if kind in ("xl", "refiner"):
-        assert single.config("text_encoder_2")["num_attention_heads"] == 20
+        assert single.part("text_encoder_2").config["num_attention_heads"] == 20
         assert config.addition_time_embed_dim == 256
 
 
@@ -276,8 +276,8 @@ def test_prediction_type(made, tmp_path, kind, metadata, markers, given, expecte
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         single = SingleFile(tmp_path / "model.safetensors", given)
-    config = single.config("scheduler")
-    assert (config["prediction_type"], single.config("unet")["sample_size"], config["_class_name"]) == expected
+    config = single.scheduler()
+    assert (config["prediction_type"], single.part("unet").config["sample_size"], config["_class_name"]) == expected
     assert config.get("rescale_betas_zero_snr", False) == ("ztsnr" in markers)
     assert config["timestep_spacing"] == ("trailing" if "ztsnr" in markers else "leading")
 

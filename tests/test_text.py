@@ -43,7 +43,7 @@ def test_encoders_are_those_of_transformers(checkpoint, pipeline, kind):
         suffix = name.removeprefix("tokenizer")
         tokens = token_ids(folder, PROMPTS, suffix)
         expected = text_encoder(folder, tokens, suffix)
-        encoder = pipeline(kind).component(f"text_encoder{suffix}")
+        encoder = pipeline(kind).checkpoint.load(f"text_encoder{suffix}", None)
         last, pooled = encoder(mx.array(tokens))
         penultimate, _ = encoder(mx.array(tokens), penultimate=True)
         assert error(last, expected["last"]) < 1e-5
@@ -51,18 +51,18 @@ def test_encoders_are_those_of_transformers(checkpoint, pipeline, kind):
         assert error(pooled, expected["pooled"]) < 1e-5
 
 
+def encoded(checkpoint, prompts, negatives=None, **options):
+    """What the U-Net of a checkpoint would read."""
+    encoders = checkpoint.family.encoders
+    tokenizers = [checkpoint.source.tokenizer(name) for name in encoders.values()]
+    nets = [checkpoint.load(name, None) for name in encoders]
+    given = {"size": (72, 104), "zeros_for_none": True, **options}
+    return encode(tokenizers, nets, prompts, negatives, family=checkpoint.family, **given)
+
+
 @pytest.mark.parametrize("kind", ["sd15", "sd21-base", "sdxl"])
 def test_context_is_what_diffusers_gives_the_unet(checkpoint, pipeline, kind):
-    pipe = pipeline(kind)
-    names = pipe.checkpoint.text_encoders
-    cond = encode(
-        [pipe.models[0].tokenizer(n.replace("text_encoder", "tokenizer")) for n in names],
-        [pipe.component(n) for n in names],
-        PROMPTS,
-        None,
-        size=(72, 104),
-        zeros_for_none=True,
-    )
+    cond = encoded(pipeline(kind).checkpoint, PROMPTS)
     context, pooled = text(checkpoint(kind), PROMPTS)
     assert error(cond.context, context) < 1e-5
     if kind == "sdxl":
@@ -129,38 +129,20 @@ def encoded_by_hand(folder, name, text, chunks, penultimate):
 
 @pytest.mark.parametrize("kind", ["sd15", "sd21-base", "sdxl"])
 def test_weighted_and_long_prompts(checkpoint, pipeline, kind):
-    pipe, folder = pipeline(kind), checkpoint(kind)
-    names, xl = pipe.checkpoint.text_encoders, kind == "sdxl"
-    cond = encode(
-        [pipe.models[0].tokenizer(n.replace("text_encoder", "tokenizer")) for n in names],
-        [pipe.component(n) for n in names],
-        [LONG, SHORT],
-        None,
-        size=(64, 64),
-        zeros_for_none=True,
-        weighted=True,
-        long=True,
-    )
+    ours, folder, xl = pipeline(kind).checkpoint, checkpoint(kind), kind == "sdxl"
+    cond = encoded(ours, [LONG, SHORT], weighted=True, long=True)
     chunks = cond.context.shape[1] // 77
     assert chunks > 1
     for i, text_ in enumerate((LONG, SHORT)):
-        expected = np.concatenate([encoded_by_hand(folder, n, text_, chunks, xl) for n in names], axis=-1)
+        expected = np.concatenate(
+            [encoded_by_hand(folder, n, text_, chunks, xl) for n in ours.family.encoders], axis=-1
+        )
         assert error(cond.context[i], expected) < 1e-5
 
 
 def test_sdxl_reads_a_second_prompt(checkpoint, pipeline):
-    pipe = pipeline("sdxl")
-    names = pipe.checkpoint.text_encoders
-    cond = encode(
-        [pipe.models[0].tokenizer(n.replace("text_encoder", "tokenizer")) for n in names],
-        [pipe.component(n) for n in names],
-        ["a cat"],
-        ["a dog"],
-        size=(64, 64),
-        zeros_for_none=True,
-        prompt_2="oil on canvas",
-        negative_2="a photo",
-    )
+    texts = {"prompt_2": "oil on canvas", "negative_2": "a photo"}
+    cond = encoded(pipeline("sdxl").checkpoint, ["a cat"], ["a dog"], **texts)
     with torch.no_grad():
         given, without, pooled, pooled_without = shared(str(checkpoint("sdxl"))).encode_prompt(
             "a cat", "oil on canvas", negative_prompt="a dog", negative_prompt_2="a photo"

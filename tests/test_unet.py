@@ -12,7 +12,7 @@ from oracle import unet_cached_call, unet_call
 
 from mlx_deepcache import unet as unet_module
 from mlx_deepcache.cache.deepcache import DeepCache
-from mlx_deepcache.checkpoints.weights import load
+from mlx_deepcache.checkpoints.folder import Part
 from mlx_deepcache.errors import UsageError
 from mlx_deepcache.nets.unet_parts import UNetConfig
 
@@ -99,7 +99,7 @@ def test_a_unet_that_is_told_the_guidance_scale(tmp_path):
     reference = Reference(**config).eval().requires_grad_(False)
     torch.nn.init.normal_(reference.time_embedding.cond_proj.weight, std=0.5)
     reference.save_pretrained(tmp_path)
-    unet = load(unet_module.UNet2DConditionModel(UNetConfig.from_dict(dict(reference.config))), tmp_path, None)
+    unet = Part.of(tmp_path).load(unet_module.UNet2DConditionModel(UNetConfig.from_dict(dict(reference.config))), None)
     x, context, _ = unet_inputs(unet.config)
     outputs = []
     for scale in (1.5, 8.0):

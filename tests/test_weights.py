@@ -16,7 +16,6 @@ from safetensors.numpy import load_file, save_file
 
 from mlx_deepcache import Control, StableDiffusion
 from mlx_deepcache.apps.convert import main_convert
-from mlx_deepcache.checkpoints import convert as convert_module
 from mlx_deepcache.checkpoints import hub
 from mlx_deepcache.errors import CheckpointError
 
@@ -299,7 +298,7 @@ def test_disk_full(checkpoint, output, capfd, monkeypatch):
 
     assert convert(checkpoint("sd15"), output) == 0
     before = content(output.parent)
-    monkeypatch.setattr(convert_module, "_copy_settings", full)
+    monkeypatch.setattr(shutil, "copyfile", full)  # as the tokenizer is written, after the weights
     assert fails(capfd, convert(checkpoint("sdxl"), output, "--force"), "cannot write", "No space left")
     assert content(output.parent) == before
 
@@ -368,7 +367,7 @@ def test_ctrl_c_leaves_nothing(checkpoint, output, capfd, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert_module, "_copy_settings", interrupted)
+    monkeypatch.setattr(shutil, "copyfile", interrupted)
     assert convert(checkpoint("sd15"), output) == 130
     assert "cancelled" in capfd.readouterr().err
     assert os.listdir(output.parent) == []

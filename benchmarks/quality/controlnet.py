@@ -30,7 +30,7 @@ PROMPTS = ("a red apple", "a cat face")
 
 def make(pipe: StableDiffusion, folder: Path, scale: float) -> Path:
     """Write the ControlNet."""
-    data = pipe.checkpoint.source.config("unet") | {
+    data = pipe.checkpoint.part("unet").config | {
         "_class_name": "ControlNetModel",
         "conditioning_embedding_out_channels": [16, 32, 96],
     }

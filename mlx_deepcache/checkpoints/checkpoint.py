@@ -1,4 +1,4 @@
-"""A checkpoint: which components it has, loading them, and writing it anew in MLX's layout."""
+"""A checkpoint: of which family it is, which components it has, and loading them."""
 
 from __future__ import annotations
 
@@ -16,27 +16,13 @@ from ..nets.clip import CLIPConfig, CLIPTextModel
 from ..nets.tiny import TinyVAEConfig
 from ..nets.unet_parts import UNetConfig
 from ..unet import UNet2DConditionModel
-from . import weights
-from .families import FewStep, few_step
-from .folder import Folder, Source
+from .families import EPSILON, PIPELINES, Family, FewStep, V, family_of, few_step
+from .folder import Folder, Part, Source
 from .hub import find_source
 from .part import OtherVAE, vae_config, vae_module
 
 BUNDLED = Path(__file__).parent / "bundled" / "emoji"
-
-
-PREDICTION_TYPES = ("epsilon", "v_prediction")
-
-
-_PIPELINES = (
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline",
-    "StableDiffusionXLPipeline",
-    "StableDiffusionXLImg2ImgPipeline",
-    "StableDiffusionXLInpaintPipeline",
-    "LatentConsistencyModelPipeline",
-)
+PREDICTION_TYPES = (EPSILON, V)
 
 
 @dataclass(frozen=True)
@@ -47,6 +33,7 @@ class Checkpoint:
     unet_config: UNetConfig
     vae_config: VAEConfig | TinyVAEConfig
     name_or_path: str | None = None  # what the U-Net's config says that it was loaded from
+    other_vae: Part | None = None  # in place of the source's own
 
     @classmethod
     def open(
@@ -68,23 +55,23 @@ class Checkpoint:
             source = Folder(BUNDLED, prediction_type)
         else:
             raise CheckpointError("the bundled model is not installed; name another with --model, such as sd15")
-        kind = source.index.get("_class_name", _PIPELINES[0])
-        if kind not in _PIPELINES:
-            raise CheckpointError(f"{source.path} holds a {kind}, which is not supported, only {', '.join(_PIPELINES)}")
-        for name in ("unet", "vae", "text_encoder_2" if _refines(source.index) else "text_encoder"):
-            source.require(name)
-        described = source.config("unet")
+        kind = source.index.get("_class_name", PIPELINES[0])
+        if kind not in PIPELINES:
+            raise CheckpointError(f"{source.path} holds a {kind}, which is not supported, only {', '.join(PIPELINES)}")
+        latents = vae_config(source.part("vae").config)
+        described = source.part("unet").config
         unet = UNetConfig.from_dict(described)
-        own = vae_config(source.config("vae"))
-        if vae is not None:
-            source = OtherVAE.open(vae, own, half=half).beside(source)
-        latents = vae_config(source.config("vae"))
+        other = None if vae is None else OtherVAE.open(vae, latents, half=half)
+        latents = latents if other is None else other.config
         if unet.in_channels not in (latents.latent_channels, 2 * latents.latent_channels + 1):
             raise CheckpointError(
                 f"the U-Net reads {unet.in_channels} channels where the VAE's latents have {latents.latent_channels}; "
                 "of variants with further inputs only inpainting is supported, with a mask and a second picture"
             )
-        return cls(source, unet, latents, described.get("_name_or_path"))
+        checkpoint = cls(source, unet, latents, described.get("_name_or_path"), other and other.part)
+        for name in checkpoint.family.encoders:
+            checkpoint.part(name)
+        return checkpoint
 
     @property
     def index(self) -> dict:
@@ -92,9 +79,11 @@ class Checkpoint:
         return self.source.index
 
     @property
-    def xl(self) -> bool:
-        """Whether this is SDXL: two text encoders, and a U-Net that is told sizes."""
-        return self.unet_config.addition_embed_type == "text_time"
+    def family(self) -> Family:
+        """The row of the table of families that its configs tell."""
+        unet, refines = self.unet_config, bool(self.index.get("requires_aesthetics_score"))
+        adds = unet.addition_embed_type == "text_time"
+        return family_of(adds, unet.use_linear_projection, lambda family: family.refines == refines)
 
     @property
     def inpainting(self) -> bool:
@@ -102,21 +91,9 @@ class Checkpoint:
         return self.unet_config.in_channels > self.vae_config.latent_channels
 
     @property
-    def text_encoders(self) -> tuple[str, ...]:
-        """Folder names of the text encoders; each has a tokenizer of the same ending."""
-        if self.refiner:
-            return ("text_encoder_2",)
-        return ("text_encoder", "text_encoder_2") if self.xl else ("text_encoder",)
-
-    @property
-    def refiner(self) -> bool:
-        """Whether this is SDXL's refiner: one text encoder, and a U-Net that is told how good the picture should be."""
-        return _refines(self.index)
-
-    @property
     def components(self) -> tuple[str, ...]:
         """Folder names of all that has weights."""
-        return (*self.text_encoders, "unet", "vae")
+        return (*self.family.encoders, "unet", "vae")
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -134,26 +111,24 @@ class Checkpoint:
         return self.native_size[1]
 
     @property
-    def steps(self) -> int:
-        """The default: 50, or what a few-step model wants."""
-        return 50 if self.few_step is None else self.few_step.steps
-
-    @property
     def few_step(self) -> FewStep | None:
         """The defaults of a model made for few steps, or None."""
         path = self.source.path
         hub = next((part for part in path.parts if part.startswith("models--")), "")
         names = [hub, path.name, self.index.get("_name_or_path"), self.name_or_path]
-        scheduler = self.source.config("scheduler")
+        scheduler = self.source.scheduler()
         texts = (name for name in names if isinstance(name, str))
         return few_step(texts, scheduler, self.unet_config.time_cond_proj_dim is not None)
 
     @property
+    def steps(self) -> int:
+        """The default: what a few-step model wants, or its family's usual number."""
+        return (self.few_step or self.family).steps
+
+    @property
     def guidance_scale(self) -> float:
         """The default: what the checkpoint says, or its family's usual one."""
-        usual = 5.0 if self.xl else 7.5
-        if (few := self.few_step) is not None:
-            usual = few.guidance_scale
+        usual = (self.few_step or self.family).guidance_scale
         scale = self.index.get("default_guidance_scale", usual)
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
             raise CheckpointError(f"model_index.json: default_guidance_scale should be a number, got {scale!r}")
@@ -162,13 +137,15 @@ class Checkpoint:
     def schedule(self, name: str | None) -> NoiseSchedule:
         """The noise schedule of one of `SCHEDULERS`, or of the checkpoint's own scheduler.
 
-        SD's published configs had two mistakes, which diffusers' pipeline corrects as it loads them; so does this. It
-        leaves SDXL's as they are.
+        The family's corrections are made in what its config says.
         """
-        config = self.source.config("scheduler")
-        corrections = {} if self.xl else {"steps_offset": 1, "clip_sample": False}
-        config |= {key: value for key, value in corrections.items() if name is None or key in config}
+        config = self.source.scheduler()
+        config |= {key: value for key, value in self.family.corrections.items() if name is None or key in config}
         return schedule(config, name)
+
+    def part(self, name: str) -> Part:
+        """A component as it is stored, see `Source.part`."""
+        return self.other_vae if name == "vae" and self.other_vae is not None else self.source.part(name)
 
     def module(self, name: str) -> nn.Module:
         """A component with weights yet to be loaded."""
@@ -176,7 +153,7 @@ class Checkpoint:
             return UNet2DConditionModel(self.unet_config)
         if name == "vae":
             return vae_module(self.vae_config)
-        return CLIPTextModel(CLIPConfig.from_dict(self.source.config(name)))
+        return CLIPTextModel(CLIPConfig.from_dict(self.part(name).config))
 
     def load(self, name: str, dtype: mx.Dtype | None) -> nn.Module:
         """A component with its weights, strictly loaded; dtype None keeps the file's types.
@@ -184,7 +161,7 @@ class Checkpoint:
         Raises:
             CheckpointError: see `weights.fill`.
         """
-        return weights.fill(self.module(name), *self.source.tensors(name), self.source.where(name), dtype)
+        return self.part(name).load(self.module(name), dtype)
 
     def check_files(self) -> None:
         """Read the files' headers only: a damaged VAE is better found before drawing than after.
@@ -193,8 +170,4 @@ class Checkpoint:
             CheckpointError: a file is missing or damaged.
         """
         for name in self.components:
-            self.source.tensors(name)
-
-
-def _refines(index: dict) -> bool:
-    return bool(index.get("requires_aesthetics_score"))
+            self.part(name).tensors()

@@ -63,7 +63,7 @@ def convert(
         raise UsageError(f"{output} exists and is no checkpoint, so it is not replaced; remove it yourself")
     half = dtype is not None and dtype == mx.float16
     checkpoint = Checkpoint.open(model, half=half, prediction_type=prediction_type)
-    checkpoint.source.config("scheduler")
+    checkpoint.source.scheduler()
     if output.exists() and output == checkpoint.source.path.resolve():
         raise UsageError(f"{output} is the model itself; name another folder")
     try:
@@ -108,7 +108,14 @@ def _put_in_place(new: Path, output: Path, old: Path) -> None:
         raise
 
 
-def _convert_one(checkpoint, name, target, dtype, bits, progress) -> Converted:
+def _convert_one(
+    checkpoint: Checkpoint,
+    name: str,
+    target: Path,
+    dtype: mx.Dtype | None,
+    bits: int | None,
+    progress: Callable[[str], None],
+) -> Converted:
     progress(name)
     module = checkpoint.load(name, dtype)
     parameters = sum(p.size for _, p in tree_flatten(module.parameters()))
@@ -118,29 +125,24 @@ def _convert_one(checkpoint, name, target, dtype, bits, progress) -> Converted:
     if bits is not None and name != "vae":
         if was is not None:
             raise CheckpointError(
-                f"{checkpoint.source.where(name)} is already quantized, to {was} bits; start from the original"
+                f"{checkpoint.part(name).where} is already quantized, to {was} bits; start from the original"
             )
         quantized, left = weights.quantize(module, bits)
         was = bits
     size = weights.save(module, target / name, bits=was)
-    _write_json(target / name / "config.json", checkpoint.source.config(name))
+    _write_json(target / name / "config.json", checkpoint.part(name).config)
     return Converted(name, parameters, size, kind, quantized, left)
 
 
 def _copy_settings(checkpoint: Checkpoint, target: Path) -> None:
     """model_index.json, the scheduler's config, the tokenizers, and what caches cost if that was measured."""
-    keep = {k: v for k, v in checkpoint.index.items() if not isinstance(v, list)}
-    names = (
-        *checkpoint.components,
-        "scheduler",
-        *(n.replace("text_encoder", "tokenizer") for n in checkpoint.text_encoders),
-    )
-    keep |= {name: checkpoint.index[name] for name in names if name in checkpoint.index}
-    _write_json(target / "model_index.json", keep)
+    tokenizers = checkpoint.family.encoders.values()
+    names = {*checkpoint.components, *tokenizers, "scheduler"}
+    index = {name: said for name, said in checkpoint.index.items() if name in names or not isinstance(said, list)}
+    _write_json(target / "model_index.json", index)
     (target / "scheduler").mkdir()
-    _write_json(target / "scheduler" / "scheduler_config.json", checkpoint.source.config("scheduler"))
-    for name in checkpoint.text_encoders:
-        tokenizer = name.replace("text_encoder", "tokenizer")
+    _write_json(target / "scheduler" / "scheduler_config.json", checkpoint.source.scheduler())
+    for tokenizer in tokenizers:
         (target / tokenizer).mkdir()
         checkpoint.source.write_tokenizer(tokenizer, target / tokenizer)
     if (prices := find_prices(checkpoint.source.path)) is not None:

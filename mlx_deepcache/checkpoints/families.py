@@ -1,30 +1,203 @@
-"""Models that are made to draw in a few steps, told from what a checkpoint says about itself.
+"""The families of models, a row each: parts, defaults, and what files in the original layout call them.
 
-Distilled models (Turbo, Lightning, Hyper-SD, latent consistency) need other defaults than the ones they were made of:
-few steps, no guidance beside what is built in, and no cache, as neighbouring steps have little in common.
+Nothing else asks of which family a model is: what depends on it is a value here, or a small function.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 
-STEPS = 4
+from .tokenizer import END
+
+CLIP, OPEN_CLIP = "clip", "open_clip"  # whose names and layout a text encoder's tensors have in a single file
+EPSILON, V = "epsilon", "v_prediction"
 
 
+@dataclass(frozen=True)
+class TextEncoder:
+    """A text encoder of a family, and what a single file does not say of it.
+
+    tokenizer: its folder; width: of the hidden states; prefixes: what the tensors' names may start with in a single
+    file -> whose names follow; pad: the tokenizer's padding token; hidden_act: the activation, where the names are
+    CLIP's; layers: how many are used at most; projects: whether the pooled text goes through a projection.
+    """
+
+    tokenizer: str
+    width: int
+    prefixes: dict[str, str]
+    pad: str = "!"  # OpenCLIP's, token 0
+    hidden_act: str = "gelu"
+    layers: int | None = None
+    projects: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the checkpoints of a family have in common.
+
+    text: the text encoders by folder; variants: what the U-Net predicts -> the pixels along a side that it was trained
+    for, and the scheduler of its own repository; the first is what a file that says nothing is taken for.
+    pipeline: how the names of diffusers' classes start; index: what model_index.json says beside the parts.
+    head_size: of the U-Net's attention, or None where there are 8 heads everywhere; linear: whether its transformers
+    are entered by a linear layer, and not by a convolution; penultimate: whether it reads the text encoders' hidden
+    states before the last layer, unnormalised; time_ids: what it is told beside the pooled text, by the picture's
+    height and width in pixels and whether the prompt is wanted (or is the negative one); None: the prompt is all.
+    strength, inpainting_strength: how much of a picture is changed by default; second_prompt: whether the last text
+    encoder may read a text of its own; refines: whether it needs a picture; refinable: whether two models of this kind
+    may share a picture's steps; upcasts_vae: whether the VAE's `force_upcast` counts; corrections: what diffusers'
+    pipelines change in a scheduler's config as they load it; colours: red, green and blue in [-1, 1] as a linear
+    function of the latents, as ComfyUI publishes them (comfy/latent_formats.py).
+    """
+
+    name: str
+    text: dict[str, TextEncoder]
+    variants: dict[str, tuple[int, str]]
+    pipeline: str = "StableDiffusion"
+    index: dict = field(default_factory=dict)
+    head_size: int | None = 64
+    linear: bool = True
+    penultimate: bool = False
+    time_ids: Callable[[int, int, bool], tuple[float, ...]] | None = None
+    scaling_factor: float = 0.18215
+    steps: int = 50
+    guidance_scale: float = 7.5
+    strength: float = 0.8
+    inpainting_strength: float = 1.0
+    second_prompt: bool = False
+    refines: bool = False
+    refinable: bool = False
+    upcasts_vae: bool = False
+    corrections: dict = field(default_factory=dict)
+    colours: dict[str, tuple] = field(default_factory=dict)
+
+    @property
+    def encoders(self) -> dict[str, str]:
+        """Folder of each text encoder -> folder of its tokenizer."""
+        return {name: encoder.tokenizer for name, encoder in self.text.items()}
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of the text encoders' hidden states; side by side they are the context that the U-Net reads."""
+        return tuple(encoder.width for encoder in self.text.values())
+
+
+def _sizes(height: int, width: int, wanted: bool) -> tuple[float, ...]:
+    """Original size, crop and target size (Podell et al. 2023, section 2.2)."""
+    return height, width, 0, 0, height, width
+
+
+def _score(height: int, width: int, wanted: bool) -> tuple[float, ...]:
+    """Original size, crop, and the one of LAION's aesthetic scores (1-10) that diffusers asks for, or not for."""
+    return height, width, 0, 0, 6.0 if wanted else 2.5
+
+
+_CONDITIONER = {"cond_stage_model.transformer.": CLIP, "cond_stage_model.model.": OPEN_CLIP}
+
+SD1 = Family(
+    "Stable Diffusion 1.x",
+    {"text_encoder": TextEncoder("tokenizer", 768, _CONDITIONER, END, "quick_gelu")},
+    {EPSILON: (512, "PNDMScheduler")},
+    head_size=None,
+    linear=False,
+    corrections={"steps_offset": 1, "clip_sample": False},  # mistakes in SD's published configs
+    colours={
+        "factors": (
+            (0.3512, 0.2297, 0.3227),
+            (0.3250, 0.4974, 0.2350),
+            (-0.2829, 0.1762, 0.2721),
+            (-0.2120, -0.2616, -0.7177),
+        )
+    },
+)
+
+SD2 = replace(
+    SD1,
+    name="Stable Diffusion 2.x",
+    # the last but one layer's output of 24 is used, so the last is not loaded
+    text={"text_encoder": TextEncoder("tokenizer", 1024, _CONDITIONER, layers=23)},
+    variants={V: (768, "DDIMScheduler"), EPSILON: (512, "PNDMScheduler")},
+    head_size=64,
+    linear=True,
+)
+
+_BIG_G = TextEncoder("tokenizer_2", 1280, {"conditioner.embedders.1.model.": OPEN_CLIP}, projects=True)
+
+SDXL = Family(
+    "SDXL",
+    {
+        "text_encoder": TextEncoder(
+            "tokenizer", 768, {"conditioner.embedders.0.transformer.": CLIP}, END, "quick_gelu"
+        ),
+        "text_encoder_2": _BIG_G,
+    },
+    {EPSILON: (1024, "EulerDiscreteScheduler")},
+    "StableDiffusionXL",
+    {"force_zeros_for_empty_prompt": True},
+    penultimate=True,
+    time_ids=_sizes,
+    scaling_factor=0.13025,
+    guidance_scale=5.0,
+    strength=0.3,
+    inpainting_strength=0.9999,
+    second_prompt=True,
+    refinable=True,
+    upcasts_vae=True,
+    colours={
+        "factors": (
+            (0.3651, 0.4232, 0.4341),
+            (-0.2533, -0.0042, 0.1068),
+            (0.1076, 0.1111, -0.0362),
+            (-0.3165, -0.2492, -0.2188),
+        ),
+        "bias": (0.1084, -0.0175, -0.0011),
+    },
+)
+
+REFINER = replace(
+    SDXL,
+    name="the SDXL refiner",
+    text={"text_encoder_2": replace(_BIG_G, prefixes={"conditioner.embedders.0.model.": OPEN_CLIP})},
+    index={"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True}
+    | {"text_encoder": [None, None], "tokenizer": [None, None]},
+    time_ids=_score,
+    refines=True,
+)
+
+FAMILIES = (SD1, SD2, SDXL, REFINER)
+
+PIPELINES = (  # diffusers' classes that draw with these; the last draws with a few-step model of SD 1.x
+    *dict.fromkeys(f"{family.pipeline}{task}Pipeline" for family in FAMILIES for task in ("", "Img2Img", "Inpaint")),
+    "LatentConsistencyModelPipeline",
+)
+
+
+def family_of(adds: bool, linear: bool, fits: Callable[[Family], bool]) -> Family:
+    """adds, linear: whether the U-Net reads more than the prompt, and the family's `linear`; fits: tells those apart
+    that have these in common, of which the first is taken if none fits."""
+    alike = [family for family in FAMILIES if (family.time_ids is not None, family.linear) == (adds, adds or linear)]
+    return next(filter(fits, alike), alike[0])
+
+
+def family_by(context: int) -> Family | None:
+    """The family whose U-Nets read a context of this width."""
+    return next((family for family in FAMILIES if sum(family.widths) == context), None)
+
+
+FEW_STEPS = 4
 LCM_GUIDANCE = 8.5  # diffusers' default for a U-Net that is told the scale
-
-
-_NAMES = re.compile(r"(?<![a-z])(turbo|lightning|hyper[-_ ]?sd|lcm)(?![a-z])")
-
-
+_FEW_STEP = re.compile(r"(?<![a-z])(turbo|lightning|hyper[-_ ]?sd|lcm)(?![a-z])")
 _COUNT = re.compile(r"(?<!\d)([1-9]|1\d)[-_ ]?steps?(?![a-z])")
 
 
 @dataclass(frozen=True)
 class FewStep:
-    """The defaults of such a model, and by what it was known."""
+    """The defaults of a model made to draw in a few steps, and by what it was known.
+
+    Distilled models (Turbo, Lightning, Hyper-SD, latent consistency) need other defaults than the ones they were made
+    of: few steps, no guidance beside what is built in, and no cache, as neighbouring steps have little in common.
+    """
 
     steps: int
     guidance_scale: float
@@ -45,11 +218,11 @@ def few_step(names: Iterable[str], scheduler: dict, told_guidance: bool) -> FewS
     """
     names = [name.lower() for name in names if name]
     counts = [int(match[1]) for name in names if (match := _COUNT.search(name))]
-    steps = counts[0] if counts else STEPS
+    steps = counts[0] if counts else FEW_STEPS
     if told_guidance:
         return FewStep(steps, LCM_GUIDANCE, "its U-Net is told the guidance scale")
     for name in names:
-        if match := _NAMES.search(name):
+        if match := _FEW_STEP.search(name):
             return FewStep(steps, 1.0, f"its name says {match[1]}")
     kind = str(scheduler.get("_class_name", ""))
     if kind == "LCMScheduler":
@@ -58,67 +231,7 @@ def few_step(names: Iterable[str], scheduler: dict, told_guidance: bool) -> FewS
         kind in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
         and scheduler.get("timestep_spacing") == "trailing"
         and not scheduler.get("rescale_betas_zero_snr")
-        and scheduler.get("prediction_type", "epsilon") != "v_prediction"
+        and scheduler.get("prediction_type", EPSILON) != V
     ):
         return FewStep(steps, 1.0, "its scheduler starts at the last timestep")
     return None
-
-
-CLIP, OPEN_CLIP = "clip", "open_clip"  # the two layouts of text encoders
-
-
-_OPEN_CLIP_H_LAYERS = 23  # SD 2.x uses the last but one layer's output of 24, so the last is not loaded
-
-
-@dataclass(frozen=True)
-class Family:
-    """What the tensors of all its checkpoints have in common, and what they do not show.
-
-    text: component -> the prefixes that its tensors may have, with their layout; head_size: of attention, or None where
-    there are 8 heads everywhere.
-    """
-
-    name: str
-    pipeline: str
-    text: dict[str, dict[str, str]]
-    head_size: int | None
-    scaling_factor: float
-    size: int
-
-
-_SD = {"cond_stage_model.transformer.": CLIP, "cond_stage_model.model.": OPEN_CLIP}
-
-
-_SD1 = Family("Stable Diffusion 1.x", "StableDiffusion", {"text_encoder": _SD}, None, 0.18215, 512)
-
-
-_SD2 = Family("Stable Diffusion 2.x", "StableDiffusion", {"text_encoder": _SD}, 64, 0.18215, 768)
-
-
-_XL_TEXT = {
-    "text_encoder": {"conditioner.embedders.0.transformer.": CLIP},
-    "text_encoder_2": {"conditioner.embedders.1.model.": OPEN_CLIP},
-}
-
-
-_XL = Family("SDXL", "StableDiffusionXL", _XL_TEXT, 64, 0.13025, 1024)
-
-
-_REFINER_TEXT = {"text_encoder_2": {"conditioner.embedders.0.model.": OPEN_CLIP}}
-
-
-_REFINER = Family("SDXL refiner", "StableDiffusionXLImg2Img", _REFINER_TEXT, 64, 0.13025, 1024)
-
-
-_SCHEDULER = {
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-    "trained_betas": None,
-}

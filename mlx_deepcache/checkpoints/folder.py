@@ -6,16 +6,18 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..errors import CheckpointError
 from .tokenizer import load_tokenizer
-from .weights import read_component
+from .weights import fill, read_component
 
 
 def read_json(path: Path) -> dict:
@@ -35,8 +37,31 @@ def read_json(path: Path) -> dict:
     return data
 
 
+Tensors = tuple[dict[str, mx.array], dict[str, str]]
+"""Tensors by name, read when first used, and their file's metadata (see `weights.fill`)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a checkpoint: its config as in the diffusers layout, what to call its place in a message, and its
+    tensors, by the names of the diffusers layout."""
+
+    config: dict
+    where: str
+    tensors: Callable[[], Tensors]
+
+    @classmethod
+    def of(cls, folder: Path) -> Part:
+        """A component's folder; raises CheckpointError if its config cannot be read."""
+        return cls(read_json(folder / "config.json"), str(folder), partial(read_component, folder))
+
+    def load(self, module: nn.Module, dtype: mx.Dtype | None) -> nn.Module:
+        """Raises CheckpointError: see `weights.fill`."""
+        return fill(module, *self.tensors(), self.where, dtype)
+
+
 class Source(Protocol):
-    """A checkpoint's parts by the names that they have in the diffusers layout: `unet`, `vae`, `text_encoder`, ...
+    """Where the parts of a checkpoint come from.
 
     path: where it is on the disk; index: what model_index.json says.
     """
@@ -44,20 +69,15 @@ class Source(Protocol):
     path: Path
     index: dict
 
-    def has(self, name: str) -> bool:
-        """Whether there is such a part."""
+    def part(self, name: str) -> Part:
+        """A part by its name in the diffusers layout: `unet`, `vae`, `text_encoder`, ...
 
-    def require(self, name: str) -> None:
-        """Raises CheckpointError, saying what lacks, if there is no such part."""
+        Raises:
+            CheckpointError: there is no such part; says what lacks.
+        """
 
-    def config(self, name: str) -> dict:
-        """A part's config, as in the diffusers layout; the scheduler's too."""
-
-    def tensors(self, name: str) -> tuple[dict[str, mx.array], dict[str, str]]:
-        """A part's tensors, read when first used, and its file's metadata (see `weights.fill`)."""
-
-    def where(self, name: str) -> str:
-        """What to call the place of a part in a message."""
+    def scheduler(self) -> dict:
+        """The scheduler's config."""
 
     def tokenizer(self, name: str):
         """transformers' CLIPTokenizer."""
@@ -85,33 +105,25 @@ class Folder:
             )
         return read_json(self.path / "model_index.json")
 
-    def has(self, name: str) -> bool:
-        return (self.path / name).is_dir()
+    def part(self, name: str) -> Part:
+        return Part.of(self._folder(name))
 
-    def require(self, name: str) -> None:
-        if not self.has(name):
-            raise CheckpointError(f"{self.path} is no whole checkpoint: it lacks the folder {name}")
-
-    def config(self, name: str) -> dict:
-        if name != "scheduler":
-            return read_json(self.path / name / "config.json")
-        config = read_json(self.path / name / "scheduler_config.json")
+    def scheduler(self) -> dict:
+        config = read_json(self.path / "scheduler" / "scheduler_config.json")
         return config if self.prediction_type is None else config | {"prediction_type": self.prediction_type}
-
-    def tensors(self, name: str) -> tuple[dict[str, mx.array], dict[str, str]]:
-        return read_component(self.path / name)
-
-    def where(self, name: str) -> str:
-        return str(self.path / name)
 
     def tokenizer(self, name: str):
         return load_tokenizer(self.path / name)
 
     def write_tokenizer(self, name: str, folder: Path) -> None:
-        self.require(name)
-        for file in (self.path / name).iterdir():
+        for file in self._folder(name).iterdir():
             if file.suffix in (".json", ".txt"):
                 shutil.copyfile(file, folder / file.name)
+
+    def _folder(self, name: str) -> Path:
+        if not (self.path / name).is_dir():
+            raise CheckpointError(f"{self.path} is no whole checkpoint: it lacks the folder {name}")
+        return self.path / name
 
 
 PRICES = "cache_front.json"  # what caches cost a model in picture, where that was measured; see `cache.prices`

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from ..errors import CheckpointError
+from .families import FAMILIES
 from .folder import Folder, Source
 from .original.singlefile import SingleFile
 from .weights import PICKLES, component_files
@@ -20,14 +21,10 @@ SHORT_NAMES = {
     "sd-turbo": ("stabilityai/sd-turbo",),
 }
 
-
-COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae")
-
-
+_ENCODERS = {name: tokenizer for family in FAMILIES for name, tokenizer in family.encoders.items()}
+COMPONENTS = (*_ENCODERS, "unet", "vae")
 _CONFIGS = ["model_index.json", *(f"{name}/config.json" for name in COMPONENTS), "scheduler/*.json"]
-
-
-_TOKENIZERS = [f"{folder}/{kind}" for folder in ("tokenizer", "tokenizer_2") for kind in ("*.json", "*.txt")]
+_TOKENIZERS = [f"{folder}/{kind}" for folder in _ENCODERS.values() for kind in ("*.json", "*.txt")]
 
 
 def find(model: str, *, half: bool = False, alone: bool = False) -> Path:

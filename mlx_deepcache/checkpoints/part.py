@@ -1,24 +1,18 @@
-"""Which VAE: what a config describes, and a VAE from elsewhere in place of a checkpoint's own."""
+"""Parts from elsewhere than the checkpoint: a VAE in place of its own, a ControlNet."""
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ..errors import CheckpointError
 from ..nets.autoencoder import AutoencoderKL, VAEConfig
 from ..nets.controlnet import ControlNetConfig, ControlNetModel
 from ..nets.tiny import AutoencoderTiny, TinyVAEConfig
-from . import weights
-
-if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
-from .folder import Folder, Source, read_json
+from ..nets.unet_parts import UNetConfig
+from .folder import Part
 from .hub import find, find_source
 
 
@@ -37,10 +31,9 @@ def vae_module(config: VAEConfig | TinyVAEConfig) -> AutoencoderKL | Autoencoder
 
 @dataclass(frozen=True)
 class OtherVAE:
-    """A VAE by itself: the part `name` of a source. `beside` makes a source of it and all the rest of another."""
+    """A VAE by itself, which may stand in for a model's own."""
 
-    source: Source
-    name: str
+    part: Part
     config: VAEConfig | TinyVAEConfig
 
     @classmethod
@@ -53,108 +46,64 @@ class OtherVAE:
         """
         path = find(model, half=half, alone=True)
         if path.is_file() or (path / "vae").is_dir():
-            source, name = find_source(str(path), half=half), "vae"
+            part = find_source(str(path), half=half).part("vae")
         elif (path / "config.json").is_file():
-            source, name = Folder(Path(path.resolve().parent)), path.resolve().name
+            part = Part.of(path.resolve())
         else:
             raise CheckpointError(f"{path} is no VAE: expected a folder with config.json, or a model with a folder vae")
-        config = vae_config(source.config(name))
+        config = vae_config(part.config)
         for what in ("latent_channels", "factor"):
             if getattr(config, what) != getattr(own, what):
                 raise CheckpointError(
-                    f"{source.where(name)} does not fit the model: its {what.replace('_', ' ')} should be "
+                    f"{part.where} does not fit the model: its {what.replace('_', ' ')} should be "
                     f"{getattr(own, what)}, got {getattr(config, what)}"
                 )
         if isinstance(config, type(own)) and config.scaling_factor != own.scaling_factor:
             warnings.warn(
-                f"{source.where(name)} scales latents by {config.scaling_factor:g}, the model's own VAE by "
+                f"{part.where} scales latents by {config.scaling_factor:g}, the model's own VAE by "
                 f"{own.scaling_factor:g}; it may be of another family",
                 stacklevel=2,
             )
-        return cls(source, name, config)
+        return cls(part, config)
 
-    def load(self, dtype: mx.Dtype | None) -> nn.Module:
+    def load(self, dtype: mx.Dtype | None) -> AutoencoderKL | AutoencoderTiny:
         """The VAE with its weights, strictly loaded.
 
         Raises:
             CheckpointError: see `weights.fill`.
         """
-        tensors = self.source.tensors(self.name)
-        return weights.fill(vae_module(self.config), *tensors, self.source.where(self.name), dtype)
-
-    def beside(self, rest: Source) -> Source:
-        return _Mixed(rest, self)
+        return self.part.load(vae_module(self.config), dtype)
 
 
-@dataclass(frozen=True)
-class _Mixed:
-    """A source whose `vae` is from elsewhere."""
-
-    rest: Source
-    vae: OtherVAE
-
-    @property
-    def path(self) -> Path:
-        return self.rest.path
-
-    @property
-    def index(self) -> dict:
-        return self.rest.index
-
-    def _of(self, name: str) -> tuple[Source, str]:
-        return (self.vae.source, self.vae.name) if name == "vae" else (self.rest, name)
-
-    def has(self, name: str) -> bool:
-        source, name = self._of(name)
-        return source.has(name)
-
-    def require(self, name: str) -> None:
-        source, name = self._of(name)
-        source.require(name)
-
-    def config(self, name: str) -> dict:
-        source, name = self._of(name)
-        return source.config(name)
-
-    def tensors(self, name: str) -> tuple[dict[str, mx.array], dict[str, str]]:
-        source, name = self._of(name)
-        return source.tensors(name)
-
-    def where(self, name: str) -> str:
-        source, name = self._of(name)
-        return source.where(name)
-
-    def tokenizer(self, name: str):
-        return self.rest.tokenizer(name)
-
-    def write_tokenizer(self, name: str, folder: Path) -> None:
-        self.rest.write_tokenizer(name, folder)
-
-
-def load_controlnet(model: str, checkpoint: Checkpoint, dtype: mx.Dtype) -> ControlNetModel:
-    """A ControlNet by a folder or a hub id, strictly loaded, for use with `checkpoint`.
+def load_controlnet(model: str, unet: UNetConfig, factor: int, dtype: mx.Dtype) -> ControlNetModel:
+    """A ControlNet, strictly loaded; see `find_controlnet`.
 
     Raises:
         CheckpointError: it cannot be had, is damaged or not supported, or is for another kind of U-Net.
     """
-    folder, config = find_controlnet(model, checkpoint, dtype)
-    return weights.load(ControlNetModel(config), folder, dtype)
+    part, config = find_controlnet(model, unet, factor, dtype)
+    return part.load(ControlNetModel(config), dtype)
 
 
-def find_controlnet(model: str, checkpoint: Checkpoint, dtype: mx.Dtype) -> tuple[Path, ControlNetConfig]:
-    """Where a ControlNet is and what it is, without its weights; raises as `load_controlnet`."""
+def find_controlnet(model: str, unet: UNetConfig, factor: int, dtype: mx.Dtype) -> tuple[Part, ControlNetConfig]:
+    """Where a ControlNet is and what it is, without its weights; raises as `load_controlnet`.
+
+    model: a folder or a hub id; unet: the config of the U-Net that it is to steer; factor: pixels along one side of a
+    latent.
+    """
     folder = find(model, half=dtype == mx.float16, alone=True)
     if folder.is_file() or (folder / "model_index.json").is_file():
         what = "a file" if folder.is_file() else "a whole model"
         raise CheckpointError(f"{folder} is {what}; expected a ControlNet, a folder with its config.json")
-    config = ControlNetConfig.from_dict(read_json(folder / "config.json"))
+    part = Part.of(folder)
+    config = ControlNetConfig.from_dict(part.config)
     for name in ("block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type"):
-        its, ours = getattr(config, name), getattr(checkpoint.unet_config, name)
+        its, ours = getattr(config, name), getattr(unet, name)
         if its != ours:
             raise CheckpointError(f"{folder} is for another kind of model: its {name} is {its}, the model's {ours}")
-    if config.picture_factor != checkpoint.vae_config.factor:
+    if config.picture_factor != factor:
         raise CheckpointError(
-            f"{folder} makes {config.picture_factor} pixels of its picture into one, the model's VAE "
-            f"{checkpoint.vae_config.factor}; they do not go together"
+            f"{folder} makes {config.picture_factor} pixels of its picture into one, the model's VAE {factor}; "
+            "they do not go together"
         )
-    return folder, config
+    return part, config

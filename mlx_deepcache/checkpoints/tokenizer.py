@@ -14,14 +14,11 @@ def load_tokenizer(folder: Path):
     Raises:
         CheckpointError: the folder holds no tokenizer.
     """
-    from transformers import CLIPTokenizer  # slow to import, and needed only once there is text
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
+    kind = _tokenizer_class()
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is missing; expected a tokenizer there")
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
         tokenizer.model_max_length = min(tokenizer.model_max_length, POSITIONS)  # a config may leave it out
         return tokenizer
     except Exception as error:  # the library raises whatever the broken file led to
@@ -29,11 +26,7 @@ def load_tokenizer(folder: Path):
 
 
 MERGES = Path(__file__).parent / "bundled" / "clip" / "merges.txt"
-
-
 START, END = "<|startoftext|>", "<|endoftext|>"
-
-
 POSITIONS, SIZE = 77, 49408
 
 
@@ -54,11 +47,15 @@ def vocabulary() -> dict[str, int]:
 
 def tokenizer(pad: str):
     """transformers' CLIPTokenizer with this padding token: `END` in SD 1.x and in SDXL's first, else "!"."""
-    from transformers import CLIPTokenizer  # slow to import
+    return _tokenizer_class()(vocab=vocabulary(), merges=merges(), pad_token=pad, model_max_length=POSITIONS)
+
+
+def _tokenizer_class():
+    from transformers import CLIPTokenizer  # slow to import, and needed only once there is text
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    return CLIPTokenizer(vocab=vocabulary(), merges=merges(), pad_token=pad, model_max_length=POSITIONS)
+    return CLIPTokenizer
 
 
 def write(folder: Path, pad: str) -> None:

@@ -19,17 +19,9 @@ from ..backend.ops import DTYPES
 from ..errors import CheckpointError
 
 LAYOUT = "channels_last"
-
-
 CONVERTED = "weights.safetensors"
-
-
 GROUP_SIZE = 64
-
-
-_NAMES = ("diffusion_pytorch_model", "model")
-
-
+_STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
@@ -46,7 +38,7 @@ def component_files(folder: Path, names: list[str] | None = None) -> list[str]:
     if CONVERTED in names:
         return [CONVERTED]
     for variant in ("", ".fp16"):
-        for base in _NAMES:
+        for base in _STEMS:
             if f"{base}{variant}.safetensors" in names:
                 return [f"{base}{variant}.safetensors"]
             index = f"{base}.safetensors.index{variant}.json"
@@ -147,15 +139,6 @@ def to_channels_last(tensors: dict[str, mx.array], shapes: dict[str, tuple[int, 
     return out
 
 
-def load(module: nn.Module, folder: Path, dtype: mx.Dtype | None) -> nn.Module:
-    """`fill` a module from a component's folder.
-
-    Raises:
-        CheckpointError: see `read_component` and `fill`.
-    """
-    return fill(module, *read_component(folder), str(folder), dtype)
-
-
 def fill(
     module: nn.Module, tensors: dict[str, mx.array], metadata: dict[str, str], where: str, dtype: mx.Dtype | None
 ) -> nn.Module:
@@ -191,10 +174,12 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: p.shape for name, p in tree_flatten(module.parameters())}
 
 
-def _check(tensors: dict[str, mx.array], shapes: dict[str, tuple[int, ...]], where: str) -> None:
-    def some(names: list[str]) -> str:
-        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def some(names: list[str]) -> str:
+    """The first of them and how many more, for a message."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
+
+def _check(tensors: dict[str, mx.array], shapes: dict[str, tuple[int, ...]], where: str) -> None:
     if missing := sorted(shapes.keys() - tensors.keys()):
         raise CheckpointError(f"{where} lacks {some(missing)}, which its config asks for")
     if surplus := sorted(tensors.keys() - shapes.keys()):

@@ -76,7 +76,8 @@ class Components:
         """A ControlNet, ready to be used, with its picture."""
         name = name_of(control)
         if name not in self.held:
-            net = load_controlnet(control.model, self.checkpoint, self.dtype)
+            unet, vae = self.checkpoint.unet_config, self.checkpoint.vae_config
+            net = load_controlnet(control.model, unet, vae.factor, self.dtype)
             mx.eval(net.parameters())
             self.held[name] = net
         picture = mx.array(control.image)[None].astype(mx.float32) / 255
@@ -84,7 +85,7 @@ class Components:
 
     def dtype_of(self, name: str) -> mx.Dtype:
         """SDXL's VAE overflows in float16, and says so in its config."""
-        upcast = name == "vae" and self.checkpoint.xl and self.checkpoint.vae_config.force_upcast
+        upcast = name == "vae" and self.checkpoint.family.upcasts_vae and self.checkpoint.vae_config.force_upcast
         return mx.float32 if upcast else self.dtype
 
     def release(self, *names: str) -> None:
@@ -96,7 +97,7 @@ class Components:
 
     def _quantize(self, module: nn.Module, name: str) -> None:
         if any(isinstance(layer, nn.QuantizedLinear) for layer in module.modules()):
-            raise UsageError(f"{self.checkpoint.source.where(name)} is quantized already; leave out --quantize")
+            raise UsageError(f"{self.checkpoint.part(name).where} is quantized already; leave out --quantize")
         quantize(module, self.bits)
 
 

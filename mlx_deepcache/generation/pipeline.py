@@ -67,7 +67,7 @@ class StableDiffusion:
         **options,
     ):
         o: ModelOptions = taken(ModelOptions, {"dtype": dtype, **options})
-        if refiner is not None and not (refiner.xl and checkpoint.xl):
+        if refiner is not None and not (refiner.family.refinable and checkpoint.family.refinable):
             raise UsageError("a refiner goes with SDXL only; both models should be of that family")
         self.options, self.dtype, self.low_memory = o, dtype_of(o.dtype), o.low_memory
         self.budget = limit_memory(o.memory_limit)
@@ -113,14 +113,16 @@ class StableDiffusion:
         """What to draw and how, complete and checked: see `settings_for`, which takes the same options."""
         refiner = self.checkpoints[1] if len(self.models) > 1 else None
         settings = settings_for(self.checkpoint, prompt, refiner=refiner, **options)
+        unet, vae = self.checkpoint.unet_config, self.checkpoint.vae_config
         for control in settings.legs[0].controls:
-            find_controlnet(control.model, self.checkpoint, self.dtype)  # better known now than once a bar is shown
+            find_controlnet(control.model, unet, vae.factor, self.dtype)  # better known now than once a bar is shown
         return settings
 
     def other_vae(self, model: str) -> tuple[nn.Module, mx.Dtype]:
         """A VAE that fits the model's latents, for previews, and the type to give it (see `OtherVAE.open`)."""
         other = OtherVAE.open(model, self.checkpoint.vae_config, half=self.dtype == mx.float16)
-        dtype = mx.float32 if self.checkpoint.xl and other.config.force_upcast else self.dtype
+        upcast = self.checkpoint.family.upcasts_vae and other.config.force_upcast
+        dtype = mx.float32 if upcast else self.dtype
         return other.load(dtype), dtype
 
     def denoise(self, settings: Settings, latents: mx.array | None = None) -> Generation:
@@ -223,11 +225,11 @@ class Generation(Iterator[Progress]):
     def encode(self, number: int = 0) -> Conditioning:
         """What the U-Net of a leg reads; with guidance for twice as many pictures, first what they should not be."""
         settings, leg, components = self.settings, self.settings.legs[number], self.pipe.models[number]
-        checkpoint, names = components.checkpoint, components.checkpoint.text_encoders
+        checkpoint, names = components.checkpoint, components.checkpoint.family.encoders
         with self.clock.phase("load"):
             for name in () if self.pipe.low_memory else (*names, "unet") if components.keep else names:
                 components.start(name)  # files are read while transformers, slow to import, makes the tokenizers
-            tokenizers = [components.tokenizer(name.replace("text_encoder", "tokenizer")) for name in names]
+            tokenizers = [components.tokenizer(name) for name in names.values()]
         with self.clock.phase("encode"):
             cond = encode(
                 tokenizers,
@@ -236,7 +238,7 @@ class Generation(Iterator[Progress]):
                 None if leg.guidance_scale is None else [settings.negative_prompt] * len(settings.prompts),
                 size=(settings.height, settings.width),
                 zeros_for_none=bool(checkpoint.index.get("force_zeros_for_empty_prompt", True)),
-                refiner=checkpoint.refiner,
+                family=checkpoint.family,
                 prompt_2=settings.prompt_2,
                 negative_2=settings.negative_prompt_2,
                 weighted=not settings.plain_prompt,

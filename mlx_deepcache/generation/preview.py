@@ -18,7 +18,6 @@ INDEX_KEY = (
     "latent_rgb"  # in model_index.json: {"factors": a row of red, green, blue for each channel, "bias": one row}
 )
 
-
 Decode = Callable[[mx.array], np.ndarray]
 """Latents (N, h, w, C), which have been computed, -> pictures (N, H, W, 3) in 0-255."""
 
@@ -41,28 +40,6 @@ class LatentRGB:
         return np.stack([np.asarray(Image.fromarray(one).resize(size, Image.Resampling.BILINEAR)) for one in small])
 
 
-# As ComfyUI publishes them (comfy/latent_formats.py). SD 2.x has SD 1.x's VAE.
-SD = LatentRGB(
-    (
-        (0.3512, 0.2297, 0.3227),
-        (0.3250, 0.4974, 0.2350),
-        (-0.2829, 0.1762, 0.2721),
-        (-0.2120, -0.2616, -0.7177),
-    )
-)
-
-
-SDXL = LatentRGB(
-    (
-        (0.3651, 0.4232, 0.4341),
-        (-0.2533, -0.0042, 0.1068),
-        (0.1076, 0.1111, -0.0362),
-        (-0.3165, -0.2492, -0.2188),
-    ),
-    (0.1084, -0.0175, -0.0011),
-)
-
-
 def latent_rgb(checkpoint: Checkpoint) -> LatentRGB:
     """A model's map: its own, if model_index.json has one, or its family's.
 
@@ -72,10 +49,9 @@ def latent_rgb(checkpoint: Checkpoint) -> LatentRGB:
     channels, scale = checkpoint.vae_config.latent_channels, checkpoint.vae_config.factor
     own = checkpoint.index.get(INDEX_KEY)
     if own is None:
-        if channels != 4:
+        own = checkpoint.family.colours
+        if channels != len(own["factors"]):
             raise CheckpointError(f"no colours are known for latents of {channels} channels; see --preview-vae")
-        family = SDXL if checkpoint.xl else SD
-        return LatentRGB(family.factors, family.bias, scale)
     try:
         factors, bias = np.array(own["factors"], np.float64), np.array(own.get("bias", (0, 0, 0)), np.float64)
     except (KeyError, TypeError, ValueError, AttributeError):

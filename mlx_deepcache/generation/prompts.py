@@ -1,7 +1,7 @@
-"""Weights in prompts, in the syntax of AUTOMATIC1111's web UI.
+"""From a prompt to weighted tokens in chunks, and from their weights to an encoding that heeds them.
 
-(word) counts 1.1 times as much, [word] 1/1.1 times, (word:1.3) 1.3 times; they nest by multiplication. A backslash
-before a bracket makes it an ordinary character.
+Weights are written as in AUTOMATIC1111's web UI: (word) counts 1.1 times as much, [word] 1/1.1 times, (word:1.3) 1.3
+times; they nest by multiplication. A backslash before a bracket makes it an ordinary character.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import mlx.core as mx
 import numpy as np
 
 ROUND, SQUARE = 1.1, 1 / 1.1
-
-
 _TOKEN = re.compile(r"\\[\\()\[\]]|\(|\[|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|\)|\]|[^\\()\[\]:]+|[\\:]")
 
 
@@ -60,20 +58,18 @@ def parse(text: str) -> list[tuple[str, float]]:
     return merged or [("", 1.0)]
 
 
-POSITIONS = 77  # what every CLIP text encoder here reads
+Tokens = list[tuple[int, float]]
+"""Ids and weights of a text of any length, without those that begin and end it."""
 
 
 class PromptWarning(UserWarning):
     """A part of a prompt is not used."""
 
 
-def tokenize(tokenizer, text: str, *, weighted: bool = False, long: bool = False) -> list[tuple[int, float]]:
-    """Token ids with their weights, without those that begin and end a text.
-
-    weighted: read the syntax of `emphasis`; without `long`, a text is cut at what fits into one chunk, with a warning
-    that shows what is lost.
-    """
-    room = tokenizer.model_max_length - 2
+def tokenize(tokenizer, text: str, *, weighted: bool = False, long: bool = False) -> Tokens:
+    """weighted: see `parse`; without `long`, a text is cut at what fits into one chunk, with a warning that shows what
+    is lost."""
+    room = _room(tokenizer)
     pieces = parse(text) if weighted else [(text, 1.0)]
     tokens = [(token, weight) for piece, weight in pieces for token in tokenizer(piece)["input_ids"][1:-1]]
     if len(tokens) <= room or long:
@@ -87,14 +83,16 @@ def tokenize(tokenizer, text: str, *, weighted: bool = False, long: bool = False
     return tokens[:room]
 
 
-def chunked(
-    tokenizer, texts: Sequence[list[tuple[int, float]]], chunks: int | None = None
-) -> tuple[mx.array, mx.array]:
-    """Ids and weights, (N, chunks, 77) each, of texts from `tokenize`: each chunk begins, ends and is padded as a text
-    of its own. chunks: as many as the longest text needs, if not given."""
-    room = tokenizer.model_max_length - 2
-    chunks = chunks_needed(tokenizer, texts) if chunks is None else chunks
-    first, last, pad = ((token, 1.0) for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, _pad(tokenizer)))
+def chunks_needed(tokenizer, texts: Sequence[Tokens]) -> int:
+    """How many chunks the longest of these texts takes."""
+    return max(1, math.ceil(max(map(len, texts)) / _room(tokenizer)))
+
+
+def chunked(tokenizer, texts: Sequence[Tokens], chunks: int) -> tuple[mx.array, mx.array]:
+    """Ids and weights, (N, chunks, 77) each: each chunk begins, ends and is padded as a text of its own."""
+    room, end = _room(tokenizer), tokenizer.eos_token_id
+    pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    first, last, pad = ((token, 1.0) for token in (tokenizer.bos_token_id, end, pad))
     rows = []
     for tokens in texts:
         parts = (tokens[room * i : room * (i + 1)] for i in range(chunks))
@@ -103,22 +101,19 @@ def chunked(
     return mx.array(both[..., 0].astype(np.int32)), mx.array(both[..., 1].astype(np.float32))
 
 
-def chunks_needed(tokenizer, texts: Sequence[list[tuple[int, float]]]) -> int:
-    return max(1, *(math.ceil(len(tokens) / (tokenizer.model_max_length - 2)) for tokens in texts))
+def _room(tokenizer) -> int:
+    """Tokens in a chunk beside those that begin and end it."""
+    return tokenizer.model_max_length - 2
 
 
-def _pad(tokenizer) -> int:
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-def emphasise(hidden: mx.array, weights: mx.array, *, keep_mean: bool) -> mx.array:
+def emphasise(hidden: mx.array, weights: mx.array, *, restore_mean: bool) -> mx.array:
     """Weigh the encoded tokens, as A1111 does it; hidden: (N, chunks, 77, C); weights: (N, chunks, 77).
 
-    keep_mean: scale each chunk so that its mean stays what it was. For SDXL, whose encoding has a mean near zero, that
-    would not end well, and A1111's "no norm" is used.
+    restore_mean: scale each chunk so that its mean is again what it was. For hidden states that are not normalised
+    (SDXL's), which have a mean near zero, that would not end well, and A1111's "no norm" is used.
     """
     old = hidden.astype(mx.float32)
     new = old * weights[..., None]
-    if keep_mean:
+    if restore_mean:
         new = new * (old.mean(axis=(2, 3), keepdims=True) / new.mean(axis=(2, 3), keepdims=True))
     return new.astype(hidden.dtype)

@@ -105,7 +105,8 @@ def settings_for(
     prompts = (prompt,) * len(asked.seeds) if isinstance(prompt, str) else tuple(prompt)
     if len(prompts) != len(asked.seeds):
         raise UsageError(f"there should be one prompt, or one a seed ({len(asked.seeds)}), got {len(prompts)}")
-    if not checkpoint.xl and not (asked.prompt_2 is None and asked.negative_prompt_2 is None):
+    family = checkpoint.family
+    if not family.second_prompt and not (asked.prompt_2 is None and asked.negative_prompt_2 is None):
         raise UsageError("a second prompt is for SDXL's second text encoder, and this model has only one")
 
     schedule = checkpoint.schedule(asked.scheduler)
@@ -176,12 +177,13 @@ def _share(checkpoint: Checkpoint, steps: int, asked: Options) -> tuple[float | 
         lacking = "an image and a mask" if asked.image is None else "a mask beside the image"
         raise UsageError(f"this model fills in parts of a picture: it needs {lacking}")
     if asked.image is None:
-        if checkpoint.refiner:
+        if checkpoint.family.refines:
             raise UsageError("this model refines pictures: give it an image, or name it as another model's refiner")
         return None, 0
     strength = asked.strength
     if strength is None:
-        strength = (0.3 if checkpoint.xl else 0.8) if asked.mask is None else 0.9999 if checkpoint.xl else 1.0
+        family = checkpoint.family
+        strength = family.strength if asked.mask is None else family.inpainting_strength
     run = min(int(steps * strength), steps)
     if run < 1:
         raise UsageError(

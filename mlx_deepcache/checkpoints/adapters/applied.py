@@ -29,7 +29,7 @@ class Addons:
         """
         self.checkpoint = checkpoint
         self.loras, self.embeddings = [], []
-        encoders = checkpoint.text_encoders
+        encoders = checkpoint.family.encoders
         if loras:
             modules = {name: checkpoint.module(name) for name in (*encoders, "unet")}
             places = lora.places(modules, checkpoint.unet_config)
@@ -50,9 +50,8 @@ class Addons:
     def apply(self, module: nn.Module, name: str) -> None:
         """Change a component that was just loaded."""
         lora.fuse(module, name, self.loras)
-        if self.embeddings and name in self.checkpoint.text_encoders:
-            tokenizer = self.tokenizer(name.replace("text_encoder", "tokenizer"))
-            textual_inversion.extend(module, name, tokenizer, self.embeddings)
+        if self.embeddings and name in (tokenizers := self.checkpoint.family.encoders):
+            textual_inversion.extend(module, name, self.tokenizer(tokenizers[name]), self.embeddings)
 
 
 def _pair(default):

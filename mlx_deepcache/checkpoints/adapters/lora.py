@@ -23,8 +23,9 @@ import mlx.nn as nn
 
 from ...errors import CheckpointError, UsageError
 from ...nets.unet_parts import UNetConfig
+from ..families import SDXL, family_by
 from ..original import names as ldm
-from ..weights import read_tensors
+from ..weights import read_tensors, some
 
 # How a tensor's name ends, and what it is of its layer
 _PARTS = {
@@ -37,9 +38,7 @@ _PARTS = {
     r"alpha|dora_scale|hada_(w[12]_[ab]|t[12])|lokr_(w[12](_[ab])?|t2)": "",  # named as it is
 }
 
-
 _ENDING = re.compile("(.+?)[._](?:" + "|".join(f"({pattern})" for pattern in _PARTS) + ")")
-
 
 # What a layer's name may start with, for each component
 _PREFIXES = {
@@ -47,11 +46,6 @@ _PREFIXES = {
     "text_encoder": ("text_encoder.", "lora_te.", "lora_te1."),
     "text_encoder_2": ("text_encoder_2.", "lora_te2."),
 }
-
-
-# The width of the prompt's encoding, which every layer that reads the prompt shows
-_FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL", 1280: "the SDXL refiner"}
-
 
 _ADAPTER = "lora_adapter_metadata"
 
@@ -118,13 +112,13 @@ def read(file: Path, scale: float, known: dict[str, Place]) -> Lora:
         layers.setdefault(layer, {})[_part(name.removeprefix(layer)[1:])] = tensor
     if odd:
         what = "holds" if layers else "is no LoRA: it holds"
-        raise CheckpointError(f"{file} {what} {_some(odd)}, which is no part of any known kind of LoRA")
+        raise CheckpointError(f"{file} {what} {some(odd)}, which is no part of any known kind of LoRA")
     if not layers:
         raise CheckpointError(f"{file} is no LoRA: it is empty")
     hint = _hint(layers, {place.shape[1] for place in known.values() if place.layer.endswith("attn2.to_k")})
     if lost := [name for name in layers if _flat(name) not in known]:
         raise CheckpointError(
-            f"{file}: {len(lost)} of its {len(layers)} layers match nothing in this model, such as {_some(lost)}{hint}"
+            f"{file}: {len(lost)} of its {len(layers)} layers match nothing in this model, such as {some(lost)}{hint}"
         )
     changes: dict[str, dict[str, dict[str, mx.array]]] = {}
     for name, parts in layers.items():
@@ -248,10 +242,6 @@ def _part(ending: str) -> str:
     return next(part or ending for pattern, part in _PARTS.items() if re.fullmatch(pattern, ending))
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def _hint(layers: dict[str, dict[str, mx.array]], widths: set[int]) -> str:
     """Which families a file and a model seem to be of, as the end of a message."""
     theirs = {
@@ -260,13 +250,14 @@ def _hint(layers: dict[str, dict[str, mx.array]], widths: set[int]) -> str:
         for part in ("down", "hada_w1_b")
         if part in parts and re.search(r"attn2[._](processor\.)?to_[kv]$", name)
     }
-    family = _FAMILIES.get(next(iter(theirs), None))
+    family = family_by(next(iter(theirs), 0))
     if family is None and any(name.startswith(("lora_te2_", "text_encoder_2.")) for name in layers):
-        family = _FAMILIES[2048]
+        family = SDXL
     if family is None:
         return f"; it was made for another model, with a context of width {theirs.pop()}" if theirs else ""
-    own = next((_FAMILIES.get(width, f"one with a context of width {width}") for width in widths), None)
-    return f"; it seems made for {family}" + (f", and this model is {own}" if own else "")
+    known = ((width, family_by(width)) for width in widths)
+    own = next((own.name if own else f"one with a context of width {width}" for width, own in known), None)
+    return f"; it seems made for {family.name}" + (f", and this model is {own}" if own else "")
 
 
 def _alpha(metadata: dict[str, str], place: Place, parts: dict[str, mx.array]) -> dict[str, mx.array]:

@@ -16,14 +16,8 @@ import mlx.core as mx
 from ...backend.ops import DTYPES
 from ...errors import CheckpointError, UsageError
 from ...nets.clip import CLIPTextModel
-from ..weights import read_tensors
-
-_FAMILIES = {
-    (768,): "Stable Diffusion 1.x",
-    (1024,): "Stable Diffusion 2.x",
-    (768, 1280): "SDXL",
-    (1280,): "the SDXL refiner",
-}
+from ..families import FAMILIES
+from ..weights import read_tensors, some
 
 
 @dataclass(frozen=True)
@@ -57,10 +51,9 @@ def read(file: Path, word: str | None, widths: dict[str, int]) -> Embedding:
         (own, tensor), found = next(iter(tensors.items())), list(tensors.values())
         own = file.stem if own == "clip_l" else own
     else:
-        some = ", ".join(sorted(tensors)[:3]) + (f" and {len(tensors) - 3} more" if len(tensors) > 3 else "")
         raise CheckpointError(
             f"{file} is no textual inversion: expected one tensor, `emb_params`, or `clip_l` and `clip_g`, got "
-            + (some or "none")
+            + (some(sorted(tensors)) or "none")
         )
     found = [tensor[None] if tensor.ndim == 1 else tensor for tensor in found]
     for tensor in found:
@@ -71,7 +64,7 @@ def read(file: Path, word: str | None, widths: dict[str, int]) -> Embedding:
             )
     theirs = tuple(tensor.shape[1] for tensor in found)
     if theirs != tuple(widths.values()):
-        family = _FAMILIES.get(theirs)
+        family = next((family.name for family in FAMILIES if family.widths == theirs), None)
         raise CheckpointError(
             f"{file} has vectors of width {_widths(theirs)}, and this model's text encoders are "
             f"{_widths(widths.values())} wide" + (f"; it was made for {family}" if family else "")

@@ -18,9 +18,7 @@ _RESNET = {
     "skip_connection": "conv_shortcut",
 }
 
-
 _VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-
 
 _OPEN_CLIP = {
     "positional_embedding": "embeddings.position_embedding.weight",
@@ -29,7 +27,6 @@ _OPEN_CLIP = {
     "ln_final.bias": "final_layer_norm.bias",
     "text_projection": "text_projection.weight",
 }
-
 
 _OPEN_CLIP_LAYER = {
     "ln_1": "layer_norm1",

@@ -115,10 +115,10 @@ def clip(shapes: Shapes) -> dict:
 
 
 def open_clip(shapes: Shapes) -> dict:
-    """The config of a text encoder with OpenCLIP's names."""
+    """The config of a text encoder with OpenCLIP's names; all of them have GELU."""
     tokens, positions = shapes["token_embedding.weight"], shapes["positional_embedding"]
     mlp = shapes["transformer.resblocks.0.mlp.c_fc.weight"]
-    return _text(tokens, positions, mlp, shapes.count(r"transformer\.resblocks\.(\d+)\."))
+    return _text(tokens, positions, mlp, shapes.count(r"transformer\.resblocks\.(\d+)\.")) | {"hidden_act": "gelu"}
 
 
 def _text(tokens: tuple[int, ...], positions: tuple[int, ...], mlp: tuple[int, ...], layers: int) -> dict:

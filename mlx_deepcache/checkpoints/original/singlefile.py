@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,19 +18,29 @@ from ...errors import CheckpointError
 from ...nets.autoencoder import VAEConfig
 from ...nets.unet_parts import UNetConfig
 from .. import tokenizer as vocabulary
-from ..families import _OPEN_CLIP_H_LAYERS, _REFINER, _SCHEDULER, _SD1, _SD2, _XL, CLIP, Family
+from ..families import CLIP, EPSILON, Family, V, family_of
+from ..folder import Part
 from ..weights import read_tensors
 from . import names as ldm
 from . import shapes as architecture
 from .shapes import Shapes
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
+_PREDICTIONS = {"v": V, "v_prediction": V, "v-prediction": V, "velocity": V, "epsilon": EPSILON, "eps": EPSILON}
 
-
-_V, _EPSILON = "v_prediction", "epsilon"
-
-
-_PREDICTIONS = {"v": _V, "v_prediction": _V, "v-prediction": _V, "velocity": _V, "epsilon": _EPSILON, "eps": _EPSILON}
+# All families'; the class is the family's, see `Family.variants`
+_SCHEDULER = {
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+}
 
 
 class ModelWarning(UserWarning):
@@ -49,7 +59,7 @@ _NO_CHECKPOINT = (
 
 
 class SingleFile:
-    """The source of a checkpoint's parts (see `sources.Source`) that one file is."""
+    """The source of a checkpoint's parts (see `folder.Source`) that one file is."""
 
     def __init__(self, path: Path, prediction_type: str | None = None):
         """prediction_type: what the U-Net predicts, if not what the file says.
@@ -61,80 +71,53 @@ class SingleFile:
         tensors, self._metadata = read_tensors(path)
         self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self._family = self._told_apart()
-        said = prediction_type or _prediction_type(self._metadata, self._shapes)
         self._inpaints = self._shapes[f"{UNET}input_blocks.0.0.weight"][1] == 9
-        if said is None and self._family is _SD2 and not self._inpaints:
+        variants = self._family.variants
+        said = prediction_type or _prediction_type(self._metadata, self._shapes)
+        if said is None and len(variants) > 1 and not self._inpaints:
             warnings.warn(
                 f"{path} does not say whether it predicts noise or v, and its tensors cannot tell; taken for v, at "
                 "768 x 768 pixels. If its pictures are noise, pass --prediction-type epsilon (512 x 512 pixels)",
                 ModelWarning,
                 stacklevel=4,
             )
-            said = _V
-        self._prediction = said or _EPSILON
+        usual = next(iter(variants))
+        self._prediction = said or (EPSILON if self._inpaints else usual)
+        self._size, self._sampler = variants.get(self._prediction, variants[usual])
 
     # What a source answers
 
     @cached_property
     def index(self) -> dict:
         """As model_index.json would have it."""
-        pipeline = self._family.pipeline + "Inpaint" * self._inpaints + "Pipeline"
-        parts = {name: ["transformers", "CLIPTextModel"] for name in self._family.text if name == "text_encoder"}
-        if "text_encoder_2" in self._family.text:
-            parts["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
-            parts["force_zeros_for_empty_prompt"] = self._family is _XL
-        if self._family is _REFINER:
-            parts |= {"text_encoder": [None, None], "tokenizer": [None, None], "requires_aesthetics_score": True}
-        parts |= {n.replace("text_encoder", "tokenizer"): ["transformers", "CLIPTokenizer"] for n in self._family.text}
+        task = "Inpaint" if self._inpaints else "Img2Img" if self._family.refines else ""
+        parts = {}
+        for name, encoder in self._family.text.items():
+            parts[name] = ["transformers", "CLIPTextModel" + "WithProjection" * encoder.projects]
+            parts[encoder.tokenizer] = ["transformers", "CLIPTokenizer"]
         return {
-            "_class_name": pipeline,
-            "scheduler": ["diffusers", self.config("scheduler")["_class_name"]],
+            "_class_name": f"{self._family.pipeline}{task}Pipeline",
+            "scheduler": ["diffusers", self.scheduler()["_class_name"]],
             "unet": ["diffusers", "UNet2DConditionModel"],
             "vae": ["diffusers", "AutoencoderKL"],
+            **self._family.index,
             **parts,
         }
 
-    def has(self, name: str) -> bool:
-        """Whether a component is in the file; a scheduler and tokenizers need not be."""
-        if name in ("unet", "vae") or name in self._family.text:
-            return self._part(name) is not None
-        return name == "scheduler" or name.replace("tokenizer", "text_encoder") in self._family.text
+    def part(self, name: str) -> Part:
+        """A component; raises CheckpointError if it lacks."""
+        config = {"unet": self._unet, "vae": self._vae}.get(name, partial(self._text, name))()
+        return Part(config, f"{self.path} ({name})", partial(self._tensors, name, config))
 
-    def require(self, name: str) -> None:
-        """Raises CheckpointError if a component lacks."""
-        if not self.has(name):
-            prefixes = {"unet": [UNET], "vae": [VAE]}.get(name) or list(self._family.text.get(name, {}))
-            raise CheckpointError(
-                f"{self.path} is no whole checkpoint: it has the U-Net of {self._family.name}, but lacks the {name} "
-                f"({' or '.join(f'{prefix}*' for prefix in prefixes)}); get a file with all parts in it"
-            )
-
-    def config(self, name: str) -> dict:
-        """A component's config as diffusers and transformers write it."""
-        if name == "scheduler":
-            return self._scheduler()
-        self.require(name)
-        return {"unet": self._unet, "vae": self._vae}.get(name, lambda: self._text(name))()
-
-    def tensors(self, name: str) -> tuple[dict[str, mx.array], dict[str, str]]:
-        """A component's tensors by diffusers' names, in PyTorch's layout, read when first used; and metadata."""
-        self.require(name)
-        prefix, layout = self._part(name)
-        found = {n.removeprefix(prefix): t for n, t in read_tensors(self.path)[0].items() if n.startswith(prefix)}
-        if name == "unet":
-            places = ldm.unet_places(UNetConfig.from_dict(self.config("unet")))
-            return {ldm.rename(n, places): t for n, t in found.items()}, {}
-        if name == "vae":
-            places = ldm.vae_places(VAEConfig.from_dict(self.config("vae")))
-            training = ("loss.", "model_ema.")
-            return {ldm.rename(n, places): t for n, t in found.items() if not n.startswith(training)}, {}
-        if layout == CLIP:  # its projection is a part of CLIP that SD does not use
-            return {n: t for n, t in found.items() if n not in ("text_projection.weight", "logit_scale")}, {}
-        return _from_open_clip(found, self._text(name)["num_hidden_layers"], name == "text_encoder_2"), {}
-
-    def where(self, name: str) -> str:
-        """For messages."""
-        return f"{self.path} ({name})"
+    def scheduler(self) -> dict:
+        """The scheduler of the family's own repositories, which is what diffusers gives a single file."""
+        config = {"_class_name": self._sampler, "prediction_type": self._prediction, **_SCHEDULER}
+        if "ztsnr" in self._shapes or _true(self._metadata.get("ss_zero_terminal_snr")):
+            # the last level is pure noise, and drawing must start there (Lin et al. 2024, sections 3.1 and 3.3)
+            config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+            if self._sampler == "PNDMScheduler":
+                config["_class_name"] = "DDIMScheduler"
+        return config
 
     def tokenizer(self, name: str):
         """transformers' CLIPTokenizer."""
@@ -158,94 +141,97 @@ class SingleFile:
             )
         if {"edm_mean", "edm_vpred.sigma_max"} & names.keys():
             raise CheckpointError(f"{self.path} has an EDM noise schedule (Playground v2.5, CosXL): not supported")
-        if f"{UNET}label_emb.0.0.weight" in names:
-            both = any(name.startswith("conditioner.embedders.1.") for name in names)
-            if both or any(name.startswith("conditioner.embedders.0.transformer.") for name in names):
-                return _XL
-            if any(name.startswith("conditioner.embedders.0.model.") for name in names):
-                return _REFINER
-            return _XL  # the U-Net alone; `require` says what lacks
         linear = next((len(shape) == 2 for name, shape in names.items() if name.endswith(".1.proj_in.weight")), False)
-        return _SD2 if linear else _SD1
 
-    def _part(self, name: str) -> tuple[str, str] | None:
-        """Prefix of a component's tensors, and layout; None if there are none."""
-        choices = {"unet": {UNET: ""}, "vae": {VAE: ""}}.get(name) or self._family.text[name]
-        return next(
-            (item for item in choices.items() if any(n.startswith(item[0]) for n in self._shapes)),
-            None,
-        )
+        def fits(family: Family) -> bool:
+            return any(self._starts(prefix) for encoder in family.text.values() for prefix in encoder.prefixes)
+
+        return family_of(f"{UNET}label_emb.0.0.weight" in names, linear, fits)
+
+    def _starts(self, prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in self._shapes)
+
+    def _prefix(self, name: str) -> str:
+        """What the names of a component's tensors start with; raises CheckpointError if there are none."""
+        known = {"unet": (UNET,), "vae": (VAE,)}
+        prefixes = known[name] if name in known else tuple(self._family.text[name].prefixes)
+        if (prefix := next(filter(self._starts, prefixes), None)) is None:
+            raise CheckpointError(
+                f"{self.path} is no whole checkpoint: it has the U-Net of {self._family.name}, but lacks the {name} "
+                f"({' or '.join(f'{prefix}*' for prefix in prefixes)}); get a file with all parts in it"
+            )
+        return prefix
 
     def _shapes_of(self, name: str) -> Shapes:
-        return Shapes(self.path, self._part(name)[0], self._shapes)
-
-    def _size(self) -> int:
-        """Pixels that the U-Net was trained for."""
-        return 512 if self._family is _SD2 and self._prediction == _EPSILON else self._family.size
+        return Shapes(self.path, self._prefix(name), self._shapes)
 
     def _unet(self) -> dict:
         family, shapes = self._family, self._shapes_of("unet")
-        config = architecture.unet(shapes, head_size=family.head_size, linear=family is not _SD1)
-        if family in (_XL, _REFINER):
-            added = shapes["label_emb.0.0.weight"][1]
-            # beside the pooled text: original size, crop, and target size, or the refiner's aesthetic score
-            numbers = 5 if family is _REFINER else 6
+        config = architecture.unet(shapes, head_size=family.head_size, linear=family.linear)
+        if family.time_ids is not None:
+            added = shapes["label_emb.0.0.weight"][1]  # the pooled text, which the last encoder gives, and the numbers
+            pooled = self._text(list(family.text)[-1])["projection_dim"]
             config |= {
                 "addition_embed_type": "text_time",
                 "projection_class_embeddings_input_dim": added,
-                "addition_time_embed_dim": (added - self.config("text_encoder_2")["projection_dim"]) // numbers,
+                "addition_time_embed_dim": (added - pooled) // len(family.time_ids(0, 0, True)),
             }
-        factor = VAEConfig.from_dict(self._vae()).factor if self.has("vae") else 8
-        return config | {"sample_size": self._size() // factor}
+        factor = VAEConfig.from_dict(self._vae()).factor if self._starts(VAE) else 8
+        return config | {"sample_size": self._size // factor}
 
     def _vae(self) -> dict:
-        own = {"scaling_factor": self._family.scaling_factor, "force_upcast": True, "sample_size": self._size()}
+        own = {"scaling_factor": self._family.scaling_factor, "force_upcast": True, "sample_size": self._size}
         return architecture.vae(self._shapes_of("vae")) | own
 
     def _text(self, name: str) -> dict:
-        shapes, layout = self._shapes_of(name), self._part(name)[1]
-        config = architecture.clip(shapes) if layout == CLIP else architecture.open_clip(shapes)
-        config["hidden_act"] = "quick_gelu" if layout == CLIP and self._family is not _SD2 else "gelu"
+        shapes, encoder = self._shapes_of(name), self._family.text[name]
+        if encoder.prefixes[shapes.prefix] == CLIP:
+            config = architecture.clip(shapes) | {"hidden_act": encoder.hidden_act}
+        else:
+            config = architecture.open_clip(shapes)
         config["eos_token_id"] = vocabulary.SIZE - 1
-        if self._family is _SD2:
-            config["num_hidden_layers"] = min(config["num_hidden_layers"], _OPEN_CLIP_H_LAYERS)
-        if name == "text_encoder_2":
-            config["architectures"] = ["CLIPTextModelWithProjection"]
-            config["projection_dim"] = shapes["text_projection"][1]
+        if encoder.layers is not None:
+            config["num_hidden_layers"] = min(config["num_hidden_layers"], encoder.layers)
+        if encoder.projects:
+            config |= {
+                "architectures": ["CLIPTextModelWithProjection"],
+                "projection_dim": shapes["text_projection"][1],
+            }
         return config
+
+    def _tensors(self, name: str, config: dict) -> tuple[dict[str, mx.array], dict[str, str]]:
+        """A component's tensors by diffusers' names, in PyTorch's layout, read when first used; and no metadata."""
+        prefix = self._prefix(name)
+        found = {n.removeprefix(prefix): t for n, t in read_tensors(self.path)[0].items() if n.startswith(prefix)}
+        if name == "unet":
+            places = ldm.unet_places(UNetConfig.from_dict(config))
+            return {ldm.rename(n, places): t for n, t in found.items()}, {}
+        if name == "vae":
+            places = ldm.vae_places(VAEConfig.from_dict(config))
+            training = ("loss.", "model_ema.")
+            return {ldm.rename(n, places): t for n, t in found.items() if not n.startswith(training)}, {}
+        encoder = self._family.text[name]
+        if encoder.prefixes[prefix] == CLIP:  # its projection is a part of CLIP that SD does not use
+            return {n: t for n, t in found.items() if n not in ("text_projection.weight", "logit_scale")}, {}
+        return _from_open_clip(found, config["num_hidden_layers"], encoder.projects), {}
 
     def _pad(self, name: str) -> str:
-        """The padding token of a tokenizer: OpenCLIP's is token 0."""
-        return "!" if name == "tokenizer_2" or self._family is _SD2 else vocabulary.END
-
-    def _scheduler(self) -> dict:
-        """The scheduler of the family's own repositories, which is what diffusers gives a single file."""
-        kind = "PNDMScheduler"
-        if self._family in (_XL, _REFINER):
-            kind = "EulerDiscreteScheduler"
-        elif self._family is _SD2 and self._prediction == _V:
-            kind = "DDIMScheduler"
-        config = {"_class_name": kind, "prediction_type": self._prediction, **_SCHEDULER}
-        if "ztsnr" in self._shapes or _true(self._metadata.get("ss_zero_terminal_snr")):
-            # the last level is pure noise, and drawing must start there (Lin et al. 2024, sections 3.1 and 3.3)
-            config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-            config["_class_name"] = "DDIMScheduler" if kind == "PNDMScheduler" else kind
-        return config
+        return next(encoder.pad for encoder in self._family.text.values() if encoder.tokenizer == name)
 
 
 def _prediction_type(metadata: dict[str, str], names: Iterable[str]) -> str | None:
     """What the U-Net predicts, if a marker tensor or the metadata say so: those of Stability's model spec
     (`modelspec.prediction_type`, `modelspec.architecture`), or of kohya's scripts (`ss_v_parameterization`)."""
     if "v_pred" in names:
-        return _V
+        return V
     if (said := _PREDICTIONS.get(str(metadata.get("modelspec.prediction_type")).lower())) is not None:
         return said
     if "ss_v_parameterization" in metadata:
-        return _V if _true(metadata["ss_v_parameterization"]) else _EPSILON
+        return V if _true(metadata["ss_v_parameterization"]) else EPSILON
     architecture = str(metadata.get("modelspec.architecture"))
     if "v2-768-v" in architecture:
-        return _V
-    return _EPSILON if "v2-512" in architecture else None
+        return V
+    return EPSILON if "v2-512" in architecture else None
 
 
 def _true(text: str | None) -> bool:
