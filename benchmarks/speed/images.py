@@ -87,8 +87,8 @@ def ours(config: str, dtype: str, **options):
         def __init__(self):
             self.path, self.index = Path(config), {}
 
-        def config(self, name):
-            return models.SCHEDULER if name == "scheduler" else models.TEXT_ENCODERS[config][name]
+        def scheduler(self):
+            return dict(models.SCHEDULER)
 
         def tokenizer(self, name):
             return RandomIds()
