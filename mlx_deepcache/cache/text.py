@@ -9,7 +9,8 @@ from typing import Any
 
 from ..errors import UsageError
 from ..fields import from_text, to_text
-from .composition import KINDS, Policy
+from .composition import KINDS
+from .policy import Policy
 
 NAMES = {kind.name: kind for kind in KINDS}
 

@@ -25,7 +25,7 @@ from PIL import Image
 from .._version import __version__
 from ..backend.memory import limit_memory
 from ..backend.ops import dtype_of, on_gpu
-from ..cache.macs import unet_macs
+from ..cache.macs import unet_macs, work_macs
 from ..cache.text import write
 from ..checkpoints.adapters.applied import Addons
 from ..checkpoints.checkpoint import Checkpoint
@@ -36,7 +36,7 @@ from ..diffusion.noise import BatchNoise
 from ..diffusion.schedule import Plan
 from ..errors import Failure, UsageError
 from ..media.pictures import Given, to_uint8
-from ..nets.controlnet import Controlled
+from ..nets.controlnet import Controlled, Controls
 from ..nets.tiling import decode_tiled, tiled
 from ..nets.unet_parts import Conditioning
 from ..sampler import Denoiser, Progress, sample
@@ -184,19 +184,18 @@ class StableDiffusion:
         """This model's share of the steps, with its own text encoders."""
         cond, guidance_scale = self._encode(settings)
         unet: UNet2DConditionModel = self._part("unet")
-        if self.compile and "compiled" not in self._parts:
-            self._parts["compiled"] = unet.compiled()
-        controls = [self._controlled(control) for control in settings.controls]
+        controlled = [self._controlled(control) for control in settings.controls]
         with self._clock("denoise"):
+            if self.compile and "compiled" not in self._parts:
+                self._parts["compiled"] = unet.compiled()
+            times, every_step = [step.here.t for step in plan.steps], settings.control_every_step
             denoiser = Denoiser(
-                unet,
+                self._parts.get("compiled", unet),
                 cond,
                 plan,
                 guidance_scale,
-                self._parts.get("compiled"),
                 beside=beside,
-                controlled=controls,
-                control_every_step=settings.control_every_step,
+                controls=Controls(controlled, cond, times, every_step) if controlled else None,
                 in_turn=self.low_memory,
             )
         steps = sample(denoiser, x, settings.cache, noise, keep)
@@ -206,7 +205,7 @@ class StableDiffusion:
             if progress is None:
                 break
             yield progress
-        del denoiser, steps, unet, controls
+        del denoiser, steps, unet, controlled
         self._release("unet", "compiled", *(_key(control) for control in settings.controls))
 
     def decode(self, latents: mx.array, vae_tiling: str = "auto", source: Given | None = None) -> np.ndarray:
@@ -292,11 +291,10 @@ class StableDiffusion:
         factor = self.checkpoint.vae_config.factor
         size = (settings.height // factor, settings.width // factor)
         batch = len(settings.seeds) * (2 if self._guided(settings) else 1)
-        full, cached = unet_macs(self.checkpoint.module("unet"), size, settings.cache.branch)
-        return (
-            sum(call.pictures * (full if call.full else cached) - call.saved for step in steps for call in step.work),
-            batch * sum(step.calls * full for step in steps),
-        )
+        unet, branch = self.checkpoint.module("unet"), settings.cache.branch
+        work = [call for step in steps for call in step.work]
+        full, _ = unet_macs(unet, size, branch, work[0].tokens)
+        return work_macs(unet, size, branch, work), batch * len(work) * full
 
     # Parts and phases
 
