@@ -1,11 +1,13 @@
-"""Typed values read from text: what a command line, a policy's text or a picture's settings may say. A reader raises
-ValueError for what is none."""
+"""Typed values read from text and from JSON: what a command line, a policy's text or a model's config may say. What
+reads text raises ValueError for what is none."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any, NamedTuple
 
 
 def suggest(text: object, known: Iterable[object]) -> str:
@@ -53,3 +55,114 @@ def file_and_word(text: str) -> tuple[Path, str | None]:
     if not file or not word or "/" in word or "\\" in word or Path(text).exists():
         return Path(text), None
     return Path(file), word
+
+
+# By a field's annotation
+
+
+class TextKind(NamedTuple):
+    """A type of value: what it is in words, how text is read (raises ValueError) and how it is written."""
+
+    words: str
+    read: Callable[[str], Any]
+    write: Callable[[Any], str]
+
+
+def from_text(annotation: str, text: str) -> Any:
+    """The value of a field with this annotation, such as "int | None".
+
+    Raises:
+        ValueError: the text is none; says what was expected.
+    """
+    kind, _, optional = annotation.partition(" | ")
+    if optional and text in ("off", "none"):
+        return None
+    try:
+        return TEXT[kind].read(text)
+    except ValueError:
+        raise ValueError(TEXT[kind].words + (" or off" if optional else "")) from None
+
+
+def to_text(annotation: str, value: Any) -> str:
+    """The shortest text that `from_text` reads as this value."""
+    return "off" if value is None else TEXT[annotation.partition(" | ")[0]].write(value)
+
+
+def _pair(text: str) -> tuple[int, int]:
+    low, high = text.split("..")
+    return int(low), int(high)
+
+
+def _numbers(text: str) -> tuple[float, float]:
+    low, dots, high = text.partition("..")
+    return finite(low), finite(high if dots else low)
+
+
+def _steps(text: str) -> tuple[int, ...]:
+    if re.fullmatch(r"[F.]+", text):
+        return tuple(i for i, letter in enumerate(text) if letter == "F")
+    steps: list[int] = []
+    for part in text.split("+"):
+        run = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
+        if run is None or int(run[2] or run[1]) < int(run[1]):
+            raise ValueError
+        steps += range(int(run[1]), int(run[2] or run[1]) + 1)
+    return tuple(steps)
+
+
+def _write(value: float) -> str:
+    return repr(value) if isinstance(value, float) and not value.is_integer() else str(int(value))
+
+
+def _write_pair(pair: tuple[float, float]) -> str:
+    return "..".join(map(_write, pair[:1] if pair[0] == pair[1] else pair))
+
+
+def _write_steps(steps: tuple[int, ...]) -> str:
+    runs: list[list[int]] = []
+    for step in steps:
+        if runs and runs[-1][1] == step - 1:
+            runs[-1][1] = step
+        else:
+            runs.append([step, step])
+    return "+".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+TEXT = {
+    "int": TextKind("a whole number", int, _write),
+    "float": TextKind("a number", finite, _write),
+    "tuple[int, int]": TextKind("two whole numbers, such as 100..800", _pair, _write_pair),
+    "tuple[float, float]": TextKind("a number, or two such as 0..1", _numbers, _write_pair),
+    "tuple[int, ...]": TextKind("steps such as 0-9+12+15, or a mask such as F..F..", _steps, _write_steps),
+}
+
+
+def is_json(annotation: str, value: Any) -> bool:
+    """Whether a JSON value, with its lists as tuples, is one of a field with this annotation; whole numbers are 0 or
+    more."""
+    return any(_is(kind, value) for kind in annotation.split(" | "))
+
+
+def json_words(annotation: str) -> str:
+    """What such a value is, in words."""
+    return " or ".join("a list" if kind.startswith("tuple") else JSON[kind][0] for kind in annotation.split(" | "))
+
+
+def _is(kind: str, value: Any) -> bool:
+    if kind.startswith("tuple["):
+        kinds = kind.removeprefix("tuple[").removesuffix("]").split(", ")
+        if kinds[-1] == "...":
+            return isinstance(value, tuple) and len(value) > 0 and all(_is(kinds[0], v) for v in value)
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is, kinds, value))
+    if isinstance(value, bool):  # which Python counts among the whole numbers
+        return kind == "bool"
+    return isinstance(value, JSON[kind][1]) and (kind != "int" or 0 <= value < 2**31)
+
+
+JSON = {
+    "int": (TEXT["int"].words, int),
+    "float": (TEXT["float"].words, (int, float)),
+    "bool": ("true or false", bool),
+    "str": ("text", str),
+    "None": ("null", type(None)),
+}

@@ -1,31 +1,39 @@
-"""The sampling loop, with DeepCache in it, and classifier-free guidance."""
+"""The sampling loop with DeepCache in it: which steps are full, and which are cached.
+
+Every step runs the U-Net's shallow part. On a full step the deep part follows, and its features are kept; a cached step
+is given those that were kept, or a forecast from several. Which step is which, and whatever else is reused, is asked of
+the caches before each call: `run.call` is their answer, and `run.keep` tells them how the call went.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from .cache.composition import CacheRun, Caches, Call
+from .cache.composition import CacheRun, Caches
+from .cache.policy import Call, Work
+from .diffusion.guidance import guide
 from .diffusion.levels import CLEAN, Level, Prediction, split
 from .diffusion.schedule import Plan
-from .nets.blocks import Attention, Fixed
-from .nets.controlnet import Controlled, Controls
-from .nets.unet_parts import Conditioning
-from .unet import UNet2DConditionModel
+from .nets.blocks import Features
+from .nets.unet_parts import Conditioning, Prepared
+from .unet import Residuals, UNet2DConditionModel
 
 
 class Denoiser:
     """The U-Net with guidance: noisy latents in, a `Prediction` out.
 
     With a guidance scale, `cond` is for twice as many pictures as are drawn: first what they should not be, then what
-    they should (Ho and Salimans 2022, equation 6). With None, the U-Net is run as it is.
+    they should (Ho and Salimans 2022). With None, the U-Net is run as it is.
 
     What does not change from step to step is computed here, once: the prompt's keys and values, and the embeddings of
-    all timesteps. predict: the U-Net's call, compiled perhaps. `beside`, (N, h, w, C'), is shown to the U-Net beside
-    the latents: an inpainting net's mask and masked picture. in_turn: run guidance's halves one after the other where
-    no cache looks at both.
+    all timesteps. `beside`, (N, h, w, C'), is shown to the U-Net beside the latents: an inpainting net's mask and
+    masked picture. controls: ControlNets, (x, t, step, cut on a cached step or None) -> residuals, or None if those of
+    the last full step serve. in_turn: run guidance's halves one after the other where no cache looks at both.
+
+    The first axis of all that is held here and by the caches counts pictures, in guidance twice.
     """
 
     def __init__(
@@ -34,117 +42,110 @@ class Denoiser:
         cond: Conditioning,
         plan: Plan,
         guidance_scale: float | None,
-        predict: Callable | None = None,
         *,
         beside: mx.array | None = None,
-        controlled: Sequence[Controlled] = (),
-        control_every_step: bool = False,
+        controls: Callable[[mx.array, float, int, int | None], list[mx.array] | None] | None = None,
         in_turn: bool = False,
     ):
-        self.unet, self.predict, self.in_turn = unet, unet if predict is None else predict, in_turn
-        self.plan, self.guidance_scale, self.beside = plan, guidance_scale, beside
-        self.prompt = unet.prepare(cond)
+        self.unet, self.plan, self.guidance_scale = unet, plan, guidance_scale
+        self.beside, self.controls, self.in_turn = beside, controls, in_turn
+        self.cond = unet.prepare(cond)
         times = list(dict.fromkeys(step.here.t for step in plan.steps))
-        self.temb = dict(zip(times, unet.time_embed(mx.array(times), self.prompt), strict=True))
-        self.dtype = cond.context.dtype
-        self.controls = Controls(controlled, cond, times, control_every_step)
-        self._halves: dict[int, tuple] = {}  # prompt and temb of one half, made when first needed
+        self.temb = dict(zip(times, unet.time_embed(mx.array(times), self.cond), strict=True))
+        self.dtype, self.tokens = cond.context.dtype, cond.context.shape[1]
+        self._halves: dict[int, Prepared] = {}  # of the conditioning, made when first needed
 
-    def __call__(self, x: mx.array, level: Level, run: CacheRun) -> Prediction:
-        """x: (N, h, w, C) float32; run: knows what to reuse, and whether both halves of guidance are wanted."""
-        both = run.begin_call(level.t)
-        prompt, temb = self.prompt, self.temb
-        if self.guidance_scale is not None and not both:
-            prompt, temb = self._half(len(x), 1)
+    def __call__(self, x: mx.array, index: int, level: Level, run: CacheRun) -> tuple[Prediction, Work]:
+        """x: (N, h, w, C) float32, on step `index` of the plan, at this level."""
+        call, cut = run.call(index, level), self.unet.cut(run.branch)
         shown = x if self.beside is None else mx.concatenate([x, self.beside], axis=-1)
-        batch = (mx.concatenate([shown, shown]) if both else shown).astype(self.dtype)
-        features = run.reuse()
-        residuals = self._residuals(batch[..., : x.shape[-1]], level.t, run, features)
-        if self.in_turn and both and run.attend is Attention.__call__ and not callable(features):
-            output, features = self._in_turn(batch, level.t, run, features, residuals)
+        batch = (mx.concatenate([shown, shown]) if call.both else shown).astype(self.dtype)
+        fresh = None
+        if self.controls is not None:
+            cached = not call.full and call.decide is None  # if that is not known yet, all residuals may be needed
+            fresh = self.controls(batch[..., : x.shape[-1]], level.t, index, cut if cached else None)
+        residuals = call.residuals if fresh is None else fresh
+        if self.in_turn and call.both and call.separable:
+            output, features = self._in_turn(batch, level.t, cut, call, residuals)
         else:
-            output, features = self.predict(
-                batch,
-                temb[level.t],
-                prompt,
-                branch=run.branch,
-                features=features,
-                residuals=residuals,
-                attend=run.attend,
-            )
-        run.finish(features)
+            half = 1 if self.guidance_scale is not None and not call.both else None
+            output, features, call = self._predict(batch, level.t, cut, call, residuals, half)
         output = output.astype(mx.float32)
-        if run.guidance is not None:
-            output = run.guidance(output)
+        run.keep(call, features, output, None if fresh is None else fresh[: cut + 1])
+        if call.both:
+            output = guide(*mx.split(output, 2), self.guidance_scale)
+        elif call.differences:
+            output = guide(sum(call.differences, output), output, self.guidance_scale)
         x0, eps = split(self.plan.prediction_type, output, x, level)
         if self.plan.clip is not None:
             x0 = mx.clip(x0, -self.plan.clip, self.plan.clip)
-        return Prediction(output, x0, eps, x)
+        attention = tuple(attend.do for attend in call.attend)
+        return Prediction(output, x0, eps, x), Work(call.full, len(batch), self.tokens, attention, call.change)
 
-    def _residuals(self, x: mx.array, t: float, run: CacheRun, features) -> list[mx.array]:
-        """What the ControlNets say: anew on a full step, and on one of which it is not known yet whether it is full."""
-        if not self.controls.controlled:
-            return []
-        known = features is not None and not callable(features)
-        skip = self.unet.skip_of(run.branch)
-        if known and not self.controls.every_step:
-            return [r[-len(x) :] for r in run.residuals]
-        residuals = self.controls(x, t, run.index, len(self.plan.steps), skip if known else None)
-        run.residuals = residuals[: skip + 1]  # all that a cached step reads
-        return residuals
+    def _predict(
+        self, x: mx.array, t: float, cut: int, call: Call, residuals: Residuals, half: int | None
+    ) -> tuple[mx.array, Features, Call]:
+        """The U-Net's output and features, and the call once it is decided whether it is full; half: of guidance's, or
+        None for both."""
+        shallow, deep, finish = call.attend
+        cond, temb = self._rows(t, len(x), half)
+        skips = self.unet.shallow(x, temb, cond, cut, attend=shallow)
+        call = call.decided(skips[-1])
+        features = call.reused
+        if features is None:
+            features = self.unet.deep(skips[-1], temb, cond, cut, residuals[cut + 1 :], attend=deep)
+        output = self.unet.finish(skips, features, temb, cond, cut, residuals[: cut + 1], attend=finish)
+        return output, features, call
 
-    def _in_turn(self, batch: mx.array, t: float, run: CacheRun, features: Fixed | None, residuals: list[mx.array]):
+    def _in_turn(self, batch: mx.array, t: float, cut: int, call: Call, residuals: Residuals):
         """Guidance's two halves one after the other, each done before the next begins: half the memory."""
-        pictures, outputs = len(batch) // 2, []
+        pictures, outputs, features = len(batch) // 2, [], []
         for half in (0, 1):
             rows = slice(half * pictures, (half + 1) * pictures)
-            prompt, temb = self._half(pictures, half)
-            own = None if features is None else Fixed(*(part[rows] for part in features))
-            outputs.append(
-                self.predict(
-                    batch[rows],
-                    temb[t],
-                    prompt,
-                    branch=run.branch,
-                    features=own,
-                    residuals=[r[rows] for r in residuals],
-                )
-            )
-            mx.eval(outputs[-1])
-        (first, its_features), (second, other_features) = outputs
-        kept = (mx.concatenate(parts) for parts in zip(its_features, other_features, strict=True))
-        return mx.concatenate([first, second]), Fixed(*kept) if features is None else features
+            own = call if call.full else replace(call, reused=Features(*(part[rows] for part in call.reused)))
+            output, its, _ = self._predict(batch[rows], t, cut, own, [r[rows] for r in residuals], half)
+            mx.eval(output, its)
+            outputs.append(output)
+            features.append(its)
+        both = Features(*map(mx.concatenate, zip(*features, strict=True))) if call.full else call.reused
+        return mx.concatenate(outputs), both
 
-    def _half(self, pictures: int, half: int) -> tuple:
-        """Prompt and time embeddings of guidance's first or second half of the batch."""
+    def _rows(self, t: float, pictures: int, half: int | None) -> tuple[Prepared, mx.array]:
+        """The conditioning and the embedding of t for one half of guidance's batch, or for all of it."""
+        temb = self.temb[t]
+        if half is None:
+            return self.cond, temb
+        rows = slice(half * pictures, (half + 1) * pictures)
         if half not in self._halves:
-            rows = slice(half * pictures, (half + 1) * pictures)
-            temb = {t: row[rows] if len(row) > 1 else row for t, row in self.temb.items()}
-            self._halves[half] = self.prompt.rows(rows), temb
-        return self._halves[half]
+            self._halves[half] = self.cond.rows(rows)
+        return self._halves[half], temb[rows] if len(temb) > 1 else temb
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A step that has been taken.
-
-    index: its number; full: whether the whole U-Net ran; work: its U-Net calls (Heun makes two); latents: (N, h, w, C)
-    after it; denoised: the clean latents that the U-Net expected on the way; cache_bytes: what each cache remembers;
-    change: that an adaptive cache saw, where it decided.
-    """
+    """A step that has been taken: its number, its U-Net calls (Heun makes two), the latents (N, h, w, C) after it, the
+    clean ones that the U-Net expected on the way, and what each cache remembers."""
 
     index: int
-    full: bool
-    work: tuple[Call, ...]
+    work: tuple[Work, ...]
     latents: mx.array
     denoised: mx.array
     cache_bytes: dict[str, int]
-    change: float | None = None
+
+    @property
+    def full(self) -> bool:
+        """Whether the whole U-Net ran."""
+        return any(call.full for call in self.work)
 
     @property
     def calls(self) -> int:
         """How many times the U-Net was called."""
         return len(self.work)
+
+    @property
+    def change(self) -> float | None:
+        """What an adaptive cache saw, where it decided: on the first call."""
+        return self.work[0].change
 
 
 def sample(
@@ -162,19 +163,20 @@ def sample(
     `run`, all that the caches keep, lives and dies with this loop.
     """
     plan = denoiser.plan
-    run = CacheRun(cache, plan, len(x), denoiser.guidance_scale)
+    run = CacheRun(cache, plan, len(x), denoiser.guidance_scale is not None)
 
     def denoise(x: mx.array, level: Level) -> Prediction:
         nonlocal denoised
-        if keep is not None and run.calls:  # Heun's second call
+        if keep is not None and work:  # Heun's second call
             x = keep(x, level)
-        prediction = denoiser(x, level, run)
+        prediction, done = denoiser(x, index, level, run)
         denoised = prediction.x0
+        work.append(done)
         return prediction
 
-    history, last, denoised = None, None, None
+    history, last, denoised, work = None, None, None, []
     for index, step in enumerate(plan.steps):
-        run.begin_step(index)
+        work.clear()
         x, history = plan.solver(denoise, x, step, history, noise)
         if keep is not None:
             x = keep(x, plan.steps[index + 1].here if index + 1 < len(plan.steps) else CLEAN)
@@ -184,7 +186,6 @@ def sample(
             mx.eval(last.latents)
             yield last
         sizes = {name: sum(array.nbytes for array in arrays) for name, arrays in kept.items()}
-        full = any(call.full for call in run.calls)
-        last = Progress(index, full, tuple(run.calls), x, denoised, sizes, run.change)
+        last = Progress(index, tuple(work), x, denoised, sizes)
     mx.eval(last.latents)
     yield last

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers.hooks.taylorseer_cache import TaylorSeerState
-from helpers import PICTURE
+from helpers import PICTURE, conditioning, to_mlx, unet_inputs
+from mlx.utils import tree_flatten
 
 from mlx_deepcache import (
     Adaptive,
@@ -24,15 +25,15 @@ from mlx_deepcache import (
     TGate,
 )
 from mlx_deepcache.apps.generate import main_generate
-from mlx_deepcache.cache import composition as cache_run
-from mlx_deepcache.cache.composition import KINDS, Caches
+from mlx_deepcache.cache.composition import KINDS, CacheRun, Caches
 from mlx_deepcache.cache.text import explain, parse, write
 from mlx_deepcache.errors import UsageError
 from mlx_deepcache.nets import blocks
+from mlx_deepcache.sampler import Denoiser
 
 
 def picture(full):
-    return "".join("F" if f else "?" if f is None else "." for f in full)
+    return "".join("F" if f else "." for f in full)
 
 
 # ------------------------------------------------------------------------------------------------- which steps are full
@@ -78,8 +79,8 @@ def test_no_non_uniform_schedule():
         ("deepcache:steps=0-2+5+11", "FFF..F.....F"),
         ("deepcache:steps=F..FF", "F..FF......."),
         ("deepcache:steps=0,end=0.75", "F........FFF"),
-        ("adaptive", "F???????????"),
-        ("adaptive:warmup=2", "FF??????????"),
+        ("adaptive", "F..........."),
+        ("adaptive:warmup=2", "FF.........."),
         ("adaptive:max_interval=1", "FFFFFFFFFFFF"),
     ],
 )
@@ -132,30 +133,32 @@ def test_a_cached_step_is_given_the_forecast(pipeline, monkeypatch, kind, guidan
     """What the U-Net is given, seen from outside, is the sum of what it returned with the policy's weights: for the
     conditional half that of the conditional half, and for both only of calls that had both."""
     pipe = pipeline(kind)
-    unet, full, checked = type(pipe.component("unet")), [], 0
-    plain = unet.__call__
+    unet, full, checked, calls = type(pipe.component("unet")), [], 0, []
+    deep, finish = unet.deep, unet.finish
 
-    def watched(self, x, *args, features=None, **kwargs):
+    def watched_deep(self, skip, *args, **options):
+        features = deep(self, skip, *args, **options)
+        if full and len(full[-1][1].conv) < len(skip):
+            full.clear()
+        full.append((len(calls), features))
+        return features
+
+    def watched_finish(self, skips, features, *args, **options):
         nonlocal checked
-        step = len(calls)
-        if features is not None:
-            steps, kept = zip(*full[-policy.history :], strict=True)
-            weights = policy.weights(steps, step, 11)
+        pictures = len(skips[-1])
+        if not full or full[-1][0] != len(calls):
+            taken, kept = zip(*full[-policy.history :], strict=True)
+            weights = policy.weights(taken, len(calls), 11)
             for part, parts in zip(features, zip(*kept, strict=True), strict=True):
-                assert len(part) == len(x)
-                expected = sum(w * np.array(p)[-len(x) :] for w, p in zip(weights, parts, strict=True))
+                assert len(part) == pictures
+                expected = sum(w * np.array(p)[-pictures:] for w, p in zip(weights, parts, strict=True))
                 assert np.allclose(np.array(part), expected, atol=1e-4 * np.abs(expected).max(initial=0))
                 checked += part.size > 0
-        out, returned = plain(self, x, *args, features=features, **kwargs)
-        if features is None:
-            if full and len(full[-1][1].conv) < len(x):
-                full.clear()
-            full.append((step, returned))
-        calls.append(len(x))
-        return out, returned
+        calls.append(pictures)
+        return finish(self, skips, features, *args, **options)
 
-    calls = []
-    monkeypatch.setattr(unet, "__call__", watched)
+    monkeypatch.setattr(unet, "deep", watched_deep)
+    monkeypatch.setattr(unet, "finish", watched_finish)
     cache = [DeepCache(3), policy] + ([] if window is None else [GuidanceInterval(*window)])
     drawn(pipe, cache, steps=11, guidance_scale=guidance, scheduler="ddim", seeds=[1])
     start, end = (0, 1) if window is None else window
@@ -214,10 +217,8 @@ ALL = [
 def test_nothing_survives_a_generation(pipeline, monkeypatch, kind, cache):
     """Another picture of another size, and one given up half-way, leave no trace; the state is freed."""
     pipe, runs = pipeline(kind), []
-    begin = cache_run.CacheRun.begin_step
-    monkeypatch.setattr(
-        cache_run.CacheRun, "begin_step", lambda self, i: (i or runs.append(weakref.ref(self)), begin(self, i))[1]
-    )
+    call = CacheRun.call
+    monkeypatch.setattr(CacheRun, "call", lambda self, i, t: (i or runs.append(weakref.ref(self)), call(self, i, t))[1])
     first, _ = drawn(pipe, cache)
     drawn(pipe, cache, width=128, seeds=[1])
     steps = pipe.denoise(pipe.settings("a dog", cache=cache, **SIX))
@@ -229,6 +230,22 @@ def test_nothing_survives_a_generation(pipeline, monkeypatch, kind, cache):
     del steps
     gc.collect()
     assert len(runs) == 6 and all(run() is None for run in runs)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize("cache", ALL)
+def test_the_first_axis_of_all_that_is_held_counts_pictures(pipeline, kind, cache):
+    """Of the conditioning, which guidance has twice, and after each call of whatever the caches keep."""
+    unet, plan = pipeline(kind).component("unet"), pipeline(kind).settings("a cat", **SIX).plan
+    x, context, added = unet_inputs(unet.config, (8, 8), batch=6)
+    denoiser = Denoiser(unet, conditioning(context, added), plan, 3.0)
+    assert {len(array) for _, array in tree_flatten(denoiser.cond) if array is not None} == {6}
+    assert {len(temb) for temb in denoiser.temb.values()} == {6 if kind == "sdxl" else 1}
+    run, held = CacheRun(Caches.of(cache), plan, 3, guided=True), []
+    for index, step in enumerate(plan.steps):
+        denoiser(to_mlx(x[:3]), index, step.here, run)
+        held += [len(array) for arrays in run.arrays.values() for array in arrays]
+    assert set(held) == {3, 6}
 
 
 @pytest.mark.parametrize("scheduler", ["heun", "dpm++2m-sde", "unipc", "lcm"])
@@ -272,6 +289,28 @@ def test_multiply_adds_are_those_of_the_layers_that_ran(pipeline, monkeypatch, k
     (plain_macs, plain_work), (macs, attention) = run([TGate(step=6, sp_interval=1)]), run([policy])
     assert macs < plain_macs
     assert plain_macs - macs == plain_work - attention
+
+
+def test_multiply_adds_count_the_tokens_that_are_read(pipeline, monkeypatch):
+    """A long prompt's are more by what its attention layers were seen to do more."""
+    seen, plain = [], blocks.Attention.__call__
+
+    def counted(self, x, keys_values=None):
+        if keys_values is not None:
+            (dims, inner), tokens = self.to_k.weight.shape, keys_values[0].shape[2]
+            seen.append(len(x) * (2 * tokens * dims * inner + 2 * x.shape[1] * tokens * dims))
+        return plain(self, x, keys_values)
+
+    monkeypatch.setattr(blocks.Attention, "__call__", counted)
+
+    def run(prompt):
+        seen.clear()
+        pipe = pipeline("sd15")
+        steps = list(pipe.denoise(settings := pipe.settings(prompt, cache=DeepCache(2), long_prompt=True, **SIX)))
+        return pipe.stats(settings, steps)["unet_macs"], sum(seen)
+
+    (short, seen_short), (long, seen_long) = run("a cat"), run("a cat " * 80)
+    assert long - short == seen_long - seen_short > 0
 
 
 def test_half_a_batch_is_half_the_work(pipeline):

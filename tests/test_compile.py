@@ -1,96 +1,137 @@
-"""`mx.compile` of the U-Net's two kinds of call: the same numbers, and built no more often than shapes ask for."""
+"""The U-Net's three parts through `mx.compile`: the same numbers, and built no more often than shapes ask for."""
 
+import re
 import shutil
 
 import mlx.core as mx
 import pytest
 from helpers import at, conditioning, error, unet_inputs
 
+from mlx_deepcache import StableDiffusion
 from mlx_deepcache.backend.ops import on_gpu
 from mlx_deepcache.checkpoints.checkpoint import Checkpoint
-from mlx_deepcache.nets.blocks import Attention
+from mlx_deepcache.nets.attend import Attend, Do
+from mlx_deepcache.nets.blocks import GEGLU, Features, Transformer2DModel, Upsample2D
 
 BRANCH = 1
+PARTS = ("shallow", "deep", "finish")
+runs_gpp = pytest.mark.skipif(not on_gpu() and shutil.which("g++") is None, reason="on the CPU, mx.compile runs g++")
 
 
-@pytest.fixture(scope="module")
-def parts(checkpoint):
-    return Checkpoint.open(str(checkpoint("bk-tiny")))
+@pytest.fixture
+def unet(checkpoint):
+    return Checkpoint.open(str(checkpoint("bk-tiny"))).load("unet", mx.float32)
 
 
-class Counting:
-    """A U-Net's class with its calls counted: in a compiled function, a call is a graph being built."""
+def counted(unet):
+    """The U-Net compiled, and a list of its parts' calls: in a compiled function, a call is a graph being built."""
+    built, kind = [], type(unet)
 
-    def __init__(self, unet):
-        self.unet, self.built = unet, []
-        kind = type(unet)
+    def watch(name):
+        def call(inner, *args, **options):
+            built.append(name)
+            return getattr(kind, name)(inner, *args, **options)
 
-        class Counted(kind):
-            def __call__(inner, *args, **options):  # noqa: N805
-                self.built.append((options["branch"], options.get("features") is None))
-                return super().__call__(*args, **options)
+        return call
 
-        unet.__class__ = Counted
-
-
-def inputs(unet, size=(16, 16), batch=2):
-    x, context, added = unet_inputs(unet.config, size, batch)
-    prompt = unet.prepare(conditioning(context, added))
-    return mx.array(x.transpose(0, 2, 3, 1)), at(unet, prompt, 500), prompt
+    unet.__class__ = type("Counted", (kind,), {name: watch(name) for name in PARTS})
+    return unet.compiled(), built
 
 
-@pytest.mark.skipif(not on_gpu() and shutil.which("g++") is None, reason="on the CPU, mx.compile runs g++")
-def test_a_compiled_call_gives_the_same(parts):
-    unet = parts.load("unet", mx.float32)
-    x, temb, prompt = inputs(unet)
+def inputs(unet, size=(16, 16), batch=2, seed=0):
+    x, context, added = unet_inputs(unet.config, size, batch, seed)
+    cond = unet.prepare(conditioning(context, added))
+    return mx.array(x.transpose(0, 2, 3, 1)), at(unet, cond, 500 + seed), cond
+
+
+@runs_gpp
+def test_a_compiled_call_gives_the_same(unet):
+    x, temb, cond = inputs(unet)
     call = unet.compiled()
-    plain, features = unet(x, temb, prompt, branch=BRANCH)
-    compiled, compiled_features = call(x, temb, prompt, branch=BRANCH)
+    plain, features = unet(x, temb, cond, branch=BRANCH)
+    compiled, compiled_features = call(x, temb, cond, branch=BRANCH)
     assert error(compiled, plain) < 1e-5
-    assert type(compiled_features) is type(features)
-    plain, _ = unet(x * 0.5, temb, prompt, branch=BRANCH, features=features)
-    compiled, _ = call(x * 0.5, temb, prompt, branch=BRANCH, features=compiled_features)
+    assert type(compiled_features) is Features
+    plain, _ = unet(x * 0.5, temb, cond, branch=BRANCH, reused=features)
+    compiled, _ = call(x * 0.5, temb, cond, branch=BRANCH, reused=compiled_features)
     assert error(compiled, plain) < 1e-5
 
 
-def test_a_graph_is_built_once_for_each_kind_of_step_branch_and_shape(parts):
-    unet = parts.load("unet", mx.float32)
+def test_a_graph_is_built_once_for_each_part_branch_and_shape(unet):
     small, large, batch = inputs(unet), inputs(unet, (24, 16)), inputs(unet, batch=4)
-    call = unet.compiled()
-    counting = Counting(unet)
+    call, built = counted(unet)
     for _ in range(2):  # a second generation builds nothing anew
         for case, branch in ((small, 0), (large, 0), (batch, 0), (small, 1)):
-            x, temb, prompt = case
             for _ in range(3):
-                _, features = call(x, temb, prompt, branch=branch)
-                _, features = call(x, temb, prompt, branch=branch, features=features)
-    assert sorted(counting.built) == sorted([(0, True), (0, False)] * 3 + [(1, True), (1, False)])
+                _, features = call(*case, branch=branch)
+                call(*case, branch=branch, reused=features)
+    assert sorted(built) == sorted([*PARTS] * 4)
 
 
 def test_another_prompt_and_timestep_need_no_new_graph(checkpoint):
     unet = Checkpoint.open(str(checkpoint("sdxl"))).load("unet", mx.float32)
-    counting = Counting(unet)
-    call = unet.compiled()
+    call, built = counted(unet)
     for seed in (0, 1):
-        x, context, added = unet_inputs(unet.config, (8, 8), 2, seed)
-        prompt = unet.prepare(conditioning(context, added))
-        call(mx.array(x.transpose(0, 2, 3, 1)), at(unet, prompt, 10 + seed), prompt, branch=0)
-    assert counting.built == [(0, True)]
+        call(*inputs(unet, (8, 8), seed=seed), branch=0)
+    assert built == [*PARTS]
 
 
-def test_functions_that_remember_are_not_built_in(parts):
-    """A compiled U-Net given one for its attention, or its features, calls it every time."""
-    unet = parts.load("unet", mx.float32)
-    x, temb, prompt = inputs(unet)
-    call, attended, decided = unet.compiled(), [], []
+def test_what_attention_does_is_built_in_and_what_it_keeps_is_not(unet):
+    """A graph for each of: compute, keep, reuse. What is reused goes in and what is kept comes out, every time."""
+    x, temb, cond = inputs(unet)
+    compiled, built = counted(unet)
+    cut = compiled.cut(BRANCH)
+    for factor in (1.0, 0.5):
+        keep = Attend((Do.KEEP, Do.COMPUTE))
+        skips = compiled.shallow(x * factor, temb, cond, cut, attend=keep)
+        assert len(keep.kept[0]) == 1 and keep.kept[1] == []
+        reuse = Attend((Do.REUSE, Do.COMPUTE), (keep.kept[0], []))
+        again = compiled.shallow(x * factor, temb, cond, cut, attend=reuse)
+        assert mx.allclose(again[-1], skips[-1], atol=1e-5)
+        other = compiled.shallow(x * factor, temb, cond, cut, attend=Attend(reuse.do, ([keep.kept[0][0] * 2], [])))
+        assert not mx.allclose(other[-1], skips[-1], atol=1e-2)
+    assert built == ["shallow", "shallow"]
 
-    def attend(layer, x, keys_values=None):
-        attended.append(layer)
-        return layer(x, keys_values)
 
-    plain, _ = unet(x, temb, prompt, branch=BRANCH)
-    for _ in range(2):
-        out, _ = call(x, temb, prompt, branch=BRANCH, attend=attend)
-        assert mx.array_equal(out, plain)
-        call(x, temb, prompt, branch=BRANCH, features=decided.append)
-    assert len(attended) == 2 * sum(isinstance(m, Attention) for m in unet.modules()) and len(decided) == 2
+CACHES = [
+    ["deepcache:interval=2,branch=1", "taylorseer"],
+    ["adaptive:threshold=0.3"],
+    ["pab:spatial=2,cross=2,spatial_window=-1..1000,cross_window=-1..1000", "deepcache:interval=2"],
+    ["fastercache:uncond=2,uncond_window=-1..1000,spatial_window=-1..1000,weight=0..1"],
+    ["tgate:step=3,sp_interval=2,fi_interval=2,warm_up=0", "deepcache:interval=2"],
+]
+
+
+@runs_gpp
+@pytest.mark.parametrize("cache", CACHES, ids=lambda cache: cache[0].partition(":")[0])
+def test_every_cache_runs_compiled(checkpoint, pipeline, monkeypatch, cache):
+    """Whole pictures as without `mx.compile`; a second one, of another prompt and seed, builds no graph."""
+    compiled = StableDiffusion(pipeline("bk-tiny").checkpoint, "float32", compile="on")
+    options = {"cache": cache, "steps": 6, "scheduler": "ddim", "height": 64, "width": 64}
+    built, counts, call = [], [], Transformer2DModel.__call__
+    for prompt, seed in (("a cat", 1), ("a dog", 2)):
+        expected = pipeline("bk-tiny")(prompt, seeds=[seed], **options)
+        with monkeypatch.context() as watching:
+            watching.setattr(Transformer2DModel, "__call__", lambda *args: (built.append(args[0]), call(*args))[1])
+            result = compiled(prompt, seeds=[seed], **options)
+        counts.append(len(built))
+        assert error(result.latents, expected.latents) < 1e-4
+        assert result.stats["steps"] == expected.stats["steps"]
+        assert result.stats["unet_macs"] == expected.stats["unet_macs"] < expected.stats["unet_macs_uncached"]
+    assert 0 < counts[0] == counts[1]
+
+
+def test_upsampling_is_not_folded_anew_in_each_step(unet, tmp_path):
+    """Folding splits weights; without it, the graph of a call splits at the gates of the feed-forward layers only."""
+    x, temb, cond = inputs(unet)
+    mx.eval(unet.parameters(), temb, cond)
+    gates = sum(isinstance(module, GEGLU) for module in unet.modules())
+    assert any(isinstance(module, Upsample2D) for module in unet.modules())
+
+    def splits(net):
+        output, features = net(x, temb, cond, branch=BRANCH)
+        mx.export_to_dot(str(tmp_path / "graph.dot"), output, *features)
+        return len(re.findall(r'label ?= ?"Split"', (tmp_path / "graph.dot").read_text()))
+
+    assert splits(unet) > gates  # folds are in the graph while they are not computed
+    assert splits(unet.compiled()) == gates

@@ -48,7 +48,7 @@ def test_one_call(net, pipeline, kind, order):
     assert len(residuals) == len(expected)
     for a, b in zip(residuals, expected, strict=True):
         assert error(to_torch_layout(a), b) < 1e-4
-    first = ours(to_mlx(x), temb, prompt, hint, skip=3)
+    first = ours(to_mlx(x), temb, prompt, hint, cut=3)
     assert len(first) == 4
     assert all(mx.allclose(a, b, atol=1e-5) for a, b in zip(first, residuals, strict=False))
 
@@ -103,9 +103,9 @@ def test_it_runs_on_full_steps_only(pipeline, net, monkeypatch):
 
     calls, run = [], ControlNetModel.__call__
 
-    def counted(self, *args, skip):
-        calls.append(skip)
-        return run(self, *args, skip=skip)
+    def counted(self, *args, cut):
+        calls.append(cut)
+        return run(self, *args, cut=cut)
 
     monkeypatch.setattr(ControlNetModel, "__call__", counted)
     options = {"controls": [Control(net("sd15"), PICTURE)], "steps": 5, "cache_interval": 2, "scheduler": "ddim"}

@@ -31,7 +31,7 @@ def test_unet(emoji):
     prompt = unet.prepare(conditioning(context, None))
     out, features = unet(to_mlx(x), at(unet, prompt, 701), prompt, branch=1)
     assert error(to_torch_layout(out), unet_call(BUNDLED, x, 701, context)) < 1e-4
-    cached, _ = unet(to_mlx(x), at(unet, prompt, 681), prompt, branch=1, features=features)
+    cached, _ = unet(to_mlx(x), at(unet, prompt, 681), prompt, branch=1, reused=features)
     expected = unet_cached_call(BUNDLED, 1, (x, 701), (x, 681), context)
     assert error(to_torch_layout(cached), expected) < 1e-4
 

@@ -56,6 +56,6 @@ def test_published_parameter_counts(name, parameters, tensors):
 def test_multiply_adds(name, size, full, cached):
     unet = UNet2DConditionModel(UNetConfig.from_dict(UNETS[name]))
     for branch, expected in cached.items():
-        ours = unet_macs(unet, (size, size), branch)
+        ours = unet_macs(unet, (size, size), branch, 77)
         assert ours[0] / 1e9 == pytest.approx(full, rel=2e-3)
         assert ours[1] / 1e9 == pytest.approx(expected, rel=5e-3)

@@ -16,7 +16,7 @@ from mlx_deepcache.cache.composition import Caches
 from mlx_deepcache.diffusion.levels import Prediction, split
 from mlx_deepcache.diffusion.schedulers import SCHEDULERS, schedule
 from mlx_deepcache.errors import CheckpointError, UsageError
-from mlx_deepcache.nets.blocks import Fixed
+from mlx_deepcache.nets.blocks import Features
 from mlx_deepcache.nets.unet_parts import Conditioning
 from mlx_deepcache.sampler import Denoiser, sample
 
@@ -70,9 +70,18 @@ class StandIn:
     def time_embed(self, t, prompt):
         return t
 
-    def __call__(self, x, t, prompt, **_):
+    def cut(self, branch):
+        return branch
+
+    def shallow(self, x, *_, **__):
+        return [x]
+
+    def deep(self, skip, *_, **__):
+        return Features(*[mx.zeros(len(skip))] * 3)
+
+    def finish(self, skips, features, t, *_, **__):
         self.calls += 1
-        return mx.array(network(np.array(x), t.item())), Fixed(*[mx.zeros(len(x))] * 3)
+        return mx.array(network(np.array(skips[0]), t.item()))
 
 
 def ours(name, config, steps, start):

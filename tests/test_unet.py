@@ -1,20 +1,26 @@
 """The U-Net against diffusers, call by call, and the cut that DeepCache makes in it."""
 
+import copy
+
 import mlx.core as mx
 import numpy as np
+import oracle
 import pytest
 import torch
 from checkpoints import KINDS, UNETS
 from diffusers import StableDiffusionPipeline
 from diffusers import UNet2DConditionModel as Reference
+from diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_video_zero import CrossFrameAttnProcessor
 from helpers import at, conditioning, error, to_mlx, to_torch_layout, unet_inputs
 from oracle import unet_cached_call, unet_call
 
-from mlx_deepcache import unet as unet_module
 from mlx_deepcache.cache.deepcache import DeepCache
 from mlx_deepcache.checkpoints.folder import Part
 from mlx_deepcache.errors import UsageError
-from mlx_deepcache.nets.unet_parts import UNetConfig
+from mlx_deepcache.nets.attend import Attend, Do
+from mlx_deepcache.nets.blocks import ResnetBlock2D
+from mlx_deepcache.nets.unet_parts import Conditioning, UNetConfig
+from mlx_deepcache.unet import UNet2DConditionModel
 
 
 def prepared(pipeline, kind, size=(16, 16), seed=0):
@@ -43,7 +49,7 @@ def test_a_cached_call_is_that_of_deepcache(checkpoint, pipeline, kind, branch):
     later = np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
     expected = unet_cached_call(checkpoint(kind), branch, (x, 901), (later, 501), context, added)
     _, features = unet(to_mlx(x), at(unet, prompt, 901), prompt, branch=branch)
-    cached, same = unet(to_mlx(later), at(unet, prompt, 501), prompt, branch=branch, features=features)
+    cached, same = unet(to_mlx(later), at(unet, prompt, 501), prompt, branch=branch, reused=features)
     assert same is features
     assert error(to_torch_layout(cached), expected) < 1e-5
     full, _ = unet(to_mlx(later), at(unet, prompt, 501), prompt, branch=branch)
@@ -55,7 +61,7 @@ def test_a_cached_step_equals_a_full_one_on_the_same_input(pipeline, kind):
     unet, prompt, x, *_ = prepared(pipeline, kind)
     for branch in branches(kind):
         full, features = unet(to_mlx(x), at(unet, prompt, 500), prompt, branch=branch)
-        cached, _ = unet(to_mlx(x), at(unet, prompt, 500), prompt, branch=branch, features=features)
+        cached, _ = unet(to_mlx(x), at(unet, prompt, 500), prompt, branch=branch, reused=features)
         assert mx.allclose(full, cached, atol=1e-5)
 
 
@@ -64,14 +70,14 @@ def test_the_deep_part_runs_on_full_steps_only(pipeline, monkeypatch, interval):
     """Counted at the middle block's first resnet."""
     pipe = pipeline("sd15")
     deep, count = pipe.component("unet").mid_block.resnets[0], 0
-    plain = unet_module.ResnetBlock2D.__call__
+    plain = ResnetBlock2D.__call__
 
     def counted(self, *args, **kwargs):
         nonlocal count
         count += self is deep
         return plain(self, *args, **kwargs)
 
-    monkeypatch.setattr(unet_module.ResnetBlock2D, "__call__", counted)
+    monkeypatch.setattr(ResnetBlock2D, "__call__", counted)
     pipe("a cat", steps=11, height=64, width=64, scheduler="ddim", cache_interval=interval)
     assert count == sum(DeepCache(interval).full_steps(11)) == -(-11 // interval)
 
@@ -99,14 +105,48 @@ def test_a_unet_that_is_told_the_guidance_scale(tmp_path):
     reference = Reference(**config).eval().requires_grad_(False)
     torch.nn.init.normal_(reference.time_embedding.cond_proj.weight, std=0.5)
     reference.save_pretrained(tmp_path)
-    unet = Part.of(tmp_path).load(unet_module.UNet2DConditionModel(UNetConfig.from_dict(dict(reference.config))), None)
+    unet = Part.of(tmp_path).load(UNet2DConditionModel(UNetConfig.from_dict(dict(reference.config))), None)
     x, context, _ = unet_inputs(unet.config)
     outputs = []
     for scale in (1.5, 8.0):
         w = StableDiffusionPipeline.get_guidance_scale_embedding(None, torch.full((2,), scale - 1), 24)
         expected = reference(torch.tensor(x), 500, torch.tensor(context), timestep_cond=w).sample.numpy()
-        prompt = unet.prepare(unet_module.Conditioning(mx.array(context), guidance=mx.full((2,), scale)))
+        prompt = unet.prepare(Conditioning(mx.array(context), guidance=mx.full((2,), scale)))
         out, _ = unet(to_mlx(x), at(unet, prompt, 500), prompt)
         assert error(to_torch_layout(out), expected) < 1e-4  # sines of up to 7000 radians in float32
         outputs.append(expected)
     assert error(*outputs) > 1e-4  # or the scale would not have mattered
+
+
+def test_attention_functions_compose(checkpoint, pipeline):
+    """Text2Video-Zero's, by which all frames attend to the first, inside of a cache: against diffusers' processor."""
+    reference = copy.deepcopy(oracle.shared(str(checkpoint("sd15"))).unet)
+    reference.set_attn_processor(CrossFrameAttnProcessor(batch_size=2))
+    unet = pipeline("sd15").component("unet")
+    x, context, _ = unet_inputs(unet.config, batch=6)  # two halves of guidance, three frames each
+    with torch.no_grad():
+        expected = reference(torch.tensor(x), 500, torch.tensor(context)).sample.numpy()
+    run = []
+
+    def first_frame(layer, x, keys_values=None):
+        run.append(layer)
+        if keys_values is None:
+            frames = x.reshape(2, 3, *x.shape[1:])
+            keys_values = layer.keys_values(mx.broadcast_to(frames[:, :1], frames.shape).reshape(x.shape))
+        return layer(x, keys_values)
+
+    cond = unet.prepare(conditioning(context, None))
+    temb, attends = at(unet, cond, 500), [Attend((Do.KEEP, Do.KEEP), inner=first_frame) for _ in range(3)]
+
+    def call(attends):
+        skips = unet.shallow(to_mlx(x), temb, cond, 1, attend=attends[0])
+        features = unet.deep(skips[-1], temb, cond, 1, attend=attends[1])
+        return unet.finish(skips, features, temb, cond, 1, attend=attends[2])
+
+    out = call(attends)
+    assert error(to_torch_layout(out), expected) < 1e-5
+    assert error(unet_call(checkpoint("sd15"), x, 500, context), expected) > 1e-3  # the frames see each other
+    layers = len(run)
+    again = call([Attend((Do.REUSE, Do.REUSE), attend.kept, first_frame) for attend in attends])
+    assert mx.array_equal(out, again)
+    assert len(run) == layers == sum(len(kept) for attend in attends for kept in attend.kept) > 0

@@ -223,7 +223,7 @@ class Ours:
 
     def unet(self, net, given: dict, dtype: str, config: str) -> dict:
         from mlx_deepcache.cache.composition import Caches
-        from mlx_deepcache.cache.policy import DeepCache
+        from mlx_deepcache.cache.deepcache import DeepCache
         from mlx_deepcache.diffusion.schedulers import schedule
         from mlx_deepcache.nets.unet_parts import Conditioning
         from mlx_deepcache.sampler import Denoiser, sample

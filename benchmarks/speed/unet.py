@@ -65,7 +65,7 @@ def main(argv=None) -> None:
 
     def call(branch, features=None):
         def run():
-            mx.eval(unet(x, temb, prompt, branch=branch, features=features))
+            mx.eval(unet(x, temb, prompt, branch=branch, reused=features))
 
         return run
 
@@ -77,10 +77,10 @@ def main(argv=None) -> None:
     seconds = medians(runs, args.repeats)
 
     full_s = seconds["full"]
-    full_macs = batch * unet_macs(unet, (side, side), 0)[0]
+    full_macs = batch * unet_macs(unet, (side, side), 0, 77)[0]
     cached, speedup = [], []
     for branch in branches:
-        macs = batch * unet_macs(unet, (side, side), branch)[1]
+        macs = batch * unet_macs(unet, (side, side), branch, 77)[1]
         s = seconds[f"cached {branch}"]
         cached.append({"branch": branch, "s": s, "macs": macs})
         for interval in INTERVALS:

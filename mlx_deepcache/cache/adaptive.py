@@ -7,13 +7,13 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from ..errors import UsageError
-from .deepcache import DeepCache
-from .policy import check_branch, check_warmup
+from ..diffusion.schedule import Plan
+from .deepcache import Planned
+from .policy import WHEN, Call, Memory, Policy, check_cut, require
 
 
 @dataclass(frozen=True)
-class Adaptive:
+class Adaptive(Policy):
     """The deep part runs when what enters it has changed enough since it last ran; decided on the way.
 
     The skip at `branch` is computed on every step anyway. Its relative change since the last full step,
@@ -26,7 +26,7 @@ class Adaptive:
     """
 
     name: ClassVar[str] = "adaptive"
-    slots: ClassVar[dict[str, str]] = DeepCache.slots
+    slots: ClassVar[dict[str, str]] = WHEN
     about: ClassVar[str] = (
         "a step is full once the deep part's input has changed by the share threshold, or after max_interval; "
         "--stats logs it"
@@ -38,20 +38,44 @@ class Adaptive:
     warmup: int = 0
 
     def __post_init__(self):
-        if not self.threshold >= 0:
-            raise UsageError(f"adaptive's threshold must be 0 or more (0 = no caching), got {self.threshold}")
-        if self.max_interval < 1:
-            raise UsageError(f"adaptive's max_interval must be at least 1 (1 = no caching), got {self.max_interval}")
-        check_branch(self.branch)
-        check_warmup(self.warmup)
+        require(self.threshold >= 0, f"adaptive's threshold must be 0 or more (0 = no caching), got {self.threshold}")
+        interval = self.max_interval
+        require(interval >= 1, f"adaptive's max_interval must be at least 1 (1 = no caching), got {interval}")
+        check_cut(self.branch, self.warmup)
 
-    def full_steps(self, n: int) -> list[bool | None]:
-        """For each of n steps True, or None where it is decided on the way."""
-        return [True if i == 0 or i < self.warmup or self.max_interval == 1 else None for i in range(n)]
+    def full_steps(self, n: int) -> list[bool]:
+        """For each of n steps, whether it is full whatever enters the deep part."""
+        return [i == 0 or i < self.warmup or self.max_interval == 1 for i in range(n)]
 
     def full(self, since: int, change: float) -> bool:
         """Whether a step is full that comes `since` steps after the last full one, with this relative change."""
         return since >= self.max_interval or not change < self.threshold
+
+    def memory(self, plan: Plan, pictures: int, guided: bool) -> Memory:
+        return Probed(self, len(plan.steps))
+
+
+class Probed(Planned):
+    """The skip at the cut of the last full call. Of a step's calls the first decides."""
+
+    def __init__(self, policy: Adaptive, n: int):
+        super().__init__(policy.full_steps(n))
+        self.policy, self.skip, self.last_full, self.latest = policy, None, 0, -1
+
+    def decide(self, index: int, skip: mx.array) -> tuple[bool, float | None]:
+        if index == self.latest:
+            return False, None
+        change = relative_change(skip, self.skip[-len(skip) :])
+        return self.policy.full(index - self.last_full, change), change
+
+    def keep(self, call: Call, output: mx.array) -> None:
+        self.latest = call.index
+        if call.full:
+            self.skip, self.last_full = call.skip, call.index
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [] if self.skip is None else [self.skip]
 
 
 def relative_change(now: mx.array, then: mx.array) -> float:

@@ -1,55 +1,65 @@
 """What attention layers gave in earlier calls, kept while one picture is drawn, and when it is used again.
 
-Each class here is a function that the U-Net is given to run its attention layers: `attend(layer, x, keys_values)`
-returns what `layer(x, keys_values)` would, computed or remembered; without `keys_values` it is self-attention. A layer
-that does not run, as the deep ones on a cached step, is not asked about, and its count of calls stands still. MLX is
-lazy: of a layer that is not run, not even the normalised x is computed.
+All layers of a part of the U-Net run together, so what self-attention does in a call, and attention to the prompt, is
+decided once for the part. A part that does not run, as the deep one on a cached step, counts no call.
 """
 
 from __future__ import annotations
 
 import mlx.core as mx
 
-from ..nets.blocks import Attention
-from .macs import attention_macs
+from ..nets.attend import Attend, Do
+from .policy import DEEP, PARTS, Call, Memory
 
-KeysValues = tuple[mx.array, mx.array] | None
+Entry = tuple[mx.array, ...]
 
 
-class AttentionCache:
-    """What the caches of attention outputs share.
-
-    c, t: step and timestep of the call that is under way; saved: multiply-adds of the layers that it left out.
-    """
+class AttentionMemory(Memory):
+    """What the caches of attention outputs share: what is kept of each layer, the latest last."""
 
     def __init__(self):
-        self.kept: dict[int, tuple[mx.array, ...]] = {}  # latest last, by the layer's identity
-        self.calls: dict[int, int] = {}
-        self.c, self.t, self.saved = 0, 0.0, 0
+        self.calls = [0 for _ in PARTS]
+        self.kept: list[list[list[Entry]]] = [
+            [[], []] for _ in PARTS
+        ]  # of each part's layers: to itself, to the prompt
 
-    def begin(self, c: int, t: float) -> None:
-        """A call of the U-Net begins."""
-        self.c, self.t, self.saved = c, t, 0
+    def wanted(self, cross: bool, calls: int, index: int, t: float) -> Do:
+        """What a kind of attention should do at a part's call number `calls`, from 0, on step `index`, timestep t."""
+
+    def recall(self, entry: Entry, index: int, pictures: int) -> mx.array:
+        """What a layer is given, for the last pictures of the batch, which the conditional half are."""
+        return entry[-1][-pictures:]
+
+    def entry(self, old: Entry, out: mx.array, do: Do, index: int) -> Entry:
+        """What is kept of a layer that gave `out`, or was given it."""
+        return old if do is Do.REUSE else (out,)
+
+    def attend(self, index: int, t: float, pictures: int) -> tuple[Attend, ...]:
+        return tuple(self._attend(part, index, t, pictures) for part in PARTS)
+
+    def _attend(self, part: int, index: int, t: float, pictures: int) -> Attend:
+        todo, given = [], []
+        for cross, kept in zip((False, True), self.kept[part], strict=True):
+            do = self.wanted(cross, self.calls[part], index, t)
+            if do is Do.REUSE and not (kept and len(kept[0][-1]) >= pictures):
+                do = Do.KEEP  # never run before, or without the half that is wanted now
+            todo.append(do)
+            given.append([self.recall(entry, index, pictures) for entry in kept] if do is Do.REUSE else [])
+        return Attend(tuple(todo), given)
+
+    def keep(self, call: Call, output: mx.array) -> None:
+        for part, attend in enumerate(call.attend):
+            if part == DEEP and not call.full:
+                continue
+            self.calls[part] += 1
+            for cross, do in enumerate(attend.do):
+                if do is not Do.COMPUTE:
+                    outputs = attend.given[cross] if do is Do.REUSE else attend.kept[cross]
+                    entries = self.kept[part][cross] or [()] * len(outputs)
+                    self.kept[part][cross] = [
+                        self.entry(old, out, do, call.index) for old, out in zip(entries, outputs, strict=True)
+                    ]
 
     @property
     def arrays(self) -> list[mx.array]:
-        """All that is remembered."""
-        return [array for arrays in self.kept.values() for array in arrays]
-
-    def count(self, layer: Attention) -> int:
-        """Which call of this layer this is, from 0."""
-        number = self.calls.get(id(layer), 0)
-        self.calls[id(layer)] = number + 1
-        return number
-
-    def usable(self, layer: Attention, batch: int) -> tuple[mx.array, ...]:
-        """The layer's remembered outputs for the last `batch` pictures, which the conditional half are; none if there
-        are fewer."""
-        kept = self.kept.get(id(layer), ())
-        return tuple(array[-batch:] for array in kept) if kept and min(map(len, kept)) >= batch else ()
-
-    def skip(self, layer: Attention, x: mx.array, keys_values: KeysValues) -> None:
-        """Count what is saved."""
-        positions = x.shape[1]
-        keys = positions if keys_values is None else keys_values[0].shape[2]
-        self.saved += len(x) * attention_macs(layer, positions, keys)
+        return [array for kinds in self.kept for entries in kinds for entry in entries for array in entry]

@@ -2,137 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..diffusion.guidance import Guidance
+from ..diffusion.levels import Level
 from ..diffusion.schedule import Plan
 from ..errors import UsageError
-from ..nets.blocks import Attention, Fixed
-from .adaptive import Adaptive, relative_change
-from .attention import AttentionCache
-from .deepcache import DeepCache, Features
-from .fastercache import Extrapolated, FasterCache, RebuiltGuidance
-from .forecast import Spectrum, TaylorSeer
+from ..nets.attend import PLAIN
+from ..nets.blocks import Features
+from .adaptive import Adaptive
+from .deepcache import DeepCache
+from .fastercache import FasterCache
+from .forecast import Forecast, Spectrum, TaylorSeer
 from .guidance_interval import GuidanceInterval
-from .pab import Broadcast, PyramidAttentionBroadcast
-from .tgate import Gate, TGate
+from .pab import PyramidAttentionBroadcast
+from .policy import Call, Memory, Policy, require
+from .tgate import TGate
 
-
-class Call(NamedTuple):
-    """One call of the U-Net: whether all of it ran, for how many pictures, and the multiply-adds of the attention
-    layers that it left out."""
-
-    full: bool
-    pictures: int
-    saved: int
-
-
-class CacheRun:
-    """The state of all caches while one batch of pictures is drawn.
-
-    A step begins with `begin_step`; each of its U-Net calls with `begin_call`, which says whether the batch holds both
-    halves of guidance. The call is then given what `reuse` returns, `attend` and `branch`; its own features go to
-    `finish`.
-    """
-
-    def __init__(self, caches: Caches, plan: Plan, pictures: int, guidance_scale: float | None):
-        """guidance_scale: None where the U-Net is run as it is."""
-        n, guided = len(plan.steps), guidance_scale is not None
-        self.caches, self.pictures, self.guided, self.branch = caches, pictures, guided, caches.branch
-        self.repeated = sum(step.stage not in ("", "rk1") for step in plan.steps)  # PNDM's first steps, taken again
-        self.planned = caches.when.full_steps(n)
-        self.kept = Features(caches.forecast, n)
-        self.probe: mx.array | None = None  # Adaptive: the skip at the branch on the last full step
-        self.last_full = 0
-        self.residuals: list[mx.array] = []  # the ControlNets', of the last call that ran them
-
-        policy = caches.attention
-        self.outputs: AttentionCache | None = None
-        if isinstance(policy, PyramidAttentionBroadcast):
-            self.outputs = Broadcast(policy)
-        elif isinstance(policy, FasterCache):
-            self.outputs = Extrapolated(policy, pictures, guided, n)
-        elif isinstance(policy, TGate):
-            self.outputs = Gate(policy, guided)
-        self.attend = Attention.__call__ if self.outputs is None else self.outputs
-
-        policy, self.guidance = caches.guidance, None
-        if guidance_scale is not None:
-            if isinstance(policy, FasterCache):
-                self.guidance = RebuiltGuidance(guidance_scale, policy)
-            elif policy is None:
-                self.guidance = Guidance(guidance_scale)
-            else:
-                self.guidance = Guidance(guidance_scale, lambda c: policy.guided(c, n))
-
-    def begin_step(self, index: int) -> None:
-        """Step `index` of the plan begins."""
-        self.index, self.calls, self.change = index, [], None
-        self.c = index - self.repeated if isinstance(self.caches.attention, TGate) else index
-        self.full = self.planned[index]
-        if isinstance(self.caches.attention, TGate) and self.caches.attention.is_gate(self.c):
-            self.full = True  # so that every layer has an output to keep
-
-    def begin_call(self, t: float) -> bool:
-        """A U-Net call at timestep t begins: whether the batch holds both halves."""
-        if self.outputs is not None:
-            self.outputs.begin(self.c, t)
-        both = self.guidance is not None and self.guidance.begin(self.c, t)
-        self.batch = self.pictures * (2 if both else 1)
-        return both
-
-    def reuse(self) -> Fixed | Callable[[mx.array], Fixed | None] | None:
-        """What to give the U-Net as `features`."""
-        if isinstance(self.caches.when, Adaptive):
-            return self._decide
-        if not self.full:
-            reused = self.kept.reuse(self.index, self.batch)
-            self.full = reused is None  # also if the half that is wanted now was not computed then
-            return reused
-        return None
-
-    def _decide(self, skip: mx.array) -> Fixed | None:
-        """Adaptive's decision on the step's first call, from the skip at the branch."""
-        reused = None
-        if self.full is not True and self.probe is not None and len(self.probe) >= len(skip):
-            if self.full is None:
-                self.change = relative_change(skip, self.probe[-len(skip) :])
-                self.full = self.caches.when.full(self.index - self.last_full, self.change)
-            reused = None if self.full else self.kept.reuse(self.index, self.batch)
-        self.full = reused is None
-        if self.full:
-            self.probe, self.last_full = skip, self.index
-        return reused
-
-    def finish(self, features: Fixed) -> None:
-        """A U-Net call has returned these features."""
-        if self.full:
-            self.kept.keep(self.index, features)
-        saved = 0 if self.outputs is None else self.outputs.saved
-        self.calls.append(Call(bool(self.full), self.batch, saved))
-
-    @property
-    def arrays(self) -> dict[str, list[mx.array]]:
-        """All that is remembered, by the name of the policy that does."""
-        when = self.caches.when.name
-        kept = {when: self.kept.arrays + ([] if self.probe is None else [self.probe]) + self.residuals}
-        if self.outputs is not None:
-            kept[self.caches.attention.name] = self.outputs.arrays + (
-                [] if self.guidance is None else self.guidance.arrays
-            )
-        return kept
-
-
-Policy = (
-    DeepCache | Adaptive | TaylorSeer | Spectrum | PyramidAttentionBroadcast | FasterCache | TGate | GuidanceInterval
-)
-
-
-KINDS: tuple[type, ...] = Policy.__args__
+KINDS = (DeepCache, Adaptive, TaylorSeer, Spectrum, PyramidAttentionBroadcast, FasterCache, TGate, GuidanceInterval)
 
 
 @dataclass(frozen=True)
@@ -140,7 +29,7 @@ class Caches:
     """Policies put together, at most one for each question; see `Caches.of`."""
 
     when: DeepCache | Adaptive = DeepCache(1)
-    forecast: TaylorSeer | Spectrum | None = None
+    forecast: Forecast | None = None
     attention: PyramidAttentionBroadcast | FasterCache | TGate | None = None
     guidance: FasterCache | TGate | GuidanceInterval | None = None
 
@@ -152,18 +41,14 @@ class Caches:
         """
         chosen: dict[str, Policy] = {}
         for policy in policies:
-            for slot, question in getattr(policy, "slots", {}).items():
-                if (other := chosen.setdefault(slot, policy)) is not policy:
-                    twice = (
-                        f"{policy.name} is given twice"
-                        if other.name == policy.name
-                        else f"{other.name} and " + (f"{policy.name} both decide {question}")
-                    )
+            sort = "a cache should be one of the policies, such as DeepCache(interval=3)"
+            require(hasattr(policy, "slots"), f"{sort}, got {policy!r}")
+            for slot, question in policy.slots.items():
+                other = chosen.setdefault(slot, policy)
+                if other is not policy:
+                    both = f"{other.name} and {policy.name} both decide {question}"
+                    twice = f"{policy.name} is given twice" if other.name == policy.name else both
                     raise UsageError(f"caches cannot be combined: {twice}; give one of them")
-            if not isinstance(policy, KINDS):
-                raise UsageError(
-                    f"a cache should be one of the policies, such as DeepCache(interval=3), got {policy!r}"
-                )
         if "forecast" in chosen and "when" not in chosen:
             raise UsageError(
                 f"{chosen['forecast'].name} forecasts what a cached step uses, so it needs deepcache or adaptive "
@@ -187,8 +72,55 @@ class Caches:
         Raises:
             UsageError: not so; says what.
         """
-        self.when.full_steps(n)
-        if isinstance(self.attention, TGate) and self.attention.step > n:
-            raise UsageError(f"tgate's step must be from 1 to the {n} steps there are, got {self.attention.step}")
-        if isinstance(self.guidance, GuidanceInterval) and not guided:
-            raise UsageError("a guidance interval has no meaning where guidance is off (guidance scale 1 or less)")
+        for policy in self.policies:
+            policy.check(n, guided)
+
+
+class CacheRun:
+    """The state of all caches while one batch of pictures is drawn: `call` says how the U-Net is to be called next, and
+    `keep` is told how that went."""
+
+    def __init__(self, caches: Caches, plan: Plan, pictures: int, guided: bool):
+        """guided: whether the U-Net also runs without the prompt."""
+        self.caches, self.pictures, self.guided, self.branch = caches, pictures, guided, caches.branch
+        self.kept = (caches.forecast or TaylorSeer(0)).memory(plan, pictures, guided)  # which copies
+        rest = [policy for policy in caches.policies if policy is not caches.forecast]
+        self.memories: dict[Policy, Memory] = {policy: policy.memory(plan, pictures, guided) for policy in rest}
+        self.residuals: list[mx.array] = []  # the ControlNets', of the last call that ran them
+        self.index, self.full = -1, True
+
+    def call(self, index: int, level: Level) -> Call:
+        """The next call, on step `index` of the plan; one that comes after a full one on the same step is full too."""
+        memories = self.memories.values()
+        if index != self.index:
+            self.index, self.full = index, any(memory.full(index) for memory in memories)
+        both = self.guided and all(memory.both(index, level.t) for memory in memories)
+        pictures = self.pictures * (1 + both)
+        attends = (memory.attend(index, level.t, pictures) for memory in memories)
+        return Call(
+            index,
+            both,
+            pictures,
+            reused=None if self.full else self.kept.reuse(index, pictures),
+            residuals=[residual[-pictures:] for residual in self.residuals],
+            attend=next(filter(None, attends), (PLAIN,) * 3),
+            differences=() if both else sum((memory.differences() for memory in memories), ()),
+            decide=next((memory.decide for memory in memories if memory.decide is not None), None),
+        )
+
+    def keep(self, call: Call, features: Features, output: mx.array, residuals: list[mx.array] | None) -> None:
+        """A call has been made: these are its features, its output, float32, and what ControlNets gave, if they ran."""
+        self.full = call.full
+        if call.full:
+            self.kept.keep(call.index, features)
+        if residuals is not None:
+            self.residuals = residuals
+        for memory in self.memories.values():
+            memory.keep(call, output)
+
+    @property
+    def arrays(self) -> dict[str, list[mx.array]]:
+        """All that is remembered, by the name of the policy that does."""
+        when, attention = self.caches.when, self.caches.attention
+        arrays = {when.name: [*self.kept.arrays, *self.memories[when].arrays, *self.residuals]}
+        return arrays if attention is None else arrays | {attention.name: self.memories[attention].arrays}

@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import mlx.core as mx
 import numpy as np
 
+from ..diffusion.schedule import Plan
 from ..errors import UsageError
-from ..nets.blocks import Fixed
-from .forecast import Spectrum, TaylorSeer
-from .policy import check_branch, check_warmup, check_window
+from .policy import WHEN, Memory, Policy, check_cut, check_window, require
 
 
 @dataclass(frozen=True)
-class DeepCache:
+class DeepCache(Policy):
     """The deep part runs on the first step and on every `interval`-th one after it, as planned beforehand.
 
     branch: where the U-Net is cut: the number of the last skip connection that a cached step computes afresh, counted
@@ -32,7 +30,7 @@ class DeepCache:
     """
 
     name: ClassVar[str] = "deepcache"
-    slots: ClassVar[dict[str, str]] = {"when": "on which steps the deep part of the U-Net runs"}
+    slots: ClassVar[dict[str, str]] = WHEN
     about: ClassVar[str] = (
         "every interval-th step is full; the others reuse its deep features. center=15,power=1.4 packs full steps "
         "around step 15, steps=0-9+12 or steps=F..F. names them"
@@ -50,24 +48,20 @@ class DeepCache:
     def __post_init__(self):
         if self.steps is None:
             object.__setattr__(self, "interval", 3 if self.interval is None else self.interval)
-            if self.interval < 1:
-                raise UsageError(f"cache interval must be at least 1 (1 = no caching), got {self.interval}")
+            require(self.interval >= 1, f"cache interval must be at least 1 (1 = no caching), got {self.interval}")
         else:
             object.__setattr__(self, "steps", tuple(sorted(set(self.steps))))
-            if self.interval is not None or self.center is not None or self.power is not None:
-                raise UsageError("deepcache's steps name the full steps themselves; leave out interval, center, power")
-            if not self.steps or self.steps[0] != 0:
-                raise UsageError("deepcache's steps must include 0: the first step has no features to reuse")
-        if (self.center is None) != (self.power is None):
-            raise UsageError("deepcache's non-uniform schedule needs center and power, such as center=15,power=1.4")
+            alone = self.interval is None and self.center is None and self.power is None
+            require(alone, "deepcache's steps name the full steps themselves; leave out interval, center, power")
+            require(self.steps[:1] == (0,), "deepcache's steps must include 0: the first step has no features to reuse")
+        needs = "deepcache's non-uniform schedule needs"
+        both = (self.center is None) == (self.power is None)
+        require(both, f"{needs} center and power, such as center=15,power=1.4")
         if self.power is not None and (self.interval < 2 or self.center < 0 or not self.power > 1):
-            raise UsageError(
-                "deepcache's non-uniform schedule needs interval >= 2, center >= 0 and power > 1, got "
-                f"interval={self.interval}, center={self.center}, power={self.power:g}"
-            )
-        check_branch(self.branch)
+            got = f"interval={self.interval}, center={self.center}, power={self.power:g}"
+            raise UsageError(f"{needs} interval >= 2, center >= 0 and power > 1, got {got}")
+        check_cut(self.branch, self.warmup)
         check_window(self.name, self.start, self.end)
-        check_warmup(self.warmup)
 
     def full_steps(self, n: int) -> list[bool]:
         """For each of n steps, whether the whole U-Net runs. The first always does.
@@ -87,6 +81,12 @@ class DeepCache:
             before = max(inside.index(True) - 1, 0) if True in inside else 0  # the full step that the window starts on
             full = [(i - before) % self.interval == 0 for i in range(n)]
         return [i == 0 or full[i] or not inside[i] for i in range(n)]
+
+    def check(self, n: int, guided: bool) -> None:
+        self.full_steps(n)
+
+    def memory(self, plan: Plan, pictures: int, guided: bool) -> Memory:
+        return Planned(self.full_steps(len(plan.steps)))
 
 
 def non_uniform_steps(n: int, full: int, center: int, power: float) -> list[int]:
@@ -117,46 +117,11 @@ def non_uniform_steps(n: int, full: int, center: int, power: float) -> list[int]
 CacheSchedule = DeepCache  # its name before there were others
 
 
-class Features:
-    """The deep features of the last full steps, and what a cached step is given for them.
+class Planned(Memory):
+    """Full are the steps that the policy named beforehand."""
 
-    Kept is `Fixed`, what the resnet at the cut makes of the features, as that is all that a cached step needs. Its
-    convolution comes after a normalisation and an activation, so a forecast of it is not quite that of the features;
-    it saves doing that work again on each cached step.
-    """
+    def __init__(self, full_steps: list[bool]):
+        self.full_steps = full_steps
 
-    def __init__(self, forecast: TaylorSeer | Spectrum | None, n: int):
-        self.forecast, self.n = forecast, n
-        self.steps: list[int] = []
-        self.kept: list[Fixed] = []
-
-    def keep(self, step: int, features: Fixed) -> None:
-        """Of a full call; the last one of a step counts."""
-        pictures = len(features.shortcut)
-        if self.kept and len(self.kept[-1].shortcut) < pictures:  # the unconditional half of those was never computed
-            self.steps, self.kept = [], []
-        if step in self.steps:
-            self.steps.pop(), self.kept.pop()
-        room = 1 if self.forecast is None else self.forecast.history
-        self.steps, self.kept = [*self.steps, step][-room:], [*self.kept, features][-room:]
-
-    def reuse(self, step: int, pictures: int) -> Fixed | None:
-        """For the last `pictures` of the batch, which the conditional half are; None if there are fewer."""
-        if not self.kept or len(self.kept[-1].shortcut) < pictures:
-            return None
-        weights = [1.0] if self.forecast is None else self.forecast.weights(self.steps, step, self.n)
-        if [w for w in weights if w] == [1.0]:
-            return Fixed(*(part[-pictures:] for part in self.kept[weights.index(1.0)]))
-        return Fixed(
-            *(_weighted([part[-pictures:] for part in parts], weights) for parts in zip(*self.kept, strict=True))
-        )
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        return [part for features in self.kept for part in features]
-
-
-def _weighted(arrays: list[mx.array], weights: list[float]) -> mx.array:
-    """Their weighted sum, in float32 on the way."""
-    total = sum((w * a.astype(mx.float32) for w, a in zip(weights, arrays, strict=True)), mx.array(0.0))
-    return total.astype(arrays[0].dtype)
+    def full(self, index: int) -> bool:
+        return self.full_steps[index]

@@ -8,99 +8,14 @@ from typing import ClassVar
 import mlx.core as mx
 import numpy as np
 
-from ..diffusion.guidance import Guidance
-from ..errors import UsageError
-from ..nets.blocks import Attention
-from .attention import AttentionCache, KeysValues
-from .policy import ATTENTION, GUIDANCE, check_skip_range, check_timesteps, keyed
-
-
-class Extrapolated(AttentionCache):
-    """FasterCache's self-attention. It is extrapolated only in calls that run the conditional half alone, or where
-    there is no guidance at all, and only conditional outputs are kept: extrapolated ones too."""
-
-    def __init__(self, policy: FasterCache, pictures: int, guided: bool, n: int):
-        """pictures: how many are drawn, which a batch with guidance holds twice; n: steps."""
-        super().__init__()
-        self.policy, self.pictures, self.guided, self.n = policy, pictures, guided, n
-
-    def __call__(self, layer: Attention, x: mx.array, keys_values: KeysValues = None) -> mx.array:
-        if keys_values is not None:
-            return layer(x, keys_values)
-        skippable = not self.guided or len(x) == self.pictures
-        kept = self.kept.get(id(layer), ())
-        if self.policy.skips_attention(self.count(layer), self.t) and skippable and kept:
-            before, last = kept
-            out = last + (last - before) * self.policy.weight(self.c, self.n)
-            self.skip(layer, x, keys_values)
-        else:
-            out = layer(x)
-        latest = out[-self.pictures :]
-        self.kept[id(layer)] = (kept[-1] if kept else latest, latest)
-        return out
-
-
-class RebuiltGuidance(Guidance):
-    """FasterCache: the unconditional half is left out of most calls, and rebuilt from the conditional one.
-
-    Kept is by what the two halves differed, its low and its high frequencies apart (equations 9 and 10 of the paper).
-    Both grow with every call in which they are used, as in diffusers' hook. They are kept as pictures, not as spectra:
-    the Fourier transform is linear, so adding one is adding the other.
-    """
-
-    def __init__(self, scale: float, policy: FasterCache):
-        super().__init__(scale)
-        self.policy, self.calls, self.t = policy, 0, 0.0
-        self.low = self.high = None
-
-    def begin(self, c: int, t: float) -> bool:
-        self.both, self.t = not self.policy.skips_unconditional(self.calls, t), t
-        self.calls += 1
-        return self.both
-
-    def __call__(self, output: mx.array) -> mx.array:
-        if self.both:
-            without, given = mx.split(output, 2)
-            self.low = low_pass(without - given)
-            self.high = without - given - self.low
-        else:
-            given = output
-            low, high = self.policy.growth(self.t)
-            self.low, self.high = self.low * low, self.high * high
-            without = given + self.low + self.high
-        return self.guide(without, given)
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        return [] if self.low is None else [self.low, self.high]
-
-
-def low_pass(x: mx.array) -> mx.array:
-    """(N, h, w, C) float32 -> its frequencies within a disc of radius min(h, w) // 5 around zero.
-
-    A disc holds (i, j) along with (-i, j) and (i, -j), so the real Fourier basis of cosines and sines, separable, does
-    what masking the complex spectrum does.
-    """
-    h, w = x.shape[1:3]
-    radius = min(h, w) // 5
-    (rows, i), (columns, j) = fourier_basis(h, radius), fourier_basis(w, radius)
-    disc = mx.array(i[:, None] ** 2 + j**2 <= radius**2)
-    rows, columns = mx.array(rows), mx.array(columns)
-    spectrum = mx.where(disc, rows @ x.transpose(0, 3, 1, 2) @ columns.T, 0)
-    return (rows.T @ spectrum @ columns).transpose(0, 2, 3, 1)
-
-
-def fourier_basis(n: int, highest: int) -> tuple[np.ndarray, np.ndarray]:
-    """The orthonormal waves over n positions up to a frequency below n / 2: (2 highest + 1, n), and their
-    frequencies."""
-    k = np.arange(1, highest + 1)
-    angles = 2 * np.pi / n * k[:, None] * np.arange(n)
-    waves = np.concatenate([np.full((1, n), 0.5**0.5), np.cos(angles), np.sin(angles)]) * (2 / n) ** 0.5
-    return waves.astype(np.float32), np.concatenate([[0], k, k])
+from ..diffusion.schedule import Plan
+from ..nets.attend import Do
+from .attention import AttentionMemory, Entry
+from .policy import ATTENTION, GUIDANCE, Call, Memory, Policy, check_skip_range, check_timesteps, keyed, require
 
 
 @dataclass(frozen=True)
-class FasterCache:
+class FasterCache(Policy):
     """The unconditional half is skipped, and rebuilt from the conditional one; in such calls, self-attention is
     extrapolated from its two latest outputs (Lv et al. 2024). Names, defaults and counters are diffusers'.
 
@@ -134,13 +49,11 @@ class FasterCache:
         check_skip_range(self.name, "spatial", self.spatial_attention_block_skip_range)
         check_skip_range(self.name, "uncond", self.unconditional_batch_skip_range)
         for item in fields(self):
-            if item.name.endswith("timestep_skip_range") or item.name.endswith("timestep_range"):
+            if item.name.endswith(("timestep_skip_range", "timestep_range")):
                 check_timesteps(self.name, item.metadata["key"], getattr(self, item.name))
-        if not (self.alpha_low_frequency > 0 and self.alpha_high_frequency > 0):
-            raise UsageError(
-                "fastercache's alpha_low and alpha_high must be above 0, got "
-                f"{self.alpha_low_frequency:g} and {self.alpha_high_frequency:g}"
-            )
+        low, high = self.alpha_low_frequency, self.alpha_high_frequency
+        got = f"got {low:g} and {high:g}"
+        require(low > 0 and high > 0, f"fastercache's alpha_low and alpha_high must be above 0, {got}")
 
     def skips_unconditional(self, iteration: int, t: float) -> bool:
         """Whether call number `iteration` (from 0) of the U-Net, at timestep t, runs the conditional half only."""
@@ -164,3 +77,81 @@ class FasterCache:
         """Of the extrapolation, at one of n steps."""
         first, last = self.attention_weight
         return first + (last - first) * step / max(n - 1, 1)
+
+    def memory(self, plan: Plan, pictures: int, guided: bool) -> Memory:
+        return Extrapolated(self, len(plan.steps), pictures)
+
+
+class Extrapolated(AttentionMemory):
+    """The two latest outputs of each self-attention layer, extrapolated ones too, for the conditional half alone: so
+    they serve only calls without the other one. And by what the two halves differed, its low and its high frequencies
+    apart (equations 9 and 10 of the paper).
+
+    Both grow with every call in which they are used, as in diffusers' hook. They are kept as pictures, not as spectra:
+    the Fourier transform is linear, so adding one is adding the other.
+    """
+
+    def __init__(self, policy: FasterCache, n: int, pictures: int):
+        """n: steps; pictures: how many are drawn, which a batch with guidance holds twice."""
+        super().__init__()
+        self.policy, self.n, self.pictures = policy, n, pictures
+        self.asked = 0
+        self.apart: tuple[mx.array, ...] = ()  # unconditional less conditional output: low frequencies, high ones
+
+    def wanted(self, cross: bool, calls: int, index: int, t: float) -> Do:
+        if cross:
+            return Do.COMPUTE
+        return Do.REUSE if self.policy.skips_attention(calls, t) else Do.KEEP
+
+    def recall(self, entry: Entry, index: int, pictures: int) -> mx.array:
+        before, last = entry
+        return last + (last - before) * self.policy.weight(index, self.n)
+
+    def entry(self, old: Entry, out: mx.array, do: Do, index: int) -> Entry:
+        latest = out[-self.pictures :]
+        return (old[-1] if old else latest), latest
+
+    def both(self, index: int, t: float) -> bool:
+        both = not self.policy.skips_unconditional(self.asked, t)
+        self.asked += 1
+        if not both:
+            self.apart = tuple(part * by for part, by in zip(self.apart, self.policy.growth(t), strict=True))
+        return both
+
+    def differences(self) -> tuple[mx.array, ...]:
+        return self.apart
+
+    def keep(self, call: Call, output: mx.array) -> None:
+        super().keep(call, output)
+        if call.both:
+            without, given = mx.split(output, 2)
+            low = low_pass(without - given)
+            self.apart = low, without - given - low
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [*super().arrays, *self.apart]
+
+
+def low_pass(x: mx.array) -> mx.array:
+    """(N, h, w, C) float32 -> its frequencies within a disc of radius min(h, w) // 5 around zero.
+
+    A disc holds (i, j) along with (-i, j) and (i, -j), so the real Fourier basis of cosines and sines, separable, does
+    what masking the complex spectrum does.
+    """
+    h, w = x.shape[1:3]
+    radius = min(h, w) // 5
+    (rows, i), (columns, j) = fourier_basis(h, radius), fourier_basis(w, radius)
+    disc = mx.array(i[:, None] ** 2 + j**2 <= radius**2)
+    rows, columns = mx.array(rows), mx.array(columns)
+    spectrum = mx.where(disc, rows @ x.transpose(0, 3, 1, 2) @ columns.T, 0)
+    return (rows.T @ spectrum @ columns).transpose(0, 2, 3, 1)
+
+
+def fourier_basis(n: int, highest: int) -> tuple[np.ndarray, np.ndarray]:
+    """The orthonormal waves over n positions up to a frequency below n / 2: (2 highest + 1, n), and their
+    frequencies."""
+    k = np.arange(1, highest + 1)
+    angles = 2 * np.pi / n * k[:, None] * np.arange(n)
+    waves = np.concatenate([np.full((1, n), 0.5**0.5), np.cos(angles), np.sin(angles)]) * (2 / n) ** 0.5
+    return waves.astype(np.float32), np.concatenate([[0], k, k])

@@ -9,15 +9,71 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import mlx.core as mx
 import numpy as np
 
-from ..errors import UsageError
+from ..diffusion.schedule import Plan
+from ..nets.blocks import Features
+from .policy import FORECAST, Policy, require
 
-FORECAST = {"forecast": "how the kept features are forecast"}
+
+class Forecast(Policy):
+    """A rule for the weights of what the last full steps had."""
+
+    slots: ClassVar[dict[str, str]] = FORECAST
+    history: int  # how many full steps to keep
+
+    def weights(self, kept: Sequence[int], step: int, n: int) -> list[float]:
+        """The forecast for a step is a weighted sum of what the full steps `kept` (ascending) had; n: all steps."""
+
+    def memory(self, plan: Plan, pictures: int, guided: bool) -> Kept:
+        return Kept(self, len(plan.steps))
+
+
+class Kept:
+    """The deep features of the last full steps, and what a cached step is given for them.
+
+    Features are what the resnet at the cut makes of the deep part. Its convolution comes after a normalisation and an
+    activation, so a forecast of them is not quite that of what enters it; it saves that work on each cached step.
+    """
+
+    def __init__(self, forecast: Forecast, n: int):
+        self.forecast, self.n = forecast, n
+        self.steps: list[int] = []
+        self.features: list[Features] = []
+
+    def keep(self, step: int, features: Features) -> None:
+        """Of a full call; the last one of a step counts."""
+        if self.features and len(self.features[-1].shortcut) < len(features.shortcut):
+            self.steps, self.features = [], []  # the unconditional half of those was never computed
+        if step in self.steps:
+            self.steps.pop(), self.features.pop()
+        room = self.forecast.history
+        self.steps, self.features = [*self.steps, step][-room:], [*self.features, features][-room:]
+
+    def reuse(self, step: int, pictures: int) -> Features | None:
+        """For the last `pictures` of the batch, which the conditional half are; None if there are fewer."""
+        if not self.features or len(self.features[-1].shortcut) < pictures:
+            return None
+        weights = self.forecast.weights(self.steps, step, self.n)
+        if [w for w in weights if w] == [1.0]:
+            return Features(*(part[-pictures:] for part in self.features[weights.index(1.0)]))
+        kept = zip(*self.features, strict=True)
+        return Features(*(_weighted([part[-pictures:] for part in parts], weights) for parts in kept))
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [part for features in self.features for part in features]
+
+
+def _weighted(arrays: list[mx.array], weights: list[float]) -> mx.array:
+    """Their weighted sum, in float32 on the way."""
+    total = sum((w * a.astype(mx.float32) for w, a in zip(weights, arrays, strict=True)), mx.array(0.0))
+    return total.astype(arrays[0].dtype)
 
 
 @dataclass(frozen=True)
-class TaylorSeer:
+class TaylorSeer(Forecast):
     """Forecast the deep features instead of copying them: a Taylor series over the steps (Liu et al. 2025, "From
     Reusing to Forecasting", equation 4), with finite differences for derivatives. order: 1 or 2; 0 copies.
 
@@ -26,7 +82,6 @@ class TaylorSeer:
     """
 
     name: ClassVar[str] = "taylorseer"
-    slots: ClassVar[dict[str, str]] = FORECAST
     about: ClassVar[str] = (
         "beside deepcache or adaptive: continues the deep features along a line (order 1) or a parabola (2)"
     )
@@ -34,19 +89,15 @@ class TaylorSeer:
     order: int = 1
 
     def __post_init__(self):
-        if self.order not in (0, 1, 2):
-            raise UsageError(f"taylorseer's order must be 0 (copy), 1 or 2, got {self.order}")
+        require(self.order in (0, 1, 2), f"taylorseer's order must be 0 (copy), 1 or 2, got {self.order}")
 
     @property
     def history(self) -> int:
-        """How many full steps to keep."""
         return self.order + 1
 
     def weights(self, kept: Sequence[int], step: int, n: int) -> list[float]:
-        """The forecast for a step is a weighted sum of what the full steps `kept` (ascending) had; n: all steps.
-
-        As in diffusers, the second difference is that of the two first ones, over the distance of the last two steps.
-        """
+        """As in diffusers, the second difference is that of the two first ones, over the distance of the last two
+        steps."""
         factors: list[np.ndarray] = []  # of the step before; each is a combination of the kept values
         for i, here in enumerate(kept):
             fresh = [np.eye(len(kept))[i]]
@@ -59,7 +110,7 @@ class TaylorSeer:
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class Spectrum(Forecast):
     """Forecast the deep features with a Chebyshev polynomial, fitted to the last full steps with a ridge penalty, and
     mixed with a straight line (Spectrum, as in stable-diffusion.cpp, whose defaults these are but for the ridge: with
     its 1 the bundled model's pictures come out worse than with copied features).
@@ -72,7 +123,6 @@ class Spectrum:
     """
 
     name: ClassVar[str] = "spectrum"
-    slots: ClassVar[dict[str, str]] = FORECAST
     about: ClassVar[str] = (
         "beside deepcache or adaptive: continues the deep features by a Chebyshev fit to the last full steps"
     )
@@ -83,17 +133,13 @@ class Spectrum:
     history: int = 6
 
     def __post_init__(self):
-        if not 0 <= self.weight <= 1:
-            raise UsageError(f"spectrum's weight must be in [0, 1], got {self.weight}")
-        if not 0 <= self.degree <= 20:
-            raise UsageError(f"spectrum's degree must be in [0, 20], got {self.degree}")
-        if not self.ridge > 0:
-            raise UsageError(f"spectrum's ridge must be above 0, got {self.ridge}")
-        if self.history < 2:
-            raise UsageError(f"spectrum's history must be 2 full steps or more, got {self.history}")
+        require(0 <= self.weight <= 1, f"spectrum's weight must be in [0, 1], got {self.weight}")
+        require(0 <= self.degree <= 20, f"spectrum's degree must be in [0, 20], got {self.degree}")
+        require(self.ridge > 0, f"spectrum's ridge must be above 0, got {self.ridge}")
+        require(self.history >= 2, f"spectrum's history must be 2 full steps or more, got {self.history}")
 
     def weights(self, kept: Sequence[int], step: int, n: int) -> list[float]:
-        """See `TaylorSeer.weights`. Steps 0 to n are the polynomials' -1 to 1."""
+        """Steps 0 to n are the polynomials' -1 to 1."""
         if len(kept) == 1:
             return [1.0]
         basis = np.polynomial.chebyshev.chebvander(2 * np.array([*kept, step]) / n - 1, self.degree)

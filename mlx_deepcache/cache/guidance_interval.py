@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .policy import GUIDANCE, check_window
+from ..diffusion.schedule import Plan
+from .policy import GUIDANCE, Memory, Policy, check_window, require
 
 
 @dataclass(frozen=True)
-class GuidanceInterval:
+class GuidanceInterval(Policy):
     """Guidance only on the steps from the fraction `start` to the fraction `end`; on the others only the conditional
     half runs (Kynkaanniemi et al. 2024, "Applying Guidance in a Limited Interval", which sets noise levels).
 
@@ -29,6 +30,18 @@ class GuidanceInterval:
     def __post_init__(self):
         check_window(self.name, self.start, self.end)
 
-    def guided(self, c: int, n: int) -> bool:
-        """Whether guidance runs on step c of n."""
-        return self.start <= c / n < self.end
+    def check(self, n: int, guided: bool) -> None:
+        require(guided, "a guidance interval has no meaning where guidance is off (guidance scale 1 or less)")
+
+    def memory(self, plan: Plan, pictures: int, guided: bool) -> Memory:
+        return Window(self, len(plan.steps))
+
+
+class Window(Memory):
+    """Both halves run inside of it."""
+
+    def __init__(self, policy: GuidanceInterval, n: int):
+        self.policy, self.n = policy, n
+
+    def both(self, index: int, t: float) -> bool:
+        return self.policy.start <= index / self.n < self.policy.end

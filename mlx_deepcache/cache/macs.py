@@ -2,64 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import mlx.nn as nn
 
+from ..nets.attend import Do
 from ..nets.blocks import Attention
 from ..nets.unet_parts import Layer
 from ..unet import UNet2DConditionModel
+from .policy import DEEP, Work
 
 
-def unet_macs(unet: UNet2DConditionModel, size: tuple[int, int], branch: int, tokens: int = 77) -> tuple[int, int]:
+class Macs(NamedTuple):
+    """For one picture: all of them, and those of self-attention and of attention to the prompt among them."""
+
+    total: int
+    spatial: int = 0
+    cross: int = 0
+
+
+def unet_macs(unet: UNet2DConditionModel, size: tuple[int, int], branch: int, tokens: int) -> tuple[int, int]:
     """Multiply-adds of a full and of a cached call for one latent of `size` (h, w) and a prompt of `tokens`.
 
     Convolutions, linear layers and attention's two products; a cached call is DeepCache's own, with nothing saved
     beyond it. The prompt's keys and values and the time embedding count in both.
     """
-    down, mid, up = unet.down_layers(), unet.mid_layers(), unet.up_layers()
-    sizes, counts = [], []
-    for layer in down:
+    shallow, deep, finish = parts_macs(unet, size, branch, tokens)
+    return shallow.total + deep.total + finish.total, shallow.total + finish.total
+
+
+def work_macs(unet: UNet2DConditionModel, size: tuple[int, int], branch: int, work: Iterable[Work]) -> int:
+    """Multiply-adds of these calls, for latents of `size` (h, w), less the attention layers that they left out."""
+    total, counted = 0, {}
+    for call in work:
+        if call.tokens not in counted:
+            counted[call.tokens] = parts_macs(unet, size, branch, call.tokens)
+        for part, (macs, done) in enumerate(zip(counted[call.tokens], call.attention, strict=True)):
+            if part != DEEP or call.full:
+                left_out = sum(n for n, do in zip(macs[1:], done, strict=True) if do is Do.REUSE)
+                total += call.pictures * (macs.total - left_out)
+    return total
+
+
+def parts_macs(unet: UNet2DConditionModel, size: tuple[int, int], branch: int, tokens: int) -> list[Macs]:
+    """Of the shallow part, with the time embedding, of the deep one, and of the one that finishes; see `unet_macs`."""
+    sizes, down = [], []
+    for layer in unet.down_layers():
         if hasattr(layer.conv, "pad_all_round"):  # a stride-2 convolution, padded by one
             size = ((size[0] + 1) // 2, (size[1] + 1) // 2)
         sizes.append(size)
-        counts.append(_layer_macs(layer, size, size, tokens))
-    middle = sum(_layer_macs(layer, size, size, tokens) for layer in mid)
-    ups = []
-    for layer, here, after in zip(up, sizes[::-1], [*sizes[-2::-1], sizes[0]], strict=True):
-        ups.append(_layer_macs(layer, here, after, tokens))
-    always = _leaf_macs(unet.time_embedding, 1) + _leaf_macs(unet.conv_out, sizes[0][0] * sizes[0][1])
-    if "add_embedding" in unet:
-        always += _leaf_macs(unet.add_embedding, 1)
-    skip = unet.skip_of(branch)
-    shallow = always + sum(counts[: skip + 1]) + sum(ups[len(ups) - 1 - skip :])
-    return always + sum(counts) + middle + sum(ups), shallow
+        down.append(_layer_macs(layer, size, size, tokens))
+    mid = [_layer_macs(layer, size, size, tokens) for layer in unet.mid_layers()]
+    places = zip(unet.up_layers(), sizes[::-1], [*sizes[-2::-1], sizes[0]], strict=True)
+    up = [_layer_macs(layer, here, after, tokens) for layer, here, after in places]
+    times = [Macs(_leaf_macs(unet[name], 1)) for name in ("time_embedding", "add_embedding") if name in unet]
+    out = Macs(_leaf_macs(unet.conv_out, sizes[0][0] * sizes[0][1]))
+    n = unet.cut(branch) + 1  # layers that always run, of the encoder and of the decoder
+    parts = [*times, *down[:n]], [*down[n:], *mid, *up[:-n]], [*up[-n:], out]
+    return [Macs(*map(sum, zip(*part, strict=True))) for part in parts]
 
 
-def attention_macs(attention: Attention, positions: int, keys: int) -> int:
-    """Multiply-adds of one attention layer for one picture, whose positions attend to so many keys."""
-    named = attention.named_modules()
-    linear = sum(_own_macs(m, keys if name in ("to_k", "to_v") else positions) for name, m in named)
-    return linear + _products(attention, positions, keys)
-
-
-def _products(attention: Attention, positions: int, keys: int) -> int:
-    """Of the queries with the keys, and of the weights with the values."""
-    return 2 * positions * keys * attention.to_out[0].weight.shape[0]
-
-
-def _layer_macs(layer: Layer, here: tuple[int, int], after: tuple[int, int], tokens: int) -> int:
+def _layer_macs(layer: Layer, here: tuple[int, int], after: tuple[int, int], tokens: int) -> Macs:
     positions = here[0] * here[1]
-    total = 0 if layer.conv is None else _leaf_macs(layer.conv, positions)
-    if layer.resnet is not None:
-        total += _leaf_macs(layer.resnet, positions)
-    if layer.attention is not None:
-        for name, module in layer.attention.named_modules():
-            reads_prompt = name.endswith(("attn2.to_k", "attn2.to_v"))
-            total += _own_macs(module, tokens if reads_prompt else positions)
-            if isinstance(module, Attention):
-                total += _products(module, positions, tokens if name.endswith("attn2") else positions)
+    total, attention = 0, [0, 0]
+    for module in (layer.conv, layer.resnet):
+        total += 0 if module is None else _leaf_macs(module, positions)
+    for name, module in [] if layer.attention is None else layer.attention.named_modules():
+        cross = "attn2" in name
+        keys = tokens if cross else positions
+        own = _own_macs(module, keys if name.endswith(("to_k", "to_v")) else positions)
+        if isinstance(module, Attention):  # queries with keys, and weights with values
+            own += 2 * positions * keys * module.to_out[0].weight.shape[0]
+        total += own
+        if "attn" in name:
+            attention[cross] += own
     if layer.upsample is not None:
         total += _leaf_macs(layer.upsample, after[0] * after[1])
-    return total
+    return Macs(total, *attention)
 
 
 def _leaf_macs(module: nn.Module, positions: int) -> int:

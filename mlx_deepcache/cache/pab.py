@@ -5,34 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import mlx.core as mx
-
-from ..nets.blocks import Attention
-from .attention import AttentionCache, KeysValues
-from .policy import ATTENTION, check_skip_range, check_timesteps, keyed
-
-
-class Broadcast(AttentionCache):
-    """Pyramid Attention Broadcast."""
-
-    def __init__(self, policy: PyramidAttentionBroadcast):
-        super().__init__()
-        self.policy = policy
-
-    def __call__(self, layer: Attention, x: mx.array, keys_values: KeysValues = None) -> mx.array:
-        cross = keys_values is not None
-        if not self.policy.remembers(cross):
-            return layer(x, keys_values)
-        due, kept = self.policy.computes(cross, self.count(layer), self.t), self.usable(layer, len(x))
-        if due or not kept:
-            self.kept[id(layer)] = (layer(x, keys_values),)
-            return self.kept[id(layer)][0]
-        self.skip(layer, x, keys_values)
-        return kept[0]
+from ..diffusion.schedule import Plan
+from ..nets.attend import Do
+from .attention import AttentionMemory
+from .policy import ATTENTION, Memory, Policy, check_skip_range, check_timesteps, keyed
 
 
 @dataclass(frozen=True)
-class PyramidAttentionBroadcast:
+class PyramidAttentionBroadcast(Policy):
     """An attention layer's output is used again for a range of calls, inside a window of timesteps (Zhao et al. 2024).
 
     Names and counters are diffusers': a skip range N computes every N-th call of a layer (1: every call; None: this
@@ -72,3 +52,19 @@ class PyramidAttentionBroadcast:
         else:
             every, window = self.spatial_attention_block_skip_range, self.spatial_attention_timestep_skip_range
         return every is None or iteration % every == 0 or not window[0] < t < window[1]
+
+    def memory(self, plan: Plan, pictures: int, guided: bool) -> Memory:
+        return Broadcast(self)
+
+
+class Broadcast(AttentionMemory):
+    """The latest output of each layer."""
+
+    def __init__(self, policy: PyramidAttentionBroadcast):
+        super().__init__()
+        self.policy = policy
+
+    def wanted(self, cross: bool, calls: int, index: int, t: float) -> Do:
+        if not self.policy.remembers(cross):
+            return Do.COMPUTE
+        return Do.KEEP if self.policy.computes(cross, calls, t) else Do.REUSE

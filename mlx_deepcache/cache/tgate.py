@@ -7,35 +7,14 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from ..errors import UsageError
-from ..nets.blocks import Attention
-from .attention import AttentionCache, KeysValues
-from .policy import ATTENTION, GUIDANCE, check_skip_range
-
-
-class Gate(AttentionCache):
-    """T-GATE."""
-
-    def __init__(self, policy: TGate, guided: bool):
-        super().__init__()
-        self.policy, self.guided = policy, guided
-
-    def __call__(self, layer: Attention, x: mx.array, keys_values: KeysValues = None) -> mx.array:
-        action, kept = self.policy.action(keys_values is not None, self.c), self.usable(layer, len(x))
-        if action == "reuse" and kept:
-            self.skip(layer, x, keys_values)
-            return kept[0]
-        out = layer(x, keys_values)
-        if action == "gate" and self.guided:
-            without, given = mx.split(out, 2)
-            self.kept[id(layer)] = ((without + given) / 2,)
-        elif action != "compute":  # also where a layer that a cached step left out has nothing yet to use again
-            self.kept[id(layer)] = (out,)
-        return out
+from ..diffusion.schedule import Plan
+from ..nets.attend import Do
+from .attention import AttentionMemory, Entry
+from .policy import ATTENTION, GUIDANCE, Memory, Policy, check_skip_range, require
 
 
 @dataclass(frozen=True)
-class TGate:
+class TGate(Policy):
     """The prompt is read on the first `step` steps only (T-GATE, Zhang et al. 2024; gate_step in its code).
 
     Until then self-attention runs every `sp_interval`-th step, after `warm_up` steps. On the last of these steps every
@@ -62,24 +41,47 @@ class TGate:
     def __post_init__(self):
         for key in ("step", "sp_interval", "fi_interval"):
             check_skip_range(self.name, key, getattr(self, key))
-        if self.warm_up < 0:
-            raise UsageError(f"tgate's warm_up must be at least 0 steps, got {self.warm_up}")
+        require(self.warm_up >= 0, f"tgate's warm_up must be at least 0 steps, got {self.warm_up}")
 
-    def guided(self, c: int, n: int) -> bool:
-        """Whether guidance runs on step c."""
-        return c < self.step
-
-    def is_gate(self, c: int) -> bool:
-        """Whether all attention must run on step c, to be kept."""
-        return c == self.step - 1
-
-    def action(self, cross: bool, c: int) -> str:
-        """What an attention layer does on step c: compute, keep (compute, and keep the output), reuse, or gate
-        (compute, and keep the mean of both halves)."""
-        if c == self.step - 1:
-            return "gate"
+    def action(self, cross: bool, c: int) -> Do:
+        """What an attention layer does on step c."""
+        if c == self.step - 1:  # the gate
+            return Do.KEEP
         if c < self.step - 1:
             if cross or c < self.warm_up:
-                return "compute"
-            return "keep" if c == self.warm_up or c % self.sp_interval == 0 else "reuse"
-        return "reuse" if cross or c % self.fi_interval else "keep"
+                return Do.COMPUTE
+            return Do.KEEP if c == self.warm_up or c % self.sp_interval == 0 else Do.REUSE
+        return Do.REUSE if cross or c % self.fi_interval else Do.KEEP
+
+    def check(self, n: int, guided: bool) -> None:
+        require(self.step <= n, f"tgate's step must be from 1 to the {n} steps there are, got {self.step}")
+
+    def memory(self, plan: Plan, pictures: int, guided: bool) -> Memory:
+        return Gate(self, plan.repeated, guided)
+
+
+class Gate(AttentionMemory):
+    """The latest output of each layer, at the gate the mean of both halves'."""
+
+    def __init__(self, policy: TGate, repeated: int, guided: bool):
+        """repeated: steps of the plan that take an earlier one again, which do not count."""
+        super().__init__()
+        self.policy, self.repeated, self.guided = policy, repeated, guided
+
+    def gate(self, index: int) -> bool:
+        return index - self.repeated == self.policy.step - 1
+
+    def full(self, index: int) -> bool:
+        return self.gate(index)  # so that every layer has an output to keep
+
+    def both(self, index: int, t: float) -> bool:
+        return index - self.repeated < self.policy.step
+
+    def wanted(self, cross: bool, calls: int, index: int, t: float) -> Do:
+        return self.policy.action(cross, index - self.repeated)
+
+    def entry(self, old: Entry, out: mx.array, do: Do, index: int) -> Entry:
+        if self.guided and self.gate(index):
+            without, given = mx.split(out, 2)
+            return ((without + given) / 2,)
+        return super().entry(old, out, do, index)

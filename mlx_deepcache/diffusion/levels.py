@@ -42,6 +42,11 @@ class Step:
     stage: str = ""
     base: Level | None = None
 
+    @property
+    def repeats(self) -> bool:
+        """Whether it takes an earlier step again, from where that one began."""
+        return self.stage not in ("", "rk1")
+
 
 @dataclass(frozen=True)
 class Prediction:

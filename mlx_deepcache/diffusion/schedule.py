@@ -23,6 +23,11 @@ class Plan:
     prediction_type: str
     clip: float | None
 
+    @property
+    def repeated(self) -> int:
+        """How many steps take an earlier one again."""
+        return sum(step.repeats for step in self.steps)
+
 
 def _late(s: NoiseSchedule, n: int, steps: list[Step], start: int) -> list[Step]:
     """The steps of a run that starts late: a multistep method starts at order 1 all the same."""

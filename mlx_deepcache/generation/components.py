@@ -12,6 +12,7 @@ from ..checkpoints.part import load_controlnet
 from ..checkpoints.weights import quantize
 from ..errors import UsageError
 from ..nets.controlnet import Controlled
+from ..unet import UNet2DConditionModel
 from .options import Control
 
 
@@ -63,14 +64,14 @@ class Components:
             self._started.discard(name)
         return self.held[name]
 
-    def unet(self):
-        """The U-Net, and its call, compiled or not."""
+    def unet(self) -> UNet2DConditionModel:
+        """The U-Net, compiled or not."""
         unet = self.network("unet")
         if not self.compile:
-            return unet, unet
+            return unet
         if "compiled unet" not in self.held:
             self.held["compiled unet"] = unet.compiled()
-        return unet, self.held["compiled unet"]
+        return self.held["compiled unet"]
 
     def controlled(self, control: Control) -> Controlled:
         """A ControlNet, ready to be used, with its picture."""

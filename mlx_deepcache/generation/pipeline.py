@@ -26,6 +26,7 @@ from ..checkpoints.part import OtherVAE, find_controlnet
 from ..diffusion.noise import BatchNoise
 from ..errors import Failure, UsageError
 from ..media.pictures import Given, to_uint8
+from ..nets.controlnet import Controls
 from ..nets.tiling import decode_tiled, tiled
 from ..nets.unet_parts import Conditioning
 from ..sampler import Denoiser, Progress, sample
@@ -192,7 +193,6 @@ class Generation(Iterator[Progress]):
     def __init__(self, pipe: StableDiffusion, settings: Settings):
         self.pipe, self.settings, self.clock = pipe, settings, Clock()
         self.steps: list[Progress] = []
-        self.tokens: list[int] = []  # that each leg's U-Net reads
         self._noise = BatchNoise(settings.rng, list(settings.seeds))
         self._legs = self._run()
 
@@ -252,18 +252,16 @@ class Generation(Iterator[Progress]):
     def sample(self, leg: Leg, components: Components, cond: Conditioning, started: Started) -> Iterator[Progress]:
         """A leg's steps."""
         with self.clock.phase("load"):
-            unet, call = components.unet()
-            controls = [components.controlled(control) for control in leg.controls]
+            unet, nets = components.unet(), [components.controlled(control) for control in leg.controls]
         with self.clock.phase("denoise"):
+            times = [step.here.t for step in leg.plan.steps]
             denoiser = Denoiser(
                 unet,
                 cond,
                 leg.plan,
                 leg.guidance_scale,
-                call,
                 beside=started.beside,
-                controlled=controls,
-                control_every_step=self.settings.control_every_step,
+                controls=Controls(nets, cond, times, self.settings.control_every_step) if nets else None,
                 in_turn=self.pipe.low_memory,
             )
         with closing(sample(denoiser, started.x, self.settings.cache, self.noise, started.keep)) as steps:
@@ -273,7 +271,7 @@ class Generation(Iterator[Progress]):
                 if progress is None:
                     break
                 yield progress
-        del denoiser, steps, unet, call, controls
+        del denoiser, steps, unet, nets
         components.release("unet", "compiled unet", *map(name_of, leg.controls))
 
     def decode(self) -> np.ndarray:
@@ -292,7 +290,6 @@ class Generation(Iterator[Progress]):
             if number:
                 started = Started(progress.latents)
             cond = self.encode(number)
-            self.tokens.append(cond.context.shape[1])
             for taken_step in self.sample(leg, components, cond, started):
                 progress = replace(taken_step, index=first + taken_step.index)
                 yield progress

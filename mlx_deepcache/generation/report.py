@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from .._version import __version__
-from ..cache.macs import unet_macs
+from ..cache.macs import unet_macs, work_macs
 from ..cache.text import write
 
 if TYPE_CHECKING:
@@ -84,16 +84,15 @@ def stats(run: Generation) -> dict:
 def _macs(run: Generation) -> Iterator[tuple[int, int]]:
     """Each leg's multiply-adds, and those of an uncached run."""
     settings, first = run.settings, 0
-    for leg, components, tokens in zip(settings.legs, run.pipe.models, run.tokens, strict=False):
+    for leg, components in zip(settings.legs, run.pipe.models, strict=True):
         steps, first = run.steps[first : first + len(leg.plan.steps)], first + len(leg.plan.steps)
         factor = components.checkpoint.vae_config.factor
         size = (settings.height // factor, settings.width // factor)
-        full, cached = unet_macs(components.checkpoint.module("unet"), size, settings.cache.branch, tokens)
+        unet, branch = components.checkpoint.module("unet"), settings.cache.branch
+        work = [call for step in steps for call in step.work]
         batch = len(settings.seeds) * (1 if leg.guidance_scale is None else 2)
-        yield (
-            sum(call.pictures * (full if call.full else cached) - call.saved for step in steps for call in step.work),
-            batch * sum(step.calls * full for step in steps),
-        )
+        full, _ = unet_macs(unet, size, branch, work[0].tokens)  # which are the same on all steps
+        yield work_macs(unet, size, branch, work), batch * len(work) * full
 
 
 def device_name() -> str:

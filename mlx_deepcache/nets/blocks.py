@@ -6,13 +6,13 @@ Arrays are channels-last: B pictures, H x W positions, C channels, S tokens. A 1
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..backend.ops import attention, gelu, pad_heads, silu
+from .attend import PLAIN, Attend
 
 
 def timestep_embedding(t: mx.array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> mx.array:
@@ -66,8 +66,8 @@ class GroupNorm(nn.Module):
         return normed * self.weight[start : start + C] + self.bias[start : start + C]
 
 
-class Fixed(NamedTuple):
-    """What a resnet's input owes to features that stay the same from step to step; see `ResnetBlock2D.fixed_part`.
+class Features(NamedTuple):
+    """What a resnet makes of an input that stays the same from step to step; see `ResnetBlock2D.fixed_part`.
 
     conv: (B, H, W, C_out), shortcut: (B, H, W, C_out, or C without a shortcut convolution), straddling: (B, H, W, fewer
     channels than a group has).
@@ -97,32 +97,31 @@ class ResnetBlock2D(nn.Module):
         h = self._second_half(self.conv1(silu(self.norm1(x))), temb)
         return h + (self.conv_shortcut(x) if "conv_shortcut" in self else x)
 
-    def fixed_part(self, features: mx.array) -> Fixed:
-        """The work on an input [features, skip] that `features` alone decide: done once while they stay the same.
+    def fixed_part(self, x: mx.array) -> Features:
+        """The work on an input [x, skip] that `x` alone decides: done once while it stays the same.
 
         Group normalisation looks at each group by itself, and convolutions are sums over channels. So the groups that
-        lie wholly inside the features, their share of `conv1`, and the features' share of the shortcut are fixed; the
-        channels of a group that straddles the border are kept for `join`. features: (B, H, W, C).
+        lie wholly inside x, their share of `conv1`, and x's share of the shortcut are fixed; the channels of a group
+        that straddles the border are kept for `join`. x: (B, H, W, C).
         """
-        C = features.shape[-1]
+        C = x.shape[-1]
         inside = C - C % self.norm1.group_size
-        h = silu(self.norm1(features[..., :inside]))
+        h = silu(self.norm1(x[..., :inside]))
         conv = mx.conv2d(h, self.conv1.weight[..., :inside], padding=1)
-        shortcut = features @ self.conv_shortcut.weight[:, :C].T if "conv_shortcut" in self else features
-        return Fixed(conv, shortcut, features[..., inside:])
+        shortcut = x @ self.conv_shortcut.weight[:, :C].T if "conv_shortcut" in self else x
+        return Features(conv, shortcut, x[..., inside:])
 
-    def join(self, fixed: Fixed, skip: mx.array, temb: mx.array) -> mx.array:
-        """What the block gives for [features, skip], from `fixed_part(features)`; skip: (B, H, W, C_skip)."""
-        x = mx.concatenate([fixed.straddling, skip], axis=-1)
+    def join(self, features: Features, skip: mx.array, temb: mx.array) -> mx.array:
+        """What the block gives for [x, skip], from `fixed_part(x)`; skip: (B, H, W, C_skip)."""
+        x = mx.concatenate([features.straddling, skip], axis=-1)
         inside = self.norm1.weight.size - x.shape[-1]
         h = silu(self.norm1(x, start=inside))
-        h = mx.conv2d(h, self.conv1.weight[..., inside:], padding=1) + (fixed.conv + self.conv1.bias)
+        h = mx.conv2d(h, self.conv1.weight[..., inside:], padding=1) + (features.conv + self.conv1.bias)
         h = self._second_half(h, temb)
         if "conv_shortcut" not in self:
-            return h + mx.concatenate([fixed.shortcut, skip], axis=-1)
-        return h + (
-            skip @ self.conv_shortcut.weight[:, -skip.shape[-1] :].T + (fixed.shortcut + self.conv_shortcut.bias)
-        )
+            return h + mx.concatenate([features.shortcut, skip], axis=-1)
+        shortcut = skip @ self.conv_shortcut.weight[:, -skip.shape[-1] :].T
+        return h + (shortcut + (features.shortcut + self.conv_shortcut.bias))
 
     def _second_half(self, h: mx.array, temb: mx.array | None) -> mx.array:
         if temb is not None:
@@ -248,10 +247,8 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dims)
         self.ff = FeedForward(dims)
 
-    def __call__(
-        self, x: mx.array, prompt: tuple[mx.array, mx.array], attend: Callable[..., mx.array] = Attention.__call__
-    ) -> mx.array:
-        """x: (B, S, dims); prompt: keys and values of `attn2`; attend: see `UNet2DConditionModel.__call__`."""
+    def __call__(self, x: mx.array, prompt: tuple[mx.array, mx.array], attend: Attend = PLAIN) -> mx.array:
+        """x: (B, S, dims); prompt: keys and values of `attn2`; attend: runs the attention layers."""
         x = x + attend(self.attn1, self.norm1(x))
         x = x + attend(self.attn2, self.norm2(x), prompt)
         return x + self.ff(self.norm3(x))
@@ -271,10 +268,8 @@ class Transformer2DModel(nn.Module):
         """The prompt's keys and values for each transformer block, the same at every step; context: (B, S, dims)."""
         return [block.attn2.keys_values(context) for block in self.transformer_blocks]
 
-    def __call__(
-        self, x: mx.array, prompt: list[tuple[mx.array, mx.array]], attend: Callable[..., mx.array] = Attention.__call__
-    ) -> mx.array:
-        """x: (B, H, W, C); prompt: what `keys_values` returned; attend: see `UNet2DConditionModel.__call__`."""
+    def __call__(self, x: mx.array, prompt: list[tuple[mx.array, mx.array]], attend: Attend = PLAIN) -> mx.array:
+        """x: (B, H, W, C); prompt: what `keys_values` returned; attend: runs the attention layers."""
         B, H, W, C = x.shape
         h = self.proj_in(self.norm(x).reshape(B, H * W, C))
         for block, keys_values in zip(self.transformer_blocks, prompt, strict=True):

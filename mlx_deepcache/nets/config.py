@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import MISSING, fields
 
 from ..errors import CheckpointError
+from ..fields import is_json, json_words
 
 
 def per_level(value, levels: int, name: str) -> tuple:
@@ -31,30 +32,11 @@ def build_config(cls, data: dict, supported: dict[str, tuple]):
         raise CheckpointError(f"this is no complete {cls.__name__}: it lacks {', '.join(lacking)}")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
     for name, value in values.items():
-        if not any(_is(value, kind) for kind in known[name].type.split(" | ")):
+        if not is_json(known[name].type, value):
             raise CheckpointError(
-                f"{name} = {data[name]!r} in a {cls.__name__} should be {_in_words(known[name].type)}"
+                f"{name} = {data[name]!r} in a {cls.__name__} should be {json_words(known[name].type)}"
             )
     return cls(**values)
-
-
-def _is(value, kind: str) -> bool:
-    """Whether a JSON value is of a field's kind, as its annotation has it; whole numbers are 0 or more."""
-    if kind.startswith("tuple["):
-        kinds = kind.removeprefix("tuple[").removesuffix("]").split(", ")
-        if kinds[-1] == "...":
-            return isinstance(value, tuple) and len(value) > 0 and all(_is(v, kinds[0]) for v in value)
-        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is, value, kinds))
-    if isinstance(value, bool) or kind == "bool":
-        return isinstance(value, bool) and kind == "bool"
-    if kind == "int":
-        return isinstance(value, int) and 0 <= value < 2**31
-    return isinstance(value, {"float": (int, float), "str": str, "None": type(None)}[kind])
-
-
-def _in_words(annotation: str) -> str:
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "None": "null"}
-    return " or ".join("a list" if kind.startswith("tuple") else words[kind] for kind in annotation.split(" | "))
 
 
 def check_split(widths, heads, name: str) -> None:

@@ -14,8 +14,7 @@ import mlx.nn as nn
 
 from ..backend.ops import silu
 from ..errors import CheckpointError
-from ..unet import UNet2DConditionModel
-from .unet_parts import Conditioning, Layer, Prepared, UNetConfig, run_down
+from .unet_parts import Conditioning, Encoder, Prepared, UNetConfig, run
 
 Residuals = list[mx.array]
 
@@ -70,26 +69,17 @@ class ControlNetConditioningEmbedding(nn.Module):
         return self.conv_out(h)
 
 
-class ControlNetModel(UNet2DConditionModel):
+class ControlNetModel(Encoder):
     """The U-Net's encoder and middle, with a 1x1 convolution behind every skip and the middle."""
 
     def __init__(self, config: ControlNetConfig):
         super().__init__(config)
-        for name in ("up_blocks", "conv_norm_out", "conv_out"):
-            del self[name]
-        channels, last = config.block_out_channels, config.levels - 1
+        channels = config.block_out_channels
         self.controlnet_cond_embedding = ControlNetConditioningEmbedding(
             channels[0], config.conditioning_channels, config.conditioning_embedding_out_channels
         )
-        widths = [channels[0]]
-        for level, width in enumerate(channels):
-            widths += [width] * (config.layers_per_block + (level < last))
-        self.controlnet_down_blocks = [nn.Linear(width, width) for width in widths]
+        self.controlnet_down_blocks = [nn.Linear(width, width) for width in config.skip_channels]
         self.controlnet_mid_block = nn.Linear(channels[-1], channels[-1])
-
-    def up_layers(self) -> list[Layer]:
-        """None: what it finds goes to the U-Net's."""
-        return []
 
     def embed_picture(self, picture: mx.array) -> mx.array:
         """picture: (1, H, W, 3) in [0, 1] -> (1, H/f, W/f, C), the same at every step."""
@@ -98,19 +88,16 @@ class ControlNetModel(UNet2DConditionModel):
         return self.controlnet_cond_embedding(picture.astype(self.conv_in.weight.dtype))
 
     def __call__(
-        self, x: mx.array, temb: mx.array, prompt: Prepared, picture: mx.array, *, skip: int | None = None
+        self, x: mx.array, temb: mx.array, cond: Prepared, picture: mx.array, *, cut: int | None = None
     ) -> Residuals:
-        """x: (B, h, w, 4); temb, prompt: this net's own; picture: from `embed_picture`; skip: the last skip that is
+        """x: (B, h, w, 4); temb, cond: this net's own; picture: from `embed_picture`; cut: the last skip that is
         wanted, None for all of them and the middle -> residuals, outermost first."""
-        down = self.down_layers() if skip is None else self.down_layers()[: skip + 1]
-        x = down[0].conv(x) + picture
-        skips = [x, *run_down(down[1:], x, temb, prompt.down[1 : len(down)])]
+        last = len(self.controlnet_down_blocks) - 1 if cut is None else cut
+        layers = self.down_layers()[1 : last + 1]
+        skips = run(layers, self.conv_in(x) + picture, temb, cond.down[1 : last + 1])
         residuals = [conv(h) for conv, h in zip(self.controlnet_down_blocks, skips, strict=False)]
-        if skip is None:
-            h = skips[-1]
-            for layer, keys_values in zip(self.mid_layers(), prompt.mid, strict=True):
-                h = layer(h, temb, keys_values)
-            residuals.append(self.controlnet_mid_block(h))
+        if cut is None:
+            residuals.append(self.controlnet_mid_block(run(self.mid_layers(), skips[-1], temb, cond.mid)[-1]))
         return residuals
 
 
@@ -129,31 +116,34 @@ class Controlled:
 class Controls:
     """ControlNets at work on one batch: their residuals, added up.
 
-    The prompt's and the timesteps' share of the work, and the pictures', is done here, once. every_step: run the nets
-    on cached steps too, as far as their residuals are read there; else a cached step uses the last full one's.
+    The prompt's and the timesteps' share of the work, and the pictures', is done here, once. times: the timestep of
+    each step. every_step: run the nets on cached steps too, as far as their residuals are read there.
     """
 
     def __init__(
-        self, controlled: Sequence[Controlled], cond: Conditioning, times: list[float], every_step: bool = False
+        self, controlled: Sequence[Controlled], cond: Conditioning, times: Sequence[float], every_step: bool = False
     ):
         self.controlled, self.every_step, self.batch = controlled, every_step, len(cond.context)
-        self.prompts = [c.net.prepare(cond) for c in controlled]
+        self.steps, times = len(times), list(dict.fromkeys(times))
+        self.conds = [c.net.prepare(cond) for c in controlled]
         self.pictures = [c.net.embed_picture(c.picture) for c in controlled]
         self.temb = [
-            dict(zip(times, c.net.time_embed(mx.array(times), prompt), strict=True))
-            for c, prompt in zip(controlled, self.prompts, strict=True)
+            dict(zip(times, c.net.time_embed(mx.array(times), own), strict=True))
+            for c, own in zip(controlled, self.conds, strict=True)
         ]
 
-    def __call__(self, x: mx.array, t: float, step: int, steps: int, skip: int | None) -> Residuals:
-        """x: (B, h, w, 4) as the U-Net reads it; t: timestep; step of steps: for `start` and `end`; skip: see
-        `ControlNetModel` -> residuals, none if no net takes part."""
+    def __call__(self, x: mx.array, t: float, step: int, cut: int | None) -> Residuals | None:
+        """x: (B, h, w, 4) as the U-Net reads it; t: timestep; step: its number, for `start` and `end`; cut: on a cached
+        step, see `ControlNetModel` -> residuals, [] if no net takes part; None: the last full step's serve."""
+        if cut is not None and not self.every_step:
+            return None
         total: Residuals = []
-        for c, prompt, picture, temb in zip(self.controlled, self.prompts, self.pictures, self.temb, strict=True):
-            if step / steps < c.start or (step + 1) / steps > c.end:
+        for c, cond, picture, temb in zip(self.controlled, self.conds, self.pictures, self.temb, strict=True):
+            if step / self.steps < c.start or (step + 1) / self.steps > c.end:
                 continue
             row = temb[t]
             if len(x) < self.batch:  # the conditional half alone
-                prompt, row = prompt.rows(slice(-len(x), None)), row[-len(x) :]
-            residuals = [c.scale * r for r in c.net(x, row, prompt, picture, skip=skip)]
+                cond, row = cond.rows(slice(-len(x), None)), row[-len(x) :]
+            residuals = [c.scale * r for r in c.net(x, row, cond, picture, cut=cut)]
             total = [a + b for a, b in zip(total, residuals, strict=True)] if total else residuals
         return total

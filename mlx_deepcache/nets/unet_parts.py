@@ -1,17 +1,23 @@
-"""What a U-Net is made of: its config, its conditioning, and its layers in a row."""
+"""What U-Nets are made of: config, kinds of blocks, layers, conditioning, and the encoder that ControlNets share.
+
+Modules are nested and named as in a diffusers checkpoint. To run, they are seen as a flat list of encoder layers and
+one of decoder layers: the output of encoder layer b is skip b, and the decoder layer b-th from the end reads it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
+from ..backend.ops import silu
 from ..errors import CheckpointError
-from .blocks import Attention, ResnetBlock2D, Transformer2DModel, Upsample2D
+from .attend import PLAIN, Attend
+from .blocks import Downsample2D, ResnetBlock2D, TimestepEmbedding, Transformer2DModel, Upsample2D, timestep_embedding
 from .config import build_config, check_split, per_level
 
 
@@ -44,30 +50,18 @@ class UNetConfig:
     @classmethod
     def from_dict(cls, data: dict) -> UNetConfig:
         """Raises CheckpointError for a value that this U-Net cannot honour."""
-        down = {"CrossAttnDownBlock2D", "DownBlock2D"}
-        up = {"CrossAttnUpBlock2D", "UpBlock2D"}
         config = build_config(cls, data, _UNET_SUPPORTED)
-        for name, types, known in (
-            ("down_block_types", config.down_block_types, down),
-            ("up_block_types", config.up_block_types, up),
-        ):
-            for kind in set(types) - known:
+        for name, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
+            for kind in set(getattr(config, name)) - set(known):
                 raise CheckpointError(f"{name} holds {kind!r}, which is not supported, only {sorted(known)}")
-            per_level(types, config.levels, name)
-        if config.mid_block_type not in ("UNetMidBlock2DCrossAttn", None):
-            raise CheckpointError(
-                f"mid_block_type = {config.mid_block_type!r} is not supported, only 'UNetMidBlock2DCrossAttn' or null"
-            )
-        if config.addition_embed_type not in (None, "text_time"):
-            raise CheckpointError(
-                f"addition_embed_type = {config.addition_embed_type!r} is not supported, only null or 'text_time'"
-            )
-        if not isinstance(config.layers_per_block, int):
-            raise CheckpointError(f"layers_per_block = {config.layers_per_block!r} is not supported, only one number")
-        if not isinstance(config.cross_attention_dim, int):
-            raise CheckpointError(
-                f"cross_attention_dim = {config.cross_attention_dim!r} is not supported, only one number"
-            )
+            per_level(getattr(config, name), config.levels, name)
+        for name, known in (("mid_block_type", MID_BLOCKS), ("addition_embed_type", ["text_time"])):
+            if (value := getattr(config, name)) not in (*known, None):
+                only = " or ".join(map(repr, known))
+                raise CheckpointError(f"{name} = {value!r} is not supported, only {only} or null")
+        for name in ("layers_per_block", "cross_attention_dim"):
+            if not isinstance(value := getattr(config, name), int):
+                raise CheckpointError(f"{name} = {value!r} is not supported, only one number")
         for name, per in (
             ("norm_num_groups", (config.norm_num_groups,) * config.levels),
             ("attention_head_dim", config.heads),
@@ -84,6 +78,18 @@ class UNetConfig:
     def branches(self) -> int:
         """Number of cache branches, 0 to branches - 1: three a level, as the pip package DeepCache counts them."""
         return 3 * self.levels
+
+    @property
+    def skip_channels(self) -> list[int]:
+        """Channels of each skip, outermost first; every level but the last ends in a downsampler."""
+        channels, last = self.block_out_channels, self.levels - 1
+        made = [[c] * (self.layers_per_block + (level < last)) for level, c in enumerate(channels)]
+        return [channels[0], *sum(made, [])]
+
+    @property
+    def temb_dim(self) -> int:
+        """Size of the time embedding."""
+        return 4 * self.block_out_channels[0]
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -126,7 +132,59 @@ _UNET_SUPPORTED = {
 }
 
 
-Attend = Callable[..., mx.array]
+def _resnet(c: UNetConfig, c_in: int, c_out: int) -> ResnetBlock2D:
+    return ResnetBlock2D(c_in, c_out, c.temb_dim, c.norm_num_groups, c.norm_eps)
+
+
+def _transformer(c: UNetConfig, level: int) -> Transformer2DModel:
+    dims, heads, depth = c.block_out_channels[level], c.heads[level], c.transformer_layers[level]
+    return Transformer2DModel(dims, heads, c.cross_attention_dim, depth, c.norm_num_groups)
+
+
+# The kinds of blocks: what makes a layer's resnet, and what its transformer, if there is one
+DOWN_BLOCKS = {"CrossAttnDownBlock2D": (_resnet, _transformer), "DownBlock2D": (_resnet, None)}
+MID_BLOCKS = {"UNetMidBlock2DCrossAttn": (_resnet, _transformer)}
+UP_BLOCKS = {"CrossAttnUpBlock2D": (_resnet, _transformer), "UpBlock2D": (_resnet, None)}
+
+
+def _block(kind: tuple, config: UNetConfig, level: int, widths: Sequence[int], transformers: int) -> nn.Module:
+    """A block of a level: a resnet for each of the `widths` that come in, and so many transformers, if its kind has
+    them."""
+    resnet, transformer = kind
+    block = nn.Module()
+    block.resnets = [resnet(config, width, config.block_out_channels[level]) for width in widths]
+    if transformer is not None:
+        block.attentions = [transformer(config, level) for _ in range(transformers)]
+    return block
+
+
+def down_blocks(config: UNetConfig) -> list[nn.Module]:
+    """The encoder, a block a level; all but the last end in a downsampler."""
+    blocks, c_in, n = [], config.block_out_channels[0], config.layers_per_block
+    for level, (kind, c_out) in enumerate(zip(config.down_block_types, config.block_out_channels, strict=True)):
+        blocks.append(_block(DOWN_BLOCKS[kind], config, level, [c_in, *[c_out] * (n - 1)], n))
+        if level < config.levels - 1:
+            blocks[-1].downsamplers = [Downsample2D(c_out)]
+        c_in = c_out
+    return blocks
+
+
+def mid_block(config: UNetConfig) -> nn.Module:
+    """A transformer between two resnets."""
+    return _block(MID_BLOCKS[config.mid_block_type], config, config.levels - 1, config.block_out_channels[-1:] * 2, 1)
+
+
+def up_blocks(config: UNetConfig) -> list[nn.Module]:
+    """The decoder, a block a level, each of whose layers reads a skip; all but the last end in an upsampler."""
+    blocks, c_in, n, skips = [], config.block_out_channels[-1], config.layers_per_block + 1, config.skip_channels
+    for level, kind in zip(reversed(range(config.levels)), config.up_block_types, strict=True):
+        c_out = config.block_out_channels[level]
+        widths = [width + skips.pop() for width in [c_in, *[c_out] * (n - 1)]]
+        blocks.append(_block(UP_BLOCKS[kind], config, level, widths, n))
+        if level > 0:
+            blocks[-1].upsamplers = [Upsample2D(c_out)]
+        c_in = c_out
+    return blocks
 
 
 @dataclass(frozen=True)
@@ -144,10 +202,10 @@ class Conditioning:
 
 
 class Prepared(NamedTuple):
-    """The part of the U-Net's work that depends on the prompt alone: done once, used at every step.
+    """The part of the U-Net's work that the conditioning alone decides: done once, used at every step.
 
-    down, mid, up: keys and values of each flat layer's transformer blocks; added: (B, temb_dim) joins the time
-    embedding; guidance: (B, time_cond_proj_dim).
+    down, mid, up: what each layer made of it, see `Layer.prepare`; added: (B, temb_dim) joins the time embedding;
+    guidance: (B, time_cond_proj_dim).
     """
 
     down: list
@@ -158,8 +216,7 @@ class Prepared(NamedTuple):
 
     def rows(self, rows: slice) -> Prepared:
         """The same for some of the pictures of the batch."""
-        parts = [self.down, self.mid, self.up, self.added, self.guidance]
-        return Prepared(*(None if part is None else tree_map(lambda array: array[rows], part) for part in parts))
+        return Prepared(*(None if part is None else tree_map(lambda array: array[rows], part) for part in self))
 
 
 @dataclass(frozen=True)
@@ -171,60 +228,54 @@ class Layer:
     attention: Transformer2DModel | None = None
     upsample: Upsample2D | None = None
 
-    def keys_values(self, context: mx.array) -> list:
-        return [] if self.attention is None else self.attention.keys_values(context)
+    def prepare(self, cond: Conditioning) -> list:
+        """This layer's own share of the conditioning: the prompt's keys and values in each transformer block."""
+        return [] if self.attention is None else self.attention.keys_values(cond.context)
 
     def __call__(
-        self,
-        x: mx.array,
-        temb: mx.array,
-        prompt: list,
-        size: tuple[int, int] | None = None,
-        attend: Attend = Attention.__call__,
+        self, x: mx.array, temb: mx.array, own: list, attend: Attend = PLAIN, size: tuple[int, int] | None = None
     ) -> mx.array:
-        """x: (B, H, W, C); size: what an upsampler should reach."""
+        """x: (B, H, W, C); own: from `prepare`; size: what an upsampler should reach."""
         if self.conv is not None:
             x = self.conv(x)
         if self.resnet is not None:
             x = self.resnet(x, temb)
-        return self.after_resnet(x, prompt, size, attend)
+        return self.after_resnet(x, own, attend, size)
 
-    def after_resnet(self, x: mx.array, prompt: list, size: tuple[int, int] | None, attend: Attend) -> mx.array:
+    def after_resnet(self, x: mx.array, own: list, attend: Attend, size: tuple[int, int] | None) -> mx.array:
         """The rest of the layer."""
         if self.attention is not None:
-            x = self.attention(x, prompt, attend)
+            x = self.attention(x, own, attend)
         return x if self.upsample is None else self.upsample(x, size)
 
 
-def run_down(
-    layers: list[Layer], x: mx.array, temb: mx.array, prompts: list, attend: Attend = Attention.__call__
-) -> list[mx.array]:
-    """The outputs of all these encoder layers: their skips."""
-    skips = []
-    for layer, prompt in zip(layers, prompts, strict=True):
-        x = layer(x, temb, prompt, None, attend)
-        skips.append(x)
-    return skips
+def layers_of(block: nn.Module) -> list[Layer]:
+    """A block's resnets, each with its transformer where it has one; a downsampler is a layer of its own, and an
+    upsampler belongs to the last one."""
+    resnets, attentions = block.resnets, block.get("attentions", [])
+    attentions = [*attentions, *[None] * (len(resnets) - len(attentions))]
+    layers = [Layer(resnet=r, attention=a) for r, a in zip(resnets, attentions, strict=True)]
+    for sampler in block.get("upsamplers", []):
+        layers[-1] = replace(layers[-1], upsample=sampler)
+    return [*layers, *(Layer(conv=sampler) for sampler in block.get("downsamplers", []))]
+
+
+def run(layers: Sequence[Layer], x: mx.array, temb: mx.array, own: list, attend: Attend = PLAIN) -> list[mx.array]:
+    """x, and what each of these encoder or middle layers makes of it, one after the other."""
+    outputs = [x]
+    for layer, share in zip(layers, own, strict=True):
+        outputs.append(layer(outputs[-1], temb, share, attend))
+    return outputs
 
 
 def run_up(
-    layers: list[Layer],
-    x: mx.array,
-    skips: list[mx.array],
-    temb: mx.array,
-    prompts: list,
-    attend: Attend = Attention.__call__,
+    layers: Sequence[Layer], x: mx.array, skips: list[mx.array], temb: mx.array, own: list, attend: Attend = PLAIN
 ) -> mx.array:
     """Decoder layers, each reading the last skip not yet read; upsamplers aim at the size of the next one."""
-    for layer, prompt in zip(layers, prompts, strict=True):
-        x = layer(mx.concatenate([x, skips[-1]], axis=-1), temb, prompt, next_size(skips), attend)
+    for layer, share in zip(layers, own, strict=True):
+        x = layer(mx.concatenate([x, skips[-1]], axis=-1), temb, share, attend, next_size(skips))
         skips = skips[:-1]
     return x
-
-
-def added(skips: list[mx.array], residuals: Sequence[mx.array]) -> list[mx.array]:
-    """Each skip with its residual, where there are residuals."""
-    return [skip + r for skip, r in zip(skips, residuals, strict=False)] if residuals else skips
 
 
 def next_size(skips: list[mx.array]) -> tuple[int, int] | None:
@@ -232,7 +283,57 @@ def next_size(skips: list[mx.array]) -> tuple[int, int] | None:
     return skips[-2].shape[1:3] if len(skips) > 1 else None
 
 
-def _pairs(block: nn.Module) -> list[Layer]:
-    """A block's resnets, each with its transformer where it has one."""
-    attentions = block.get("attentions", [None] * len(block.resnets))
-    return [Layer(resnet=r, attention=a) for r, a in zip(block.resnets, attentions, strict=True)]
+def added(skips: list[mx.array], residuals: Sequence[mx.array]) -> list[mx.array]:
+    """Each skip with its residual, where there are residuals."""
+    return [skip + r for skip, r in zip(skips, residuals, strict=False)] if residuals else skips
+
+
+class Encoder(nn.Module):
+    """What a U-Net and a ControlNet share: the time embedding, the encoder and the middle."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        channels, temb_dim = config.block_out_channels, config.temb_dim
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels[0], temb_dim, config.time_cond_proj_dim)
+        if config.addition_embed_type == "text_time":
+            self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, temb_dim)
+        self.down_blocks = down_blocks(config)
+        if config.mid_block_type is not None:
+            self.mid_block = mid_block(config)
+
+    def down_layers(self) -> list[Layer]:
+        """Encoder layers, outermost first; layer b makes skip b."""
+        return [Layer(conv=self.conv_in), *(layer for block in self.down_blocks for layer in layers_of(block))]
+
+    def mid_layers(self) -> list[Layer]:
+        """The middle, which makes no skips; empty in the smaller BK-SDM nets."""
+        return layers_of(self.mid_block) if "mid_block" in self else []
+
+    def up_layers(self) -> list[Layer]:
+        """Decoder layers, innermost first: none here."""
+        return []
+
+    def prepare(self, cond: Conditioning) -> Prepared:
+        """All that the conditioning alone decides, in the type of `cond.context`."""
+        c, dtype, added, guidance = self.config, cond.context.dtype, None, None
+        if c.addition_embed_type == "text_time":
+            ids = self._sinusoid(cond.time_ids.reshape(-1), c.addition_time_embed_dim).reshape(len(cond.time_ids), -1)
+            added = self.add_embedding(mx.concatenate([cond.pooled, ids.astype(dtype)], axis=-1))
+        if c.time_cond_proj_dim is not None:
+            guidance = timestep_embedding(
+                1000 * (cond.guidance - 1), c.time_cond_proj_dim, flip_sin_to_cos=False, freq_shift=1
+            ).astype(dtype)
+        rows = (self.down_layers(), self.mid_layers(), self.up_layers())
+        return Prepared(*([layer.prepare(cond) for layer in layers] for layers in rows), added, guidance)
+
+    def time_embed(self, t: mx.array, cond: Prepared) -> mx.array:
+        """t: (T,) timesteps -> (T, B or 1, temb_dim), after the activation that every resnet starts with."""
+        sinusoid = self._sinusoid(t, self.config.block_out_channels[0]).astype(self.conv_in.weight.dtype)
+        temb = self.time_embedding(sinusoid[:, None], cond.guidance)
+        return silu(temb if cond.added is None else temb + cond.added)
+
+    def _sinusoid(self, t: mx.array, dim: int) -> mx.array:
+        c = self.config
+        return timestep_embedding(t, dim, flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift)

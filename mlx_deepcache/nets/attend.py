@@ -1,0 +1,58 @@
+"""How the U-Net's attention layers are run: each computes, or is given what it gave in an earlier call.
+
+Functions that run a layer, `(layer, x, keys_values) -> output`, compose: one that attends in a way of its own goes
+inside an `Attend`, which says whether a layer is run at all. Without `keys_values` it is self-attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import Enum
+
+import mlx.core as mx
+
+KeysValues = tuple[mx.array, mx.array] | None
+
+
+class Do(Enum):
+    """What an attention layer does in a call."""
+
+    COMPUTE = "run"
+    KEEP = "run, and hand out what it gave"
+    REUSE = "give what is handed in"
+
+
+def compute(layer: Callable, x: mx.array, keys_values: KeysValues = None) -> mx.array:
+    return layer(x, keys_values)
+
+
+class Attend:
+    """Runs the attention layers of one part of the U-Net in one call.
+
+    do: what self-attention does, and what attention to the prompt does. given: the outputs, (B, S, C) each, of the
+    layers that reuse; kept: of those that keep, filled as they run; for each kind of attention a list in the order that
+    layers are run in. `do` and `inner` can be hashed, and arrays come in and go out: so a call can be compiled.
+    MLX is lazy: of a layer that is not run, not even the normalised x is computed.
+    """
+
+    def __init__(
+        self,
+        do: tuple[Do, Do] = (Do.COMPUTE, Do.COMPUTE),
+        given: Sequence[Sequence[mx.array]] = ((), ()),
+        inner: Callable[..., mx.array] = compute,
+    ):
+        self.do, self.given, self.inner = do, given, inner
+        self.kept: tuple[list[mx.array], list[mx.array]] = ([], [])
+        self._next = [iter(outputs) for outputs in given]
+
+    def __call__(self, layer: Callable, x: mx.array, keys_values: KeysValues = None) -> mx.array:
+        kind = int(keys_values is not None)
+        if self.do[kind] is Do.REUSE:
+            return next(self._next[kind])
+        out = self.inner(layer, x, keys_values)
+        if self.do[kind] is Do.KEEP:
+            self.kept[kind].append(out)
+        return out
+
+
+PLAIN = Attend()  # every layer computes, and nothing is kept
