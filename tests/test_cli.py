@@ -448,8 +448,9 @@ def test_disk_full(draw, capfd, monkeypatch):
 
 
 @pytest.mark.parametrize(("flag", "file"), [("--stats", "s.json"), ("--save-latents", "l.safetensors")])
-def test_disk_full_beside_the_picture(draw, capfd, monkeypatch, flag, file):
+def test_disk_full_beside_the_picture(draw, checkpoint, capfd, monkeypatch, flag, file):
     """What was there before stays."""
+    checkpoint("sd15")  # written while there is room
 
     def write_text(self, *_, **__):
         self.write_bytes(b"half a fi")

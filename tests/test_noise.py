@@ -71,6 +71,13 @@ def test_a_picture_does_not_depend_on_its_batch(name):
         assert np.array_equal(together.normal((4, 8, 8))[1:], alone.normal((4, 8, 8)))
 
 
+@pytest.mark.parametrize("name", ["torch-cuda", "mlx"])
+def test_all_64_bits_of_a_seed_count(name):
+    """Of PyTorch's CPU generator, the lower 32."""
+    low, high = (GENERATORS[name](seed).normal((4, 8, 8)) for seed in (7, 2**32 + 7))
+    assert not np.array_equal(low, high)
+
+
 def test_cuda_draws_follow_each_other():
     """Element i of draw k is subsequence i at offset 4k: a shorter draw is the beginning of a longer one."""
     assert np.array_equal(TorchCUDA(1).normal((32,)), TorchCUDA(1).normal((64,))[:32])
