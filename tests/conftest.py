@@ -2,7 +2,7 @@
 
 import torch  # noqa: I001
 import mlx_deepcache
-import checkpoints
+import tiny
 import pytest
 
 torch.set_num_threads(1)  # the nets are tiny: threads would only wait for each other
@@ -15,7 +15,7 @@ def checkpoint(tmp_path_factory):
 
     def folder(kind):
         if kind not in built:
-            built[kind] = checkpoints.build(kind, tmp_path_factory.mktemp(kind))
+            built[kind] = tiny.build(kind, tmp_path_factory.mktemp(kind))
         return built[kind]
 
     return folder
@@ -37,4 +37,4 @@ def pipeline(checkpoint):
 @pytest.fixture(scope="session")
 def taesd(tmp_path_factory):
     """The folder of a tiny AutoencoderTiny."""
-    return checkpoints.write_taesd(tmp_path_factory.mktemp("taesd"))
+    return tiny.write_taesd(tmp_path_factory.mktemp("taesd"))

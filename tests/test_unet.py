@@ -7,12 +7,12 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from checkpoints import KINDS, UNETS
 from diffusers import StableDiffusionPipeline
 from diffusers import UNet2DConditionModel as Reference
 from diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_video_zero import CrossFrameAttnProcessor
 from helpers import at, conditioning, error, to_mlx, to_torch_layout, unet_inputs
 from oracle import unet_cached_call, unet_call
+from tiny import KINDS, UNETS
 
 from mlx_deepcache.cache.deepcache import DeepCache
 from mlx_deepcache.checkpoints.folder import Part

@@ -7,9 +7,9 @@ import numpy as np
 import oracle
 import pytest
 from cache_oracle import Calls, drop, fresh
-from checkpoints import write_controlnet
 from helpers import PICTURE, at, conditioning, error, smooth, to_mlx, to_torch_layout, unet_inputs
 from safetensors.numpy import load_file, save_file
+from tiny import write_controlnet
 
 from mlx_deepcache import Control, DeepCache, GuidanceInterval, StableDiffusion
 from mlx_deepcache.apps.generate import main_generate

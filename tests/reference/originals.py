@@ -6,11 +6,11 @@ The names are made here from diffusers' ones, by the inverse of what a reader ha
 import re
 from pathlib import Path
 
-import checkpoints
+import tiny
 import torch
-from checkpoints import CROSS, DOWN, EULER, PNDM, UP, enliven, fit_noise, write_json
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from tiny import CROSS, DOWN, EULER, PNDM, UP, enliven, fit_noise, write_json
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from mlx_deepcache.checkpoints import tokenizer as vocabulary
@@ -93,9 +93,9 @@ def build(kind, folder):
             encoder(folder, "_2", CLIPTextModelWithProjection, 128, 3, "gelu")
     scheduler = EULER if xl else PNDM | {"prediction_type": "epsilon"}
     if kind == "sd2":
-        scheduler = checkpoints.SCHEDULERS["sd21"]
+        scheduler = tiny.SCHEDULERS["sd21"]
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    index = checkpoints.model_index("sdxl" if xl else "sd15")
+    index = tiny.model_index("sdxl" if xl else "sd15")
     if kind == "refiner":
         index |= {"text_encoder": [None, None], "tokenizer": [None, None], "force_zeros_for_empty_prompt": False}
         index["requires_aesthetics_score"] = True

@@ -4,9 +4,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from checkpoints import KINDS
 from helpers import error, token_rows
 from oracle import shared, text, text_encoder, token_ids
+from tiny import KINDS
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from mlx_deepcache.checkpoints.tokenizer import load_tokenizer

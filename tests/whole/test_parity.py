@@ -8,9 +8,9 @@ import diffusers
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import KINDS
 from helpers import error, to_torch_layout
 from oracle import SCHEDULERS, generate
+from tiny import KINDS
 
 from mlx_deepcache import StableDiffusion
 
@@ -29,7 +29,7 @@ def cases():
                 count += 1
 
 
-@pytest.mark.parametrize(("kind", "interval", "branch", "scheduler", "guidance", "negative"), cases())
+@pytest.mark.parametrize(("kind", "interval", "branch", "scheduler", "guidance", "negative"), list(cases()))
 def test_picture_is_that_of_diffusers_and_deepcache(
     checkpoint, pipeline, kind, interval, branch, scheduler, guidance, negative
 ):

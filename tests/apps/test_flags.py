@@ -13,7 +13,7 @@ from mlx_deepcache.apps.convert import convert_parser, main_convert
 from mlx_deepcache.apps.flags import generate_parser
 from mlx_deepcache.apps.generate import main_generate
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(

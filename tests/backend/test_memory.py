@@ -20,7 +20,7 @@ from mlx_deepcache.media.pictures import to_uint8
 from mlx_deepcache.nets.autoencoder import VAEConfig
 from mlx_deepcache.nets.tiling import decode_tiled, tiled
 
-SHEET = Path(__file__).parents[1] / "docs" / "contact_sheet.png"
+SHEET = Path(__file__).parents[2] / "docs" / "contact_sheet.png"
 FILES = ("text_encoder/model.safetensors", *(f"{n}/diffusion_pytorch_model.safetensors" for n in ("unet", "vae")))
 SD_VAE = VAEConfig(block_out_channels=(128, 256, 512, 512))
 

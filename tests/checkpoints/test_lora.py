@@ -10,10 +10,10 @@ import originals
 import peft
 import pytest
 import torch
-from checkpoints import CROSS
 from helpers import at, conditioning, error, loaded, to_mlx, to_torch_layout, unet_inputs
 from PIL import Image
 from safetensors.torch import save_file
+from tiny import CROSS
 
 from mlx_deepcache.apps.convert import main_convert
 from mlx_deepcache.apps.generate import main_generate

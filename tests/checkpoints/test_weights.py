@@ -9,10 +9,10 @@ import huggingface_hub
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import Hub, files, write_controlnet
 from helpers import PICTURE
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from tiny import Hub, files, write_controlnet
 
 from mlx_deepcache import Control, StableDiffusion
 from mlx_deepcache.apps.convert import main_convert

@@ -21,7 +21,7 @@ import mlx_deepcache
 from mlx_deepcache.apps.convert import main_convert
 from mlx_deepcache.apps.generate import main_generate
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
 SMALL = ["--height", "64", "--width", "64", "--steps", "3"]

@@ -5,8 +5,8 @@ import shutil
 
 import oracle
 import pytest
-from checkpoints import write_controlnet
 from helpers import PICTURE, compare_from_picture, error, to_torch_layout
+from tiny import write_controlnet
 
 from mlx_deepcache import Control, StableDiffusion
 from mlx_deepcache.apps.generate import main_generate

@@ -4,10 +4,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from checkpoints import KINDS
 from diffusers import AutoencoderKL as Reference
 from helpers import error, to_mlx, to_torch_layout
 from oracle import vae_decode, vae_encode
+from tiny import KINDS
 
 from mlx_deepcache.checkpoints.weights import rename, to_channels_last
 from mlx_deepcache.nets.autoencoder import AutoencoderKL, VAEConfig
