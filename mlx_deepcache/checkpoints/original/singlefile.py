@@ -248,7 +248,7 @@ def _from_open_clip(tensors: dict[str, mx.array], layers: int, projects: bool) -
             continue
         if old == "text_projection":
             if projects:
-                out[name] = tensor.T
+                out[name] = mx.contiguous(tensor.T)  # products differ by the layout, in the last bit
         elif (kind := name.rpartition(".")[2]).startswith("in_proj_"):
             for part, piece in zip("qkv", mx.split(tensor, 3), strict=True):
                 out[name.replace(kind, f"{part}_proj.{kind.removeprefix('in_proj_')}")] = piece
