@@ -1,11 +1,16 @@
 """Shared fixtures. PyTorch comes first, to keep its own BLAS; then mlx_deepcache, which loads a fast one for MLX."""
 
+import os
+
+for library in ("MKL", "OPENBLAS"):  # the nets are tiny: threads would only wait for each other
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+
 import torch  # noqa: I001
 import mlx_deepcache
 import tiny
 import pytest
 
-torch.set_num_threads(1)  # the nets are tiny: threads would only wait for each other
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
