@@ -5,10 +5,10 @@ import os
 for library in ("MKL", "OPENBLAS"):  # the nets are tiny: threads would only wait for each other
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
-import torch  # noqa: I001
-import mlx_deepcache
-import tiny
-import pytest
+import torch  # noqa: E402, I001
+import mlx_deepcache  # noqa: E402
+import tiny  # noqa: E402
+import pytest  # noqa: E402
 
 torch.set_num_threads(1)
 
