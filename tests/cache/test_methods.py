@@ -236,7 +236,7 @@ def test_nothing_survives_a_generation(pipeline, monkeypatch, kind, cache):
 @pytest.mark.parametrize("cache", ALL)
 def test_the_first_axis_of_all_that_is_held_counts_pictures(pipeline, kind, cache):
     """Of the conditioning, which guidance has twice, and after each call of whatever the caches keep."""
-    unet, plan = pipeline(kind).component("unet"), pipeline(kind).settings("a cat", **SIX).plan
+    unet, plan = pipeline(kind).component("unet"), pipeline(kind).settings("a cat", **SIX).legs[0].plan
     x, context, added = unet_inputs(unet.config, (8, 8), batch=6)
     denoiser = Denoiser(unet, conditioning(context, added), plan, 3.0)
     assert {len(array) for _, array in tree_flatten(denoiser.cond) if array is not None} == {6}
