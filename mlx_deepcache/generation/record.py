@@ -156,11 +156,11 @@ def as_flags(settings: dict, file: Path, given: set[str]) -> list[str]:
             continue
         if o.needs and not any(name in given or settings.get(name) for name in o.needs):
             continue
-        flags += _flags(o, value, file)
+        flags += flags_of(o, value, file)
     return flags
 
 
-def _flags(o: Option, value: Any, file: Path) -> list[str]:
+def flags_of(o: Option, value: Any, file: Path) -> list[str]:
     """An option's value, as JSON has it, on a command line."""
     if o.kind is KINDS["bool"]:
         return [o.flag] if value is True else []
@@ -172,9 +172,10 @@ def _flags(o: Option, value: Any, file: Path) -> list[str]:
     if o.kind is not KINDS["Control"]:
         return [f"{o.flag}={item}" for item in value]
     try:
-        return [flag for item in value for part in options_of(Control) for flag in _flags(part, item[part.name], file)]
+        parts = [(part, item[part.name]) for item in value for part in options_of(Control)]
     except (KeyError, TypeError):
         raise UsageError(f"{file}: its settings are damaged: {o.key} = {value!r}") from None
+    return [flag for part, given in parts for flag in flags_of(part, given, file)]
 
 
 def _near(name: object, file: Path, flag: str) -> Path:

@@ -40,7 +40,7 @@ def test_flag_record_and_back(cls, o, tmp_path, monkeypatch):
     value = given[0] if cls is Control else given
     said = json.loads(json.dumps(o.record(SimpleNamespace(**{o.name: value}))))
     one = said[0] if o.nargs is not None else said
-    again = flags.generate_parser().parse_args(record._flags(o, one, Path("a.png")))
+    again = flags.generate_parser().parse_args(record.flags_of(o, one, Path("a.png")))
     assert getattr(again, name) == given
 
 

@@ -130,7 +130,7 @@ def read(file: Path, scale: float, known: dict[str, Place]) -> Lora:
         if "alpha" not in parts:
             parts |= _alpha(metadata, place, parts)
         try:
-            _changed(mx.zeros(place.shape), parts, scale)  # not computed, but its shapes are
+            changed(mx.zeros(place.shape), parts, scale)  # not computed, but its shapes are
         except (KeyError, ValueError) as error:
             if isinstance(error, KeyError):
                 raise CheckpointError(f"{file} is not whole: {name} lacks its {error.args[0]}") from None
@@ -158,7 +158,7 @@ def fuse(module: nn.Module, component: str, loras: Sequence[Lora]) -> nn.Module:
         old = mx.dequantize(layer.weight, layer.scales, layer.biases, **how) if quantized else layer.weight
         weight = _torch_layout(old.astype(mx.float32))
         for parts, scale in changes:
-            weight = _changed(weight, parts, scale)
+            weight = changed(weight, parts, scale)
             if "bias" in parts:
                 if "bias" not in layer:
                     raise CheckpointError(f"a LoRA changes the bias of {component}.{name}, which has none")
@@ -173,7 +173,7 @@ def fuse(module: nn.Module, component: str, loras: Sequence[Lora]) -> nn.Module:
 
 
 # One layer
-def _changed(weight: mx.array, parts: dict[str, mx.array], scale: float) -> mx.array:
+def changed(weight: mx.array, parts: dict[str, mx.array], scale: float) -> mx.array:
     """weight: (out, in) or (out, in, height, width), float32 -> the same with one change made."""
     parts = {name: part.astype(mx.float32) for name, part in parts.items()}
     if "diff" in parts:
