@@ -230,7 +230,7 @@ BLOCK = "mid_block_attentions_0_transformer_blocks_0"
 
 def middle(folder, *files):
     """The middle's transformer, with these LoRAs in it."""
-    return ours(folder, *files).component("unet").mid_block.attentions[0]
+    return loaded(ours(folder, *files), "unet").mid_block.attentions[0]
 
 
 def changed(file, **tensors):
