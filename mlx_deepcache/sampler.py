@@ -60,7 +60,7 @@ class Denoiser:
         call, cut = run.call(index, level), self.unet.cut(run.branch)
         shown = x if self.beside is None else mx.concatenate([x, self.beside], axis=-1)
         batch = (mx.concatenate([shown, shown]) if call.both else shown).astype(self.dtype)
-        fresh = None
+        fresh = None  # residuals, if the ControlNets run in this call
         if self.controls is not None:
             cached = not call.full and call.decide is None  # if that is not known yet, all residuals may be needed
             fresh = self.controls(batch[..., : x.shape[-1]], level.t, index, cut if cached else None)
@@ -71,11 +71,11 @@ class Denoiser:
             half = 1 if self.guidance_scale is not None and not call.both else None
             output, features, call = self._predict(batch, level.t, cut, call, residuals, half)
         output = output.astype(mx.float32)
-        run.keep(call, features, output, None if fresh is None else fresh[: cut + 1])
+        run.keep(call, features, output, None if fresh is None else fresh[: cut + 1])  # what a cached step reads
         if call.both:
             output = guide(*mx.split(output, 2), self.guidance_scale)
         elif call.differences:
-            output = guide(sum(call.differences, output), output, self.guidance_scale)
+            output = guide(sum(call.differences, output), output, self.guidance_scale)  # the half that was left out
         x0, eps = split(self.plan.prediction_type, output, x, level)
         if self.plan.clip is not None:
             x0 = mx.clip(x0, -self.plan.clip, self.plan.clip)

@@ -107,7 +107,8 @@ class UNet2DConditionModel(Encoder):
         return [layer for block in self.up_blocks for layer in layers_of(block)]
 
     def cut(self, branch: int) -> int:
-        """The skip that a cache branch names: the same number, where a level has two layers and a downsampler.
+        """The skip that a cache branch names. The pip package counts three branches a level, one for each of two layers
+        and one for the downsampler, so it is the same number; with fewer layers a level (BK-SDM) it is the level's last.
 
         Raises:
             UsageError: there is no such branch.
@@ -146,7 +147,7 @@ def _compiled(part: Callable) -> Callable:
             functions[key] = mx.compile(traced)
         output, kept = functions[key](attend.given, *inputs)
         for mine, outputs in zip(attend.kept, kept, strict=True):
-            mine += outputs
+            mine += outputs  # as an uncompiled call would have: inside of a traced one nothing can be kept
         return output
 
     return call
