@@ -108,7 +108,7 @@ class UNet2DConditionModel(Encoder):
 
     def cut(self, branch: int) -> int:
         """The skip that a cache branch names. The pip package counts three branches a level, one for each of two layers
-        and one for the downsampler, so it is the same number; with fewer layers a level (BK-SDM) it is the level's last.
+        and one for the downsampler, so it is the same number; where a level has fewer (BK-SDM), at most its last.
 
         Raises:
             UsageError: there is no such branch.
