@@ -182,9 +182,9 @@ OFF = [
 SIX = {"steps": 6, "height": 64, "width": 64, "seeds": [5, 6]}  # two pictures of 8 x 8 latents
 
 
-def drawn(pipe, cache, **options):
+def drawn(pipe, cache, prompt="a cat", **options):
     """Final latents and stats, without a VAE."""
-    settings = pipe.settings("a cat", cache=cache, **SIX | options)
+    settings = pipe.settings(prompt, cache=cache, **SIX | options)
     run = pipe.denoise(settings)
     *_, last = run
     return last.latents, run.stats()
@@ -305,9 +305,8 @@ def test_multiply_adds_count_the_tokens_that_are_read(pipeline, monkeypatch):
 
     def run(prompt):
         seen.clear()
-        pipe = pipeline("sd15")
-        steps = list(pipe.denoise(settings := pipe.settings(prompt, cache=DeepCache(2), long_prompt=True, **SIX)))
-        return pipe.stats(settings, steps)["unet_macs"], sum(seen)
+        _, stats = drawn(pipeline("sd15"), DeepCache(2), prompt, long_prompt=True)
+        return stats["unet_macs"], sum(seen)
 
     (short, seen_short), (long, seen_long) = run("a cat"), run("a cat " * 80)
     assert long - short == seen_long - seen_short > 0
