@@ -281,7 +281,7 @@ class Generation(Iterator[Progress]):
 
     def stats(self) -> dict:
         """What it cost: see `report.stats`."""
-        return stats(self)
+        return stats(self.settings, self.pipe.models, self.steps, self.clock)
 
     def _run(self) -> Iterator[Progress]:
         started, progress = self.prepare_latents(), None

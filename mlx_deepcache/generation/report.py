@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from .._version import __version__
 from ..cache.macs import unet_macs, work_macs
 from ..cache.text import write
-
-if TYPE_CHECKING:
-    from .pipeline import Generation
+from ..sampler import Progress
+from .components import Components
+from .settings import Settings
 
 PHASES = ("load", "encode", "denoise", "decode")
 
@@ -51,11 +50,11 @@ class Clock:
         self._since = now
 
 
-def stats(run: Generation) -> dict:
-    """Seconds by phase, each step's kind, U-Net multiply-adds against an uncached run, the most bytes that each cache
-    remembered, what an adaptive cache decided and from which relative change, peak memory, and where it ran."""
-    steps, clock = run.steps, run.clock
-    macs, macs_uncached = (sum(counts) for counts in zip(*_macs(run), strict=True))
+def stats(settings: Settings, models: Sequence[Components], steps: Sequence[Progress], clock: Clock) -> dict:
+    """What these steps cost, taken with one of the models a leg: seconds by phase, each step's kind, U-Net multiply-adds
+    against an uncached run, the most bytes that each cache remembered, what an adaptive cache decided and from which
+    relative change, peak memory, and where it ran."""
+    macs, macs_uncached = (sum(counts) for counts in zip(*_macs(settings, models, steps), strict=True))
     return {
         "seconds": {phase: round(seconds, 4) for phase, seconds in clock.seconds.items()},
         "steps": ["full" if step.full else "cached" for step in steps],
@@ -63,7 +62,7 @@ def stats(run: Generation) -> dict:
         "cached_steps": sum(not step.full for step in steps),
         "unet_macs": macs,
         "unet_macs_uncached": macs_uncached,
-        "caches": [write(policy) for policy in run.settings.cache.policies],
+        "caches": [write(policy) for policy in settings.cache.policies],
         "cache_bytes": {name: max(step.cache_bytes[name] for step in steps) for name in steps[-1].cache_bytes},
         "decisions": [
             {"step": step.index, "change": step.change, "full": step.full} for step in steps if step.change is not None
@@ -71,7 +70,7 @@ def stats(run: Generation) -> dict:
         "peak_memory_bytes": max(clock.peaks.values()),
         "peak_memory_bytes_by_phase": dict(clock.peaks),
         "device": device_name(),
-        "dtype": dtype_name(run.pipe.dtype),
+        "dtype": dtype_name(models[0].dtype),
         "versions": {
             "mlx_deepcache": __version__,
             "mlx": version("mlx"),
@@ -81,15 +80,15 @@ def stats(run: Generation) -> dict:
     }
 
 
-def _macs(run: Generation) -> Iterator[tuple[int, int]]:
+def _macs(settings: Settings, models: Sequence[Components], steps: Sequence[Progress]) -> Iterator[tuple[int, int]]:
     """Each leg's multiply-adds, and those of an uncached run."""
-    settings, first = run.settings, 0
-    for leg, components in zip(settings.legs, run.pipe.models, strict=True):
-        steps, first = run.steps[first : first + len(leg.plan.steps)], first + len(leg.plan.steps)
+    first = 0
+    for leg, components in zip(settings.legs, models, strict=True):
+        own, first = steps[first : first + len(leg.plan.steps)], first + len(leg.plan.steps)
         factor = components.checkpoint.vae_config.factor
         size = (settings.height // factor, settings.width // factor)
         unet, branch = components.checkpoint.module("unet"), settings.cache.branch
-        work = [call for step in steps for call in step.work]
+        work = [call for step in own for call in step.work]
         batch = len(settings.seeds) * (1 if leg.guidance_scale is None else 2)
         full, _ = unet_macs(unet, size, branch, work[0].tokens)  # which are the same on all steps
         yield work_macs(unet, size, branch, work), batch * len(work) * full
