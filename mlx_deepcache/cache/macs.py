@@ -17,7 +17,7 @@ from .policy import DEEP, Work
 class Macs(NamedTuple):
     """For one picture: all of them, and those of self-attention and of attention to the prompt among them."""
 
-    total: int
+    total: int = 0
     spatial: int = 0
     cross: int = 0
 
