@@ -8,7 +8,7 @@ read back, and its name in A1111's text. Whoever shows options asks `options_of`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from numbers import Real
@@ -197,10 +197,10 @@ class Option:
         Raises:
             UsageError: it cannot be.
         """
-        if value is None and (self.optional or self.default is None):
-            return None
+        if value is None and (self.optional or not self.default):
+            return self.default
         if self.many:
-            several = list(value) if isinstance(value, (list, tuple, range)) else [value]
+            several = value if isinstance(value, Iterable) and not isinstance(value, str) else [value]
             return tuple(self._take(item) for item in several)
         return self._take(value)
 
@@ -264,9 +264,11 @@ def taken(cls: type, values: dict[str, Any]):
             raise TypeError(f"there is no option {name!r}{suggest(name, known)}")
     made = cls(**{name: known[name].take(value) for name, value in values.items()})
     for o in known.values():
-        if getattr(made, o.name) == o.default or not set(o.needs) & known.keys():  # what a model has is checked with it
+        if not set(o.needs) & known.keys():  # what a model has is checked with it
             continue
-        if not any(getattr(made, other) not in (None, ()) for other in o.needs):
+        if (value := getattr(made, o.name)) is o.default or (type(value) is type(o.default) and value == o.default):
+            continue  # an array is never compared
+        if all(getattr(made, other) is known[other].default for other in o.needs):
             article = "an" if o.needs[0][0] in "aeio" else "a"
             raise UsageError(f"{o.name} has no meaning without {article} {o.needs[0].removesuffix('s')}")
     return made

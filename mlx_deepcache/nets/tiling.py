@@ -13,9 +13,6 @@ import numpy as np
 from ..backend.ops import on_gpu
 from .autoencoder import AutoencoderKL, VAEConfig
 
-TILINGS = ("auto", "on", "off")
-
-
 TILE = 64  # latents a side, as in diffusers for SD
 
 
