@@ -79,6 +79,7 @@ def ours(config: str, dtype: str, **options):
     from mlx_deepcache.checkpoints.checkpoint import Checkpoint
     from mlx_deepcache.diffusion.schedulers import schedule
     from mlx_deepcache.nets.autoencoder import VAEConfig
+    from mlx_deepcache.nets.clip import CLIPConfig, CLIPTextModel
     from mlx_deepcache.nets.unet_parts import UNetConfig
 
     class Nowhere:
@@ -99,9 +100,12 @@ def ours(config: str, dtype: str, **options):
         def schedule(self, name):
             return schedule(models.SCHEDULER, name)
 
-        def load(self, name, dtype):
+        def module(self, name):
             if name.startswith("text_encoder"):
-                return models.mlx_text_encoder(models.TEXT_ENCODERS[config][name], dtype)
+                return CLIPTextModel(CLIPConfig.from_dict(models.TEXT_ENCODERS[config][name]))
+            return super().module(name)
+
+        def load(self, name, dtype):
             return models.fill_mlx(self.module(name), dtype)
 
     class Measured(StableDiffusion):

@@ -16,7 +16,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,8 +95,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     drawn = draw(pipe, [uncached, *cases], prompts, args.seed, batch=args.batch, folder=args.work, common=common)
     rows = {case.name: compare(drawn[case.name], drawn["uncached"]) for case in cases}
     prices = [
-        Price(case.caches, **{key: rows[case.name][key] for key in ("macs", "psnr", "psnr_worst", "ssim")})
-        for case in cases
+        Price(case.caches, **{field.name: rows[case.name][field.name] for field in fields(Price)[1:]}) for case in cases
     ]
     front = Front(
         model=model.get("model", "bundled"),
@@ -303,6 +302,7 @@ def compare(drawn: Drawn, reference: Drawn) -> dict:
     return {
         "psnr": round(float(db.mean()), 3),
         "psnr_worst": round(float(db.min()), 3),
+        "psnr_spread": round(float(db.std(ddof=1)), 3) if len(db) > 1 else 0.0,
         "ssim": round(float(similarity.mean()), 5),
         "ssim_worst": round(float(similarity.min()), 5),
         "macs": round(sum(drawn.macs) / sum(reference.macs), 5),

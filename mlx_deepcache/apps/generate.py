@@ -7,10 +7,11 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, Failure, UsageError
-from ..generation.options import Control, ModelOptions, Options, options_of
+from ..generation.options import MOST, Control, ModelOptions, Options, options_of
 from ..media.files import check_writable, write_text
 from .command import run
 from .flags import complete, generate_parser, given
@@ -73,13 +74,19 @@ def _generate(args: argparse.Namespace) -> None:
     if model.model is None:
         say("model: the bundled text-to-emoji model; --model sd15 or --model sdxl draws anything, after a download")
     prompts = _prompts(args)
-    pipe = _pipeline(args, keep=len(prompts) > 1)
+    pipe = _pipeline(args, keep=False)
     settings = pipe.settings(prompts[0], **_options(args, pipe))
     if (note := _about_cache(args, pipe, settings)) is not None:
         say(note)
     n = len(settings.seeds)
-    together = 1 if model.low_memory else n
-    batches = [settings.batch(prompt, slice(i, i + together)) for prompt in prompts for i in range(0, n, together)]
+    if len(prompts) > 1 or pipe.together(settings) < n:
+        pipe.hold(settings)
+    together = pipe.together(settings)
+    batches = [
+        (place, prompt, slice(i, i + together)) for place, prompt in enumerate(prompts) for i in range(0, n, together)
+    ]
+    if together < n and not model.low_memory:
+        say(f"{n} pictures, {together} at a time, as that many fit into the memory")
     files.number(n * len(prompts))
     if args.compare:
         check_comparable(settings)
@@ -87,21 +94,36 @@ def _generate(args: argparse.Namespace) -> None:
     for checkpoint in pipe.checkpoints:
         checkpoint.check_files()
 
-    names, finals, stats, images, uncached = iter(files.pictures), [], [], [], []
-    for number, batch in enumerate(batches, 1):
+    finals, stats, images, uncached, failed = [], [], [], [], {}
+    for number, (place, prompt, rows) in enumerate(batches, 1):
+        if place in failed:
+            continue
+        batch, names = settings.batch(prompt, rows), files.pictures[place * n :][rows]
         watch.begin(f"{number}-" if len(batches) > 1 else "")
-        drawn = _draw(pipe, batch, watch, args.quiet)
-        pictures = drawn.decode()
-        for image, prompt, seed, file in zip(pictures, batch.prompts, batch.seeds, names, strict=False):
-            dtype = dtype_name(pipe.dtype)
-            save_png(file, image, None if args.no_metadata else describe(batch, model, dtype, prompt, seed))
-            say(f"wrote {file}")
-        finals.append(drawn.latents)
+        pictures = []
+        try:
+            drawn = _draw(pipe, batch, watch, args.quiet)
+            for image, seed, file in zip(drawn.pictures(), batch.seeds, names, strict=True):
+                dtype = dtype_name(pipe.dtype)
+                save_png(file, image, None if args.no_metadata else describe(batch, model, dtype, prompt, seed))
+                say(f"wrote {file}")
+                pictures.append(image)
+            if args.compare:
+                uncached.append(without_cache(pipe, batch))
+        except (UsageError, Failure) as error:
+            if len(prompts) == 1:
+                raise
+            failed[place] = error
+            print(f"error: prompt {place + 1}, {shorten(prompt, 60)!r}: {error}", file=sys.stderr)
+            continue
+        if args.grid or args.compare:  # else they need not be held
+            images.extend(pictures)
+        if args.save_latents is not None:
+            finals.append(drawn.latents)
         stats.append(drawn.stats())
-        images.extend(pictures)
         say(_cost(stats[-1]))
-        if args.compare:
-            uncached.append(without_cache(pipe, batch))
+    if len(failed) == len(prompts):
+        raise Failure("none of the prompts could be drawn")
     if args.grid:
         write_image(files.grid, grid(images))
         say(f"wrote {files.grid}")
@@ -113,6 +135,8 @@ def _generate(args: argparse.Namespace) -> None:
         write_latents(args.save_latents, mx.concatenate(finals))
     if args.stats is not None:
         write_text(args.stats, json.dumps(stats[0] if len(stats) == 1 else stats, indent=2) + "\n")
+    if failed:
+        raise Failure(f"{len(failed)} of {len(prompts)} prompts could not be drawn")
 
 
 class Outputs:
@@ -158,6 +182,8 @@ def _options(args: argparse.Namespace, pipe: StableDiffusion) -> dict:
 
     options = given(args, Options) | {"controls": _controls(args)}
     seeds, n = options.get("seeds", [0]), args.num_images
+    if n is not None and n > MOST:
+        raise UsageError(f"--num-images should be at most {MOST:,}, got {n:,}; go on with another --seed")
     if len(seeds) > 1 and n is not None:
         raise UsageError("--num-images counts on from one --seed, and several are given; leave out one of the two")
     if "latents" in options:  # their number and size are the pictures'

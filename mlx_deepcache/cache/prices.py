@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 from ..errors import CheckpointError, UsageError
@@ -23,17 +24,33 @@ COMMAND = "mlx-deepcache-calibrate"
 _SAME = ("steps", "scheduler", "guidance_scale", "height", "width")
 
 
+KEPT, SURE = 0.95, 0.95  # a promise holds for this share of pictures; how sure that is, by the calibration
+
+
+def margin(pictures: int) -> float:
+    """Standard deviations below the mean above which a share of `KEPT` of a normal distribution lies, `SURE`ly, if both
+    were found from so many samples: the one-sided tolerance limit (Natrella 1963, section 2-2.2). inf for too few."""
+    kept, sure = (NormalDist().inv_cdf(share) for share in (KEPT, SURE))
+    a = 1 - sure**2 / (2 * max(pictures - 1, 1))
+    return (kept + math.sqrt(kept**2 - a * (kept**2 - sure**2 / pictures))) / a if a > 0 else math.inf
+
+
 @dataclass(frozen=True)
 class Price:
     """What a composition of policies came to. cache: the policies as text; macs: multiply-adds in the U-Net as a share
-    of the uncached run's; psnr, psnr_worst: dB to the uncached pictures, the mean over all and the least of them; ssim:
-    the mean structural similarity."""
+    of the uncached run's; psnr, psnr_worst, psnr_spread: dB to the uncached pictures, the mean over all, the least of
+    them and the standard deviation; ssim: the mean structural similarity."""
 
     cache: tuple[str, ...]
     macs: float
     psnr: float
     psnr_worst: float
+    psnr_spread: float
     ssim: float
+
+    def promise(self, pictures: int) -> float:
+        """The dB that a share of `KEPT` of all pictures will have, as far as a calibration with so many can tell."""
+        return self.psnr - margin(pictures) * self.psnr_spread
 
     def __str__(self) -> str:
         return " ".join(self.cache)
@@ -57,8 +74,9 @@ class Front:
     def pick(
         self, min_psnr: float | None, max_macs: float | None, check: Callable[[Caches], None] = lambda caches: None
     ) -> tuple[Price, str]:
-        """The cheapest policy of which each calibrated picture came at least as near as min_psnr, in dB; without it,
-        the one that came nearest on average. Within max_macs, if that is given. And why, in a line.
+        """The cheapest policy with which a share of `KEPT` of pictures comes at least as near as min_psnr, in dB (see
+        `Price.promise`); without it, the one that came nearest on average. Within max_macs, if that is given. And why,
+        in a line.
 
         check: raises UsageError if what is to be drawn cannot have these caches; they are passed over.
 
@@ -79,19 +97,21 @@ class Front:
             price = max(cheap, key=lambda price: (price.psnr, -price.macs))
             why = f"nearest of {len(cheap)} within {max_macs:.3g} of the multiply-adds"
         else:
-            near = [price for price in cheap if price.psnr_worst >= min_psnr]
+            promises = {price: price.promise(self.pictures) for price in cheap}
+            near = [price for price, promise in promises.items() if promise >= min_psnr]
             if not near:
-                best = max(cheap, key=lambda price: price.psnr_worst)
+                best = max(cheap, key=promises.get)
                 within = "" if max_macs is None else f" within {max_macs:.3g} of the multiply-adds"
+                few = "calibrate with more pictures" if promises[best] == -math.inf else f"{promises[best]:.1f} dB"
                 raise UsageError(
-                    f"no calibrated cache{within} kept every picture at {min_psnr:g} dB to the uncached one; the best, "
-                    f"{best}, came to {best.psnr_worst:.1f} dB; --cache-interval 1 draws without"
+                    f"no calibrated cache{within} keeps {KEPT:.0%} of pictures at {min_psnr:g} dB to the uncached one; "
+                    f"the best, {best}: {few}; --cache-interval 1 draws without"
                 )
             price = min(near, key=lambda price: (price.macs, -price.psnr))
-            why = f"cheapest of {len(near)} with every picture at {min_psnr:g} dB or nearer"
+            why = f"cheapest of {len(near)} that keep {KEPT:.0%} of pictures at {min_psnr:g} dB or nearer"
         return price, (
             f"cache: {price}: {why}; {price.macs:.3f} of the multiply-adds, {price.psnr:.1f} dB on average and "
-            f"{price.psnr_worst:.1f} dB at worst over {self.pictures} pictures"
+            f"{price.psnr_worst:.1f} dB at worst over {self.pictures} calibrated pictures"
         )
 
     def differences(self, **here) -> list[str]:
@@ -145,7 +165,7 @@ def read(file: Path) -> Front:
         raise CheckpointError(f"{file} is damaged: {error}; make it anew with {COMMAND}") from None
 
 
-_NUMBERS = ("macs", "psnr", "psnr_worst", "ssim")
+_NUMBERS = ("macs", "psnr", "psnr_worst", "psnr_spread", "ssim")
 
 
 def _number_of(row: dict, key: str) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -38,6 +40,12 @@ class Components:
         self.addons = Addons(checkpoint) if addons is None else addons
         self.held: dict = {}
         self._started: set[str] = set()  # whose weights are still being read
+
+    def frugal(self) -> Components:
+        """The same parts, of which nothing is held."""
+        other = copy.copy(self)
+        other.keep, other.held = False, {}
+        return other
 
     def tokenizer(self, name: str):
         """A tokenizer, which knows the embeddings' words."""

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
+from itertools import islice
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ START, CONTROL, REFINER = "from a picture", "ControlNet (repeat the flags for se
 MACHINE, CACHE, FILES = "precision, speed and memory", "caches: the same picture, nearly, in less time", "files"
 GROUPS = (PICTURE, MODEL, START, CONTROL, REFINER, HOW, MACHINE, CACHE)
 
+MOST = 100_000  # of a repeated option; so many pictures take days
 SWITCH = ("auto", "on", "off")
 DTYPES = ("float16", "bfloat16", "float32")
 # What A1111 calls them
@@ -201,7 +203,10 @@ class Option:
             return self.default
         if self.many:
             several = value if isinstance(value, Iterable) and not isinstance(value, str) else [value]
-            return tuple(self._take(item) for item in several)
+            items = tuple(islice(several, MOST + 1))
+            if len(items) > MOST:
+                raise UsageError(f"{self.name} should be at most {MOST:,}, got more")
+            return tuple(self._take(item) for item in items)
         return self._take(value)
 
     def _take(self, value: Any) -> Any:
@@ -393,7 +398,7 @@ class Options:
         None, "default: the model's native size", PICTURE, metavar="PX", check=at_least(1), model="native_height"
     )
     width: int | None = option(None, "likewise", PICTURE, metavar="PX", check=at_least(1), model="native_width")
-    image: Picture | None = option(None, "start from this picture; its size is the default", START)
+    image: Picture | None = option(None, "start from this picture, drawn in its proportions", START)
     mask: Picture | None = option(None, "change it only where this one is white", START, needs=("image",))
     strength: float | None = option(
         None,

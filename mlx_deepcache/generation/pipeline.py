@@ -32,7 +32,9 @@ from ..nets.unet_parts import Conditioning
 from ..sampler import Denoiser, Progress, sample
 from .components import Components, name_of
 from .conditioning import encode
+from .estimate import check_fits, estimate, together
 from .options import ModelOptions, taken
+from .prompts import parse
 from .report import Clock, dtype_name, stats
 from .settings import Leg, Settings, settings_for
 from .starts import Started
@@ -126,16 +128,42 @@ class StableDiffusion:
         dtype = mx.float32 if upcast else self.dtype
         return other.load(dtype), dtype
 
+    def estimate(self, settings: Settings, *, least: bool = False) -> dict[str, int]:
+        """Bytes that drawing these together will take at the peak of each phase: see `estimate`."""
+        return estimate(settings, self.models, low_memory=self.low_memory, budget=self.budget, least=least)
+
+    def together(self, settings: Settings) -> int:
+        """How many of these pictures to draw at once: as many as fit into the memory; with `low_memory` one."""
+        return 1 if self.low_memory else together(settings, self._peak, self.budget)
+
+    def hold(self, settings: Settings) -> None:
+        """Keep every component for the next batch, if one such picture fits beside them."""
+        if self.low_memory:
+            return
+        for components in self.models:
+            components.keep = True
+        if self._peak(settings.batch(settings.prompts[0], slice(1))) > self.budget:
+            for components in self.models:
+                components.keep = False
+
+    def _peak(self, settings: Settings, least: bool = False, frugal: bool = False) -> int:
+        """frugal: as with `low_memory`."""
+        given = {"low_memory": self.low_memory or frugal, "budget": self.budget, "least": least}
+        models = [model.frugal() for model in self.models] if frugal else self.models
+        return max(estimate(settings, models, **given).values())
+
     def denoise(self, settings: Settings, latents: mx.array | None = None) -> Generation:
         """Draw, up to the latents: iterate for its steps; stop iterating to cancel.
 
         latents: (N, h, w, C) standard normal, to start from in place of the seeds' own noise, also in a picture.
 
         Raises:
-            UsageError: `latents` have another shape.
+            UsageError: `latents` have another shape, or it cannot be done in the memory there is.
             Failure: the final latents are not finite.
         """
-        return Generation(self, settings if latents is None else replace(settings, noise=latents))
+        settings = settings if latents is None else replace(settings, noise=latents)
+        check_fits(settings, self._peak, partial(self._peak, frugal=True), self.budget)
+        return Generation(self, settings)
 
     def decode(self, latents: mx.array, vae_tiling: str = "auto", given: Given | None = None) -> np.ndarray:
         """latents: (N, h, w, C) -> pictures (N, H, W, 3) in 0-255, decoded one by one; vae_tiling: see `tiled`; with a
@@ -144,28 +172,27 @@ class StableDiffusion:
         Raises:
             Failure: a picture holds values that are not finite.
         """
-        images = self._decode(latents, vae_tiling, Clock())
+        images = np.stack(list(self._decode(latents, vae_tiling, Clock())))
         return images if given is None else given.paste(images)
 
-    def _decode(self, latents: mx.array, vae_tiling: str, clock: Clock) -> np.ndarray:
+    def _decode(self, latents: mx.array, vae_tiling: str, clock: Clock) -> Iterator[np.ndarray]:
+        """The pictures, (H, W, 3) in 0-255, one after the other."""
         components = self.models[0]
         with clock.phase("load"):
             vae, dtype = components.network("vae"), components.dtype_of("vae")
         tiling = "on" if self.low_memory and vae_tiling == "auto" else vae_tiling
         in_tiles = tiled(tiling, vae.config, latents.shape[1:3], dtype.size, self.budget)
-        images = []
-        with clock.phase("decode"):
-            for i in range(len(latents)):
+        for i in range(len(latents)):
+            with clock.phase("decode"):
                 z = latents[i : i + 1].astype(dtype)
                 image = decode_tiled(vae, z) if in_tiles else np.array(vae.decode(z).astype(mx.float32))
                 if not np.isfinite(image).all():
                     raise Failure(
                         f"the VAE's picture holds NaN or infinite values in {dtype_name(dtype)}; try --dtype float32"
                     )
-                images.append(image)
+            yield to_uint8(image)[0]
         del vae
         components.release("vae")
-        return to_uint8(np.concatenate(images))
 
     def __call__(
         self,
@@ -274,14 +301,21 @@ class Generation(Iterator[Progress]):
         del denoiser, steps, unet, nets
         components.release("unet", "compiled unet", *map(name_of, leg.controls))
 
-    def decode(self) -> np.ndarray:
-        """The pictures, (N, H, W, 3) in 0-255; outside of a mask they are the picture's that they started from."""
+    def pictures(self) -> Iterator[np.ndarray]:
+        """Decode: each picture once it is there, (H, W, 3) in 0-255; outside of a mask they are the picture's that they
+        started from."""
         settings = self.settings
-        return settings.start.paste(self.pipe._decode(self.latents, settings.vae_tiling, self.clock))
+        for image in self.pipe._decode(self.latents, settings.vae_tiling, self.clock):
+            yield settings.start.paste(image[None])[0]
+
+    def decode(self) -> np.ndarray:
+        """All `pictures`, (N, H, W, 3)."""
+        return np.stack(list(self.pictures()))
 
     def stats(self) -> dict:
         """What it cost: see `report.stats`."""
-        return stats(self.settings, self.pipe.models, self.steps, self.clock)
+        estimated = self.pipe.estimate(self.settings)
+        return stats(self.settings, self.pipe.models, self.steps, self.clock, estimated)
 
     def _run(self) -> Iterator[Progress]:
         started, progress = self.prepare_latents(), None
@@ -295,9 +329,24 @@ class Generation(Iterator[Progress]):
                 yield progress
         if not mx.isfinite(progress.latents).all():
             raise Failure(
-                f"the final latents hold NaN or infinite values in {dtype_name(self.pipe.dtype)}; try --dtype float32, "
-                "a lower --guidance-scale or another --scheduler, and check the checkpoint"
+                f"the final latents hold NaN or infinite values in {dtype_name(self.pipe.dtype)}; try "
+                + " or ".join(self._suspects())
             )
+
+    def _suspects(self) -> list[str]:
+        """What to change if numbers get out of hand, the likeliest first."""
+        settings, options = self.settings, self.pipe.options
+        texts = [] if settings.plain_prompt else [*settings.prompts, settings.negative_prompt or ""]
+        heavy = any(abs(weight) > 2 for text in texts for _, weight in parse(text))
+        suspects = {
+            "smaller weights in the prompt": heavy,
+            "--lora with a smaller scale": bool(options.loras),
+            "another --embedding": bool(options.embeddings),
+            "--dtype float32": self.pipe.dtype != mx.float32,
+            "a lower --guidance-scale": settings.guidance_scale > 1,
+        }
+        found = [cure for cure, likely in suspects.items() if likely]
+        return [*found, "another --scheduler, and check the checkpoint"]
 
     def _run_encoder(self, components: Components, name: str, ids: mx.array, **options) -> tuple[mx.array, mx.array]:
         """A text encoder's output, after which it is not needed for this batch."""

@@ -14,7 +14,10 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
+from ..errors import UsageError
+
 ROUND, SQUARE = 1.1, 1 / 1.1
+HEAVIEST = 100  # weights beyond this are mistakes, and lead to numbers that are none
 _TOKEN = re.compile(r"\\[\\()\[\]]|\(|\[|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|\)|\]|[^\\()\[\]:]+|[\\:]")
 
 
@@ -68,9 +71,18 @@ class PromptWarning(UserWarning):
 
 def tokenize(tokenizer, text: str, *, weighted: bool = False, long: bool = False) -> Tokens:
     """weighted: see `parse`; without `long`, a text is cut at what fits into one chunk, with a warning that shows what
-    is lost."""
+    is lost.
+
+    Raises:
+        UsageError: a weight is too large to be meant.
+    """
     room = _room(tokenizer)
     pieces = parse(text) if weighted else [(text, 1.0)]
+    for piece, weight in pieces:
+        if not abs(weight) <= HEAVIEST:
+            raise UsageError(
+                f"a weight in a prompt should be from -{HEAVIEST} to {HEAVIEST}, got {weight:g} for {piece!r}"
+            )
     tokens = [(token, weight) for piece, weight in pieces for token in tokenizer(piece)["input_ids"][1:-1]]
     if len(tokens) <= room or long:
         return tokens

@@ -50,10 +50,16 @@ class Clock:
         self._since = now
 
 
-def stats(settings: Settings, models: Sequence[Components], steps: Sequence[Progress], clock: Clock) -> dict:
+def stats(
+    settings: Settings,
+    models: Sequence[Components],
+    steps: Sequence[Progress],
+    clock: Clock,
+    estimated: dict[str, int],
+) -> dict:
     """What these steps cost, one of the models a leg: seconds by phase, each step's kind, U-Net multiply-adds
     against an uncached run, the most bytes that each cache remembered, what an adaptive cache decided and from which
-    relative change, peak memory, and where it ran."""
+    relative change, peak memory, what it was estimated to be beforehand, and where it ran."""
     macs, macs_uncached = (sum(counts) for counts in zip(*_macs(settings, models, steps), strict=True))
     return {
         "seconds": {phase: round(seconds, 4) for phase, seconds in clock.seconds.items()},
@@ -69,6 +75,7 @@ def stats(settings: Settings, models: Sequence[Components], steps: Sequence[Prog
         ],
         "peak_memory_bytes": max(clock.peaks.values()),
         "peak_memory_bytes_by_phase": dict(clock.peaks),
+        "estimated_memory_bytes_by_phase": estimated,
         "device": device_name(),
         "dtype": dtype_name(models[0].dtype),
         "versions": {

@@ -194,10 +194,10 @@ def _share(checkpoint: Checkpoint, steps: int, asked: Options) -> tuple[float | 
 
 
 def _size(checkpoint: Checkpoint, asked: Options, *pictures) -> tuple[int, int]:
-    """(height, width): what was asked for, the first picture's, or the model's own."""
+    """(height, width): what was asked for, or the model's own, in the first picture's proportions."""
     factor = checkpoint.vae_config.factor
     if pictures:
-        height, width = size_for(pictures[0], asked.height, asked.width, factor)
+        height, width = size_for(pictures[0], checkpoint.native_size, asked.height, asked.width, factor)
     else:
         height, width = (_filled(asked, checkpoint, name) for name in ("height", "width"))
     for name, value in (("height", height), ("width", width)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 FITS = ("stretch", "crop", "pad")
 
 
+MOST_SLENDER = 4  # sides of a picture, the longer by the shorter; further off, models draw nothing sensible
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS  # above this, Pillow takes a file for a decompression bomb
 
 
@@ -54,18 +56,33 @@ def read_mask(picture: Path | str | Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("L")
 
 
-def size_for(picture: Image.Image, height: int | None, width: int | None, multiple: int) -> tuple[int, int]:
-    """(height, width) to draw a picture at: its own, rounded down to a multiple of `multiple` pixels as diffusers does;
-    where one side is given, the other follows in proportion."""
-    if height is None and width is None:
-        height, width = picture.height, picture.width
-    elif height is None:
-        return max(multiple, round(picture.height * width / picture.width / multiple) * multiple), width
-    elif width is None:
-        return height, max(multiple, round(picture.width * height / picture.height / multiple) * multiple)
-    else:
+def size_for(
+    picture: Image.Image, native: tuple[int, int], height: int | None, width: int | None, multiple: int
+) -> tuple[int, int]:
+    """(height, width) to draw a picture at, in its proportions (at most 4 : 1) and multiples of `multiple` pixels: of
+    as many pixels as the model's `native` (height, width) has, or to the side that is given; given both, these."""
+    if height is not None and width is not None:
         return height, width
-    return tuple(max(multiple, side - side % multiple) for side in (height, width))
+    proportion = picture.height / picture.width
+    used = min(max(proportion, 1 / MOST_SLENDER), MOST_SLENDER)
+    if used != proportion:
+        warnings.warn(
+            f"a picture of {picture.width} x {picture.height} is drawn as 4 : 1, the longest that is drawn by itself; "
+            "give both height and width for another size",
+            stacklevel=2,
+        )
+    if height is None and width is None:
+        height = math.sqrt(math.prod(native) * used)
+        width = height / used
+    elif height is None:
+        return _rounded(width * used, multiple), width
+    else:
+        return height, _rounded(height / used, multiple)
+    return _rounded(height, multiple), _rounded(width, multiple)
+
+
+def _rounded(side: float, multiple: int) -> int:
+    return max(multiple, round(side / multiple) * multiple)
 
 
 def fit(picture: Image.Image, height: int, width: int, how: str = "stretch") -> Image.Image:
@@ -94,7 +111,15 @@ def fit(picture: Image.Image, height: int, width: int, how: str = "stretch") -> 
 
 def source(picture: Image.Image, mask: Image.Image | None, height: int, width: int, how: str) -> Given:
     """What `read_picture` and `read_mask` gave, at the size to be drawn; a mask of another size is fitted to the
-    picture's first, so that both are resized alike, and is then black or white (128 and above: draw here)."""
+    picture's first, so that both are resized alike, and is then black or white (128 and above: draw here).
+
+    Raises:
+        UsageError: the size is too large.
+    """
+    if height * width > MOST_PIXELS:
+        raise UsageError(
+            f"{width} x {height} pixels are more than the {MOST_PIXELS:,} that a picture can be resized to"
+        )
     if mask is not None:
         if mask.size != picture.size and how != "stretch":
             mask = mask.resize(picture.size, Image.Resampling.LANCZOS)

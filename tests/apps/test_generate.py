@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 import mlx_deepcache
 from mlx_deepcache.apps.convert import main_convert
 from mlx_deepcache.apps.generate import main_generate
+from mlx_deepcache.checkpoints.checkpoint import Checkpoint
 
 REPOSITORY = Path(__file__).parents[2]
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -429,7 +430,7 @@ def test_one_of_several_is_unwritable(draw, capfd, monkeypatch):
 
 def test_out_of_memory(draw, capfd):
     size = 8 * 10**7
-    assert_fails(capfd, draw("--quiet", "--height", size, "--width", size), 1, "memory")
+    assert_fails(capfd, draw("--quiet", "--height", size, "--width", size), 2, "memory", "the largest size that fits")
 
 
 def test_read_only_folder(draw, capfd, tmp_path, monkeypatch):
@@ -642,7 +643,63 @@ def test_nan_in_the_unet(draw, copy, capfd):
     model = copy()
     edit_tensors(model / UNET, nan_weights("conv_in.weight"))
     code = draw("--save-latents", "l.safetensors", "--stats", "s.json", "--quiet", model=model)
-    assert_fails(capfd, code, 1, "latents", "NaN")
+    assert_fails(capfd, code, 1, "latents", "NaN", "a lower --guidance-scale", "check the checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("flags", "first"),
+    [
+        (["--prompt", "a (cat:50)"], "smaller weights in the prompt or "),
+        (["--prompt", "a (cat:50)", "--plain-prompt", "--dtype", "float16"], "--dtype float32 or "),
+        (["--prompt", "a cat", "--guidance-scale", 1], "another --scheduler"),
+    ],
+)
+def test_advice_on_nan_fits_its_cause(draw, copy, capfd, flags, first):
+    model = copy()
+    edit_tensors(model / UNET, nan_weights("conv_in.weight"))
+    assert_fails(capfd, draw("--quiet", *flags, model=model), 1, f"try {first}")
+
+
+@pytest.mark.parametrize("weight", ["1e38", "-101", "9" * 400])
+def test_huge_weights(draw, capfd, weight):
+    weight = weight if "e" not in weight else "1" + "0" * 38
+    assert_fails(capfd, draw("--quiet", "--prompt", f"a (cat:{weight})"), 2, "from -100 to 100", "'cat'")
+    assert_fails(capfd, draw("--quiet", "--negative-prompt", "(" * 60 + "cat"), 2, "from -100 to 100", "'cat'")
+
+
+def test_a_bad_prompt_fails_alone(draw, capfd):
+    """The others are drawn, under the numbers that they would have had."""
+    Path("prompts").write_text("(a cat:1000)\na dog\n(a bird:-1000)\n")
+    code = draw("--quiet", "--prompt-file", "prompts", "--num-images", 2, "--stats", "s.json", "--steps", 1)
+    err = capfd.readouterr().err
+    assert code == 1
+    assert left() == ["out-3.png", "out-4.png", "prompts", "s.json"]
+    assert [recorded(f"out-{i}.png")["prompt"] for i in (3, 4)] == ["a dog"] * 2
+    first, second, last = err.splitlines()
+    assert first.startswith("error: prompt 1, '(a cat:1000)': a weight in a prompt")
+    assert second.startswith("error: prompt 3, '(a bird:-1000)': ")
+    assert last == "error: 2 of 3 prompts could not be drawn"
+    assert isinstance(json.loads(Path("s.json").read_text()), dict)  # of the one batch that was drawn
+
+
+def test_no_prompt_can_be_drawn(draw, capfd):
+    Path("prompts").write_text("(a cat:1000)\n(a bird:-1000)\n")
+    code = draw("--quiet", "--prompt-file", "prompts", "--grid", "--stats", "s.json")
+    assert (code, left()) == (1, ["prompts"])
+    assert capfd.readouterr().err.splitlines()[-1] == "error: none of the prompts could be drawn"
+
+
+def test_a_picture_is_drawn_at_the_models_size(draw, checkpoint):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)).save("photo.png")
+    flags = ["--model", checkpoint("sd15"), "--prompt", "a cat", "--image", "photo.png", "--steps", 2, "--strength", 1]
+    assert exit_code(main_generate, [*flags, "--output", "a.png"]) == 0
+    side = Checkpoint.open(str(checkpoint("sd15"))).native_size[0]
+    height, width, _ = pixels("a.png").shape
+    assert abs(height * width / side**2 - 1) < 0.2 and abs(width / height - 4 / 3) < 0.2
+    assert exit_code(main_generate, [*flags, "--output", "b.png", "--height", 48]) == 0
+    assert pixels("b.png").shape == (48, 64, 3)
+    assert exit_code(main_generate, [*flags, "--output", "c.png", "--height", 32, "--width", 96]) == 0
+    assert pixels("c.png").shape == (32, 96, 3)
 
 
 def test_nan_in_the_vae(draw, copy, capfd):

@@ -182,11 +182,29 @@ def test_a_mask_goes_where_its_picture_goes(how):
 
 
 def test_sizes():
-    assert size_for(PICTURE, None, None, 8) == (72, 104)
-    assert size_for(Image.new("L", (79, 7)), None, None, 8) == (8, 72)
-    assert size_for(PICTURE, 48, None, 8) == (48, 72)
-    assert size_for(PICTURE, None, 208, 8) == (144, 208)
-    assert size_for(PICTURE, 64, 64, 8) == (64, 64)
+    """A model's own number of pixels, in the picture's proportions."""
+    native = (512, 512)
+    assert size_for(Image.new("L", (512, 512)), native, None, None, 8) == native
+    assert size_for(Image.new("L", (64, 64)), native, None, None, 8) == native
+    assert size_for(Image.new("L", (4032, 3024)), native, None, None, 8) == (440, 592)
+    assert size_for(Image.new("L", (3024, 4032)), (1024, 1024), None, None, 8) == (1184, 888)
+    assert size_for(PICTURE, native, 48, None, 8) == (48, 72)
+    assert size_for(PICTURE, native, None, 208, 8) == (144, 208)
+    assert size_for(PICTURE, native, 64, 64, 8) == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("size", "height", "width", "drawn"),
+    [
+        ((3000, 10), None, None, (256, 1024)),
+        ((10, 3000), None, None, (1024, 256)),
+        ((3000, 10), None, 512, (128, 512)),
+        ((10, 3000), None, 512, (2048, 512)),
+    ],
+)
+def test_a_slender_picture_is_drawn_less_so(size, height, width, drawn):
+    with pytest.warns(UserWarning, match=f"a picture of {size[0]} x {size[1]} is drawn as 4 : 1"):
+        assert size_for(Image.new("L", size), (512, 512), height, width, 8) == drawn
 
 
 @pytest.mark.parametrize(

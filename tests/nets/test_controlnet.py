@@ -155,9 +155,13 @@ def test_low_memory_changes_nothing(checkpoint, net, kind):
     assert error(to_torch_layout(result.latents), expected["latents"]) < 1e-4
 
 
-def test_size_is_that_of_the_picture(pipeline, net):
-    settings = pipeline("sd15").settings("a cat", controls=[Control(net("sd15"), PICTURE)])
-    assert (settings.height, settings.width) == (72, 104)
+def test_proportions_are_those_of_the_picture(pipeline, net):
+    """At the model's number of pixels."""
+    pipe = pipeline("sd15")
+    settings = pipe.settings("a cat", controls=[Control(net("sd15"), PICTURE)])
+    height, width = pipe.checkpoint.native_size
+    assert settings.width / settings.height == pytest.approx(104 / 72, rel=0.1)
+    assert settings.width * settings.height == pytest.approx(height * width, rel=0.1)
 
 
 @pytest.mark.parametrize(

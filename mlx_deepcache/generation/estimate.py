@@ -1,0 +1,228 @@
+"""How much memory a generation will take, phase by phase, before any of it is done."""
+
+from __future__ import annotations
+
+from bisect import bisect
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..backend.footprint import ENDLESS, INDICES, Footprint, footprint
+from ..checkpoints.part import find_controlnet, vae_module
+from ..checkpoints.weights import quantize
+from ..errors import UsageError
+from ..media.pictures import MOST_SLENDER
+from ..nets.autoencoder import VAEConfig
+from ..nets.clip import CLIPConfig, CLIPTextModel
+from ..nets.controlnet import ControlNetConfig, ControlNetModel
+from ..nets.tiling import TILE, tiled
+from ..nets.tiny import TinyVAEConfig
+from ..nets.unet_parts import Conditioning, Encoder, Prepared, UNetConfig
+from ..unet import UNet2DConditionModel
+from .components import Components
+from .settings import Settings
+
+TOKENS = 77  # of a prompt in one chunk
+SPARE = 0.75  # the share of the memory to plan with, as an estimate may be a quarter off
+
+Peak = Callable[..., int]
+"""Bytes, of settings and whether the least is asked for: see `estimate`."""
+
+
+def together(settings: Settings, peak: Peak, budget: int) -> int:
+    """How many of the pictures to draw at once: as many as fit into `budget` bytes."""
+    n, room = len(settings.seeds), SPARE * budget
+    if peak(settings) <= room:
+        return n
+    two, four = (peak(_first(settings, count)) for count in (2, 4))
+    return int(min(max((room - four) // max((four - two) / 2, 1) + 4, 1), n))
+
+
+def check_fits(settings: Settings, peak: Peak, frugal: Peak, budget: int) -> None:
+    """frugal: the peak with `low_memory`.
+
+    Raises:
+        UsageError: it cannot be drawn in `budget` bytes; says what can.
+    """
+    n = len(settings.seeds)
+    if (needed := peak(settings, least=True)) <= budget:
+        return
+    one = _first(settings, 1)
+    what = f"{settings.width} x {settings.height} pixels" + (f", {n} pictures at once" if n > 1 else "")
+    amount = "more memory than can be counted" if needed >= ENDLESS else f"about {needed / 1e9:.1f} GB of memory"
+    cures = []
+    if n > 1 and peak(one, least=True) <= budget:
+        fit = bisect(range(2, n), False, key=lambda k: peak(_first(settings, k), least=True) > budget) + 1
+        cures.append(f"{fit} at once would fit" if fit > 1 else "one at a time would fit")
+    elif (size := _largest(one, peak, budget)) is not None:
+        cures.append("the largest size that fits is --width {} --height {}".format(*size))
+    if frugal(one, least=True) <= budget:
+        cures.append("with --low-memory it fits")
+    if not cures:
+        cures.append("try --low-memory, --quantize 4 or a smaller model")
+    raise UsageError(f"{what} would take {amount}, and there are {budget / 1e9:.1f}; {', and '.join(cures)}")
+
+
+def _first(settings: Settings, n: int) -> Settings:
+    return settings.batch(settings.prompts[0], slice(n))
+
+
+def _largest(settings: Settings, peak: Peak, budget: int) -> tuple[int, int] | None:
+    """The largest (width, height) in pixels that fits, of the same proportions unless they are extreme."""
+    h, w, channels = settings.latent_shape
+    h, w = min(h, MOST_SLENDER * w), min(w, MOST_SLENDER * h)
+    step, factor = 8, settings.height // settings.latent_shape[0]
+
+    def size(scale: float) -> tuple[int, int]:
+        return tuple(max(int(side * scale) // step * step, 1) for side in (h, w))
+
+    fits, fails = 0.0, 1.0
+    while (fails - fits) * max(h, w) > step:
+        scale = (fits + fails) / 2
+        inside = peak(replace(settings, latent_shape=(*size(scale), channels), noise=None), least=True) <= budget
+        fits, fails = (scale, fails) if inside else (fits, scale)
+    height, width = size(fits)
+    return (width * factor, height * factor) if fits else None
+
+
+def estimate(
+    settings: Settings, models: Sequence[Components], *, low_memory: bool, budget: int, least: bool = False
+) -> dict[str, int]:
+    """Bytes at the peak of each phase, of MLX's arrays alone.
+
+    low_memory, budget: as the pipeline has them; least: how little it can be if each operation waits for the one
+    before, which they do when the memory's limit is near; else as fast as can be. On the CPU this is within 25% of what
+    was measured, see docs/measured.md; on a GPU it was never measured.
+    """
+    if (n := len(settings.seeds)) > 4:  # from here on, each takes as much as the one before
+        given = {"low_memory": low_memory, "budget": budget, "least": least}
+        two, four = (estimate(_first(settings, count), models, **given) for count in (2, 4))
+        return {phase: four[phase] + (n - 4) * (four[phase] - two[phase]) // 2 for phase in four}
+    peaks = dict.fromkeys(("load", "encode", "denoise", "decode"), 0)
+    held: dict[tuple, int] = {}  # weights that stay, by leg and part
+    as_read: dict[tuple, int] = {}  # weights that are quantized once they are read
+
+    def phase(name: str, parts: dict[tuple, Footprint], keep: bool) -> None:
+        """One that loads these parts and then uses them in turn."""
+        inside = held | {part: f.weights for part, f in parts.items()}
+        read = held | {part: as_read.get(part, f.weights) for part, f in parts.items()}
+        beside = max(f.least if least else f.most for f in parts.values()) + sum(f.output for f in parts.values())
+        peaks["load"] = max(peaks["load"], sum(read.values()))
+        peaks[name] = max(peaks[name], sum(inside.values()) + beside)
+        held.update(inside if keep else {})
+
+    h, w, _ = settings.latent_shape
+    checkpoint, keep = models[0].checkpoint, models[0].keep
+    if 2 * n * h * w * checkpoint.vae_config.factor**2 >= INDICES:
+        return dict.fromkeys(peaks, ENDLESS)
+    vae, vae_dtype = checkpoint.vae_config, models[0].dtype_of("vae")
+    if settings.image is not None:
+        phase("encode", {(0, "vae"): _vae_encoder(vae, vae_dtype, h, w)}, keep)
+    for leg, (model, drawn) in enumerate(zip(models, settings.legs, strict=True)):
+        config, dtype, bits = model.checkpoint.unet_config, model.dtype, model.bits
+        x = (n if low_memory or drawn.guidance_scale is None else 2 * n, h, w)
+        unet = {(leg, "unet"): _unet(config, dtype, bits, x, settings.cache.branch)}
+        encoders = {name: model.checkpoint.module(name).config for name in model.checkpoint.family.encoders}
+        texts = {(leg, name): _text_layers(encoder, dtype, bits) for name, encoder in encoders.items()}
+        nets = [find_controlnet(control.model, config, vae.factor, dtype)[1] for control in drawn.controls]
+        controls = {(leg, i): _controlnet(net, dtype, x, vae.factor) for i, net in enumerate(nets)}
+        if bits is not None:
+            for name in (*encoders, "unet"):
+                as_read[leg, name] = _weights(model.checkpoint.module(name), dtype)
+        if keep:  # it is read along with the text encoders
+            held[leg, "unet"] = unet[leg, "unet"].weights
+        phase("encode", texts, keep)
+        phase("denoise", unet | controls, keep)
+    tiling = "on" if low_memory and settings.vae_tiling == "auto" else settings.vae_tiling
+    if isinstance(vae, VAEConfig) and tiled(tiling, vae, (h, w), vae_dtype.size, budget):
+        h, w = min(h, TILE), min(w, TILE)
+    phase("decode", {(0, "vae"): _vae_decoder(vae, vae_dtype, h, w)}, keep)
+    return peaks
+
+
+@lru_cache(16)
+def _unet(config: UNetConfig, dtype: mx.Dtype, bits: int | None, x: tuple[int, int, int], branch: int) -> Footprint:
+    """A full step; x: how many latents, their height and width."""
+    unet = UNet2DConditionModel(config)
+    if bits is not None:
+        quantize(unet, bits)
+
+    def call(latents: mx.array, *texts: mx.array):
+        temb, cond = _conditioning(unet, texts)
+        return unet(latents, temb, cond, branch=branch), cond  # which serves for all steps
+
+    return footprint(_typed(unet, dtype), call, mx.zeros((*x, config.in_channels), dtype), *_texts(config, dtype, x[0]))
+
+
+@lru_cache(16)
+def _controlnet(config: ControlNetConfig, dtype: mx.Dtype, x: tuple[int, int, int], factor: int) -> Footprint:
+    """A full step, with its picture."""
+    net = ControlNetModel(config)
+
+    def call(latents: mx.array, picture: mx.array, *texts: mx.array):
+        temb, cond = _conditioning(net, texts)
+        return net(latents, temb, cond, net.embed_picture(picture)), cond
+
+    latents = mx.zeros((*x, config.in_channels), dtype)
+    picture = mx.zeros((1, x[1] * factor, x[2] * factor, config.conditioning_channels), dtype)
+    return footprint(_typed(net, dtype), call, latents, picture, *_texts(config, dtype, x[0]))
+
+
+def _texts(config: UNetConfig, dtype: mx.Dtype, n: int) -> list[mx.array]:
+    """What a family's text encoders would have given: see `Conditioning`."""
+    texts = [mx.zeros((n, TOKENS, config.cross_attention_dim), dtype)]
+    if config.addition_embed_type is not None:
+        ids = 6 * config.addition_time_embed_dim
+        texts.append(mx.zeros((n, config.projection_class_embeddings_input_dim - ids), dtype))
+        texts.append(mx.zeros((n, 6)))
+    return texts
+
+
+def _conditioning(net: Encoder, texts: Sequence[mx.array]) -> tuple[mx.array, Prepared]:
+    """A row of time embeddings, and what the net makes of the prompt."""
+    context, pooled, ids = (*texts, None, None)[:3]
+    told = None if net.config.time_cond_proj_dim is None else mx.zeros(len(context))
+    cond = net.prepare(Conditioning(context, pooled, ids, told))
+    return net.time_embed(mx.zeros(1), cond)[0], cond
+
+
+@lru_cache(16)
+def _text_layers(config: CLIPConfig, dtype: mx.Dtype, bits: int | None) -> Footprint:
+    """A prompt and a negative prompt."""
+    net = CLIPTextModel(config)
+    if bits is not None:
+        quantize(net, bits)
+
+    def call(x: mx.array) -> mx.array:
+        for layer in net.encoder.layers:
+            x = layer(x)
+        return x
+
+    return footprint(_typed(net, dtype), call, mx.zeros((2, TOKENS, config.hidden_size), dtype))
+
+
+@lru_cache(16)
+def _vae_encoder(config: VAEConfig | TinyVAEConfig, dtype: mx.Dtype, h: int, w: int) -> Footprint:
+    vae = vae_module(config)
+    picture = mx.zeros((1, h * config.factor, w * config.factor, config.in_channels), dtype)
+    return footprint(_typed(vae, dtype), vae.encode, picture)
+
+
+@lru_cache(16)
+def _vae_decoder(config: VAEConfig | TinyVAEConfig, dtype: mx.Dtype, h: int, w: int) -> Footprint:
+    vae = vae_module(config)
+    return footprint(_typed(vae, dtype), vae.decode, mx.zeros((1, h, w, config.latent_channels), dtype))
+
+
+def _weights(module: nn.Module, dtype: mx.Dtype) -> int:
+    return sum(weight.size * dtype.size for _, weight in tree_flatten(module.parameters()))
+
+
+def _typed(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
+    """The same with weights of this type, but for packed ones."""
+    module.set_dtype(dtype)
+    return module
