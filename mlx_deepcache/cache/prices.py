@@ -29,10 +29,16 @@ KEPT, SURE = 0.95, 0.95  # a promise holds for this share of pictures; how sure 
 
 def margin(pictures: int) -> float:
     """Standard deviations below the mean above which a share of `KEPT` of a normal distribution lies, `SURE`ly, if both
-    were found from so many samples: the one-sided tolerance limit (Natrella 1963, section 2-2.2). inf for too few."""
-    kept, sure = (NormalDist().inv_cdf(share) for share in (KEPT, SURE))
-    a = 1 - sure**2 / (2 * max(pictures - 1, 1))
-    return (kept + math.sqrt(kept**2 - a * (kept**2 - sure**2 / pictures))) / a if a > 0 else math.inf
+    were found from so many samples: the one-sided tolerance limit (Natrella 1963, section 2-2.2), of which no less than
+    three make sense."""
+    n, (kept, sure) = max(pictures, 3), (NormalDist().inv_cdf(share) for share in (KEPT, SURE))
+    a, b = 1 - sure**2 / (2 * (n - 1)), kept**2 - sure**2 / n
+    return (kept + math.sqrt(kept**2 - a * b)) / a
+
+
+def spread_of(mean: float, least: float, pictures: int) -> float:
+    """The standard deviation that samples of a normal distribution have, by their least (Blom 1958)."""
+    return (mean - least) / NormalDist().inv_cdf((max(pictures, 2) - 0.375) / (max(pictures, 2) + 0.25))
 
 
 @dataclass(frozen=True)
@@ -102,10 +108,9 @@ class Front:
             if not near:
                 best = max(cheap, key=promises.get)
                 within = "" if max_macs is None else f" within {max_macs:.3g} of the multiply-adds"
-                few = "calibrate with more pictures" if promises[best] == -math.inf else f"{promises[best]:.1f} dB"
                 raise UsageError(
                     f"no calibrated cache{within} keeps {KEPT:.0%} of pictures at {min_psnr:g} dB to the uncached one; "
-                    f"the best, {best}: {few}; --cache-interval 1 draws without"
+                    f"the best, {best}, at {promises[best]:.1f} dB; --cache-interval 1 draws without"
                 )
             price = min(near, key=lambda price: (price.macs, -price.psnr))
             why = f"cheapest of {len(near)} that keep {KEPT:.0%} of pictures at {min_psnr:g} dB or nearer"
@@ -147,6 +152,8 @@ def read(file: Path) -> Front:
         if not isinstance(content, dict):
             raise ValueError("expected an object")
         rows = content["policies"]
+        for row in rows:  # files until 0.1 had no spread
+            row.setdefault("psnr_spread", spread_of(row["psnr"], row["psnr_worst"], content["pictures"]))
         prices = tuple(Price(tuple(row["cache"]), *(_number_of(row, key) for key in _NUMBERS)) for row in rows)
         for price in prices:
             caches_of(price)
