@@ -18,6 +18,14 @@ def suggest(text: object, known: Iterable[object]) -> str:
     return f"; did you mean {names[near[0]]}?" if near else ""
 
 
+def shown(text: object, most: int = 1000) -> str:
+    """Text from anywhere, fit for a terminal: on one line, nothing that steers it, and at most so many characters."""
+    text = str(text)
+    cut = f" ... ({len(text):,} characters)" if len(text) > most else ""
+    escaped = (c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text[:most])
+    return "".join(escaped) + cut
+
+
 def unicode_text(text: str) -> str:
     text.encode()
     return text

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from .. import FAST_BLAS
 from ..backend.host import HINT
 from ..errors import Failure, UsageError
+from ..fields import shown
 
 
 def run(
@@ -25,7 +26,7 @@ def run(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a file's name need not be text
-    warnings.showwarning = lambda message, *rest, **kw: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *rest, **kw: print(f"warning: {shown(message)}", file=sys.stderr)
     if not FAST_BLAS:
         print(f"note: {HINT}", file=sys.stderr)
     try:
@@ -33,10 +34,10 @@ def run(
         if sys.stdout is not None:
             sys.stdout.flush()
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown(error)}", file=sys.stderr)
         return 2
     except Failure as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\n{cancelled}", file=sys.stderr)
@@ -48,6 +49,6 @@ def run(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:  # what no one expected, such as a full disk behind stdout
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown(error)}", file=sys.stderr)
         return 1
     return 0

@@ -58,10 +58,12 @@ def parameters_text(settings: dict) -> str:
     return "\n".join(lines)
 
 
-def save_png(file: Path, image: np.ndarray, settings: dict | None) -> None:
-    """Write (H, W, 3) uint8, whole or not at all; `settings` go in as `parameters` text and as JSON.
+def save_png(file: Path, image: np.ndarray, settings: dict | None, *, replace: bool = True) -> None:
+    """Write (H, W, 3) uint8, whole or not at all; `settings` go in as `parameters` text and as JSON; replace: see
+    `media.files.whole`.
 
     Raises:
+        FileExistsError: there is such a file, and it should not be replaced.
         Failure: the file cannot be written.
     """
     info = None
@@ -69,7 +71,7 @@ def save_png(file: Path, image: np.ndarray, settings: dict | None) -> None:
         info = PngInfo()
         info.add_itxt("parameters", parameters_text(settings))
         info.add_itxt(JSON_KEY, json.dumps(settings, ensure_ascii=False))
-    write_image(file, image, pnginfo=info)
+    write_image(file, image, replace=replace, pnginfo=info)
 
 
 def read(file: Path) -> tuple[dict, list[str]]:

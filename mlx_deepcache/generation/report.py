@@ -51,11 +51,12 @@ class Clock:
 
 
 def stats(settings: Settings, models: Sequence[Components], steps: Sequence[Progress], clock: Clock) -> dict:
-    """What these steps cost, one of the models a leg: seconds by phase, each step's kind, U-Net multiply-adds
-    against an uncached run, the most bytes that each cache remembered, what an adaptive cache decided and from which
-    relative change, peak memory, and where it ran."""
+    """What these steps cost, one of the models a leg: the seeds, seconds by phase, each step's kind, U-Net
+    multiply-adds against an uncached run, the most bytes that each cache remembered, what an adaptive cache decided and
+    from which relative change, peak memory, and where it ran."""
     macs, macs_uncached = (sum(counts) for counts in zip(*_macs(settings, models, steps), strict=True))
     return {
+        "seeds": list(settings.seeds),
         "seconds": {phase: round(seconds, 4) for phase, seconds in clock.seconds.items()},
         "steps": ["full" if step.full else "cached" for step in steps],
         "full_steps": sum(step.full for step in steps),

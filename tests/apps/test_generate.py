@@ -36,7 +36,7 @@ def draw(checkpoint, tmp_path, monkeypatch):
 
     def run(*flags, model=None):
         model = checkpoint("sd15") if model is None else model
-        return exit_code(main_generate, ["--model", model, "--prompt", "a cat", *SMALL, *flags])
+        return exit_code(main_generate, ["--model", model, "--prompt", "a cat", *SMALL, "--overwrite", *flags])
 
     return run
 
