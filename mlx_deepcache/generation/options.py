@@ -17,6 +17,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoints.names import BUNDLED_NAME
 from ..diffusion.noise import GENERATORS
 from ..diffusion.schedulers import SCHEDULERS
 from ..errors import UsageError
@@ -145,15 +146,23 @@ def _told(file: Any) -> str:
     return way if way.startswith(os.pardir) else os.path.join(os.curdir, way)
 
 
+def _told_model(name: str) -> str:
+    return name if name == BUNDLED_NAME else _told(name)
+
+
 def _pair(item: Any) -> tuple[Path, Any]:
     file, second = item if isinstance(item, tuple) else (item, None)
     return Path(file), second
 
 
+def tagged(file: str, second: Any) -> str:
+    """A LoRA's file with its scale, an embedding's with its word, as a flag has it."""
+    return file if second in (None, "") else f"{file}:{second if isinstance(second, str) else format(second, 'g')}"
+
+
 def _tagged(item: Any) -> str:
     file, second = _pair(item)
-    told = _told(file)
-    return told if second in (None, "") else f"{told}:{second if isinstance(second, str) else format(second, 'g')}"
+    return tagged(_told(file), second)
 
 
 def _seed(text: str) -> int | str:
@@ -171,7 +180,7 @@ KINDS = {
     "float": Kind("a number", "X", finite, _exactly(Real, finite)),
     "bool": Kind("True or False", None, str, _bool),
     "Seed": Kind("a whole number, or random", "S", _seed, _drawn_seed),
-    "Model": Kind("a file, a folder or a name", "M", unicode_text, _path, _told, file=_itself),
+    "Model": Kind("a file, a folder or a name", "M", unicode_text, _path, _told_model, file=_itself),
     "Picture": Kind("a picture", "FILE", Path, record=_name, file=_itself),
     "Latents": Kind("latents", "FILE", Path, record=_name, file=_itself),
     "Lora": Kind(

@@ -39,7 +39,8 @@ def sample(o):
 def test_flag_record_and_back(cls, o, tmp_path, monkeypatch):
     """What a flag says is written into a picture, read from it as a flag, and means the same again."""
     monkeypatch.chdir(tmp_path)
-    Path("in.png").write_text("")
+    for name in ("in.png", "a.safetensors", "b.safetensors"):
+        Path(name).write_text("")
     assert o.help and o.group in options.GROUPS + (options.FILES,)
     if o.kind is KINDS["Control"]:  # given by a flag for each of its parts, which are tested by themselves
         return
