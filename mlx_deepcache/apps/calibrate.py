@@ -42,7 +42,8 @@ _COMMON = ("guidance_scale", "height", "width")
 
 def main_calibrate(argv: list[str] | None = None) -> int:
     """mlx-deepcache-calibrate; returns its exit code."""
-    return run(_calibrate, _flags, argv, "cancelled; what is drawn is kept, and the same command goes on")
+    cancelled = "cancelled; what is drawn is kept, and the same command goes on"
+    return run(_calibrate, _flags, argv, cancelled, "try a smaller --batch, --height and --width")
 
 
 def calibrate_parser() -> Parser:

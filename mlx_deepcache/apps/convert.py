@@ -13,7 +13,7 @@ from .outputs import check
 
 def main_convert(argv: list[str] | None = None) -> int:
     """convert.py; returns its exit code."""
-    return run(_convert, _flags, argv, "cancelled; nothing was written")
+    return run(_convert, _flags, argv, "cancelled; nothing was written", "a component is converted as a whole")
 
 
 def convert_parser() -> Parser:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 def main_generate(argv: list[str] | None = None) -> int:
     """generate.py; returns its exit code."""
-    return run(_generate, _flags, argv, "cancelled; the picture under way was not written")
+    cancelled = "cancelled; the picture under way was not written"
+    return run(_generate, _flags, argv, cancelled, "try a smaller --height and --width or fewer images")
 
 
 def _flags(argv: list[str]) -> argparse.Namespace:

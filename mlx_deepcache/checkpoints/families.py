@@ -166,6 +166,8 @@ REFINER = replace(
 )
 
 FAMILIES = (SD1, SD2, SDXL, REFINER)
+ENCODERS = {name: tokenizer for family in FAMILIES for name, tokenizer in family.encoders.items()}
+COMPONENTS = (*ENCODERS, "unet", "vae")
 
 PIPELINES = (  # diffusers' classes that draw with these; the last draws with a few-step model of SD 1.x
     *dict.fromkeys(f"{family.pipeline}{task}Pipeline" for family in FAMILIES for task in ("", "Img2Img", "Inpaint")),

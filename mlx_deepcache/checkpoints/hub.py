@@ -6,16 +6,14 @@ import re
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .families import FAMILIES
+from .families import COMPONENTS, ENCODERS
 from .folder import Folder, Source
 from .names import SHORT_NAMES
 from .original.singlefile import SingleFile
 from .weights import PICKLES, component_files
 
-_ENCODERS = {name: tokenizer for family in FAMILIES for name, tokenizer in family.encoders.items()}
-COMPONENTS = (*_ENCODERS, "unet", "vae")
 _CONFIGS = ["model_index.json", *(f"{name}/config.json" for name in COMPONENTS), "scheduler/*.json"]
-_TOKENIZERS = [f"{folder}/{kind}" for folder in _ENCODERS.values() for kind in ("*.json", "*.txt")]
+_TOKENIZERS = [f"{folder}/{kind}" for folder in ENCODERS.values() for kind in ("*.json", "*.txt")]
 
 
 def find(model: str, *, half: bool = False, alone: bool = False) -> Path:

@@ -53,11 +53,19 @@ def whole(file: Path, suffix: str = "", *, replace: bool = True) -> Iterator[Pat
     except FileExistsError:
         raise
     except (OSError, RuntimeError) as error:  # MLX raises the latter
-        raise Failure(f"cannot write {file}: {getattr(error, 'strerror', None) or error}") from None
+        raise Failure(f"cannot write {file}: {why(error)}") from None
     finally:
         part.unlink(missing_ok=True)
         if stream:
             part.parent.rmdir()
+
+
+def why(error: OSError | RuntimeError) -> str:
+    """Why something could not be written. MLX tells no reason; it is nearly always the same one."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    full = "Unable to write" in str(error)
+    return "No space left on device, or a file larger than is allowed" if full else str(error)
 
 
 def _put(part: Path, file: Path) -> None:

@@ -2,7 +2,11 @@
 
 import json
 import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -19,6 +23,7 @@ from mlx_deepcache.apps.convert import main_convert
 from mlx_deepcache.checkpoints import hub
 from mlx_deepcache.errors import CheckpointError
 
+REPOSITORY = Path(__file__).parents[2]
 COMPONENTS = {"sd15": ("text_encoder", "unet", "vae"), "sdxl": ("text_encoder", "text_encoder_2", "unet", "vae")}
 TYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
@@ -274,6 +279,48 @@ def test_force_does_not_remove_what_is_no_checkpoint(checkpoint, output, capfd):
     assert content(output.parent) == {"model/thesis.tex": b"years of work"}
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["thesis.tex", "lora.safetensors", "unet/notes.txt", "unet/diffusion_pytorch_model.safetensors", "old/a/b.txt"],
+)
+def test_force_keeps_what_is_not_its_own(checkpoint, output, capfd, name):
+    assert convert(checkpoint("sd15"), output) == 0
+    (output / name).parent.mkdir(parents=True, exist_ok=True)
+    (output / name).write_text("years of work")
+    before = content(output.parent)
+    assert convert(checkpoint("sdxl"), output, "--force") == 2
+    assert f"holds what convert.py did not write: {name}; move" in capfd.readouterr().err.splitlines()[-1]
+    assert content(output.parent) == before
+
+
+def test_force_keeps_what_calibrating_found(checkpoint, copy, output, capfd):
+    """It took hours; but a copy of the source's own is no loss."""
+    source = copy()
+    (source / "cache_front.json").write_text("measured")
+    assert convert(source, output) == 0
+    assert convert(source, output, "--force") == 0
+    (output / "cache_front.json").write_text("measured again")
+    assert convert(source, output, "--force") == 2
+    assert "cache_front.json" in capfd.readouterr().err.splitlines()[-1]
+    (output / "cache_front.json").unlink()
+    (output / ".DS_Store").write_text("a system's")
+    assert convert(source, output, "--force") == 0
+
+
+def test_force_keeps_what_comes_meanwhile(checkpoint, output, monkeypatch):
+    assert convert(checkpoint("sd15"), output) == 0
+    copyfile = shutil.copyfile
+
+    def meanwhile(*files):
+        (output / "late.txt").write_text("new")
+        copyfile(*files)
+
+    monkeypatch.setattr(shutil, "copyfile", meanwhile)
+    assert convert(checkpoint("sdxl"), output, "--force") == 2
+    assert (output / "late.txt").is_file() and not (output / "text_encoder_2").exists()
+    assert os.listdir(output.parent) == ["model"]
+
+
 def test_force_replaces_the_working_folder(checkpoint, output, monkeypatch):
     assert convert(checkpoint("sd15"), output) == 0
     monkeypatch.chdir(output)
@@ -301,6 +348,25 @@ def test_disk_full(checkpoint, output, capfd, monkeypatch):
     monkeypatch.setattr(shutil, "copyfile", full)  # as the tokenizer is written, after the weights
     assert fails(capfd, convert(checkpoint("sdxl"), output, "--force"), "cannot write", "No space left")
     assert content(output.parent) == before
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_disk_full_of_weights(checkpoint, output, force):
+    """The system's own limit, in a process of its own; MLX tells no reason."""
+    if force:
+        assert convert(checkpoint("sd15"), output) == 0
+    before = content(output.parent)
+    flags = ["--model", str(checkpoint("sd15")), "--output", str(output), *["--force"][:force]]
+    script = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+        f"from mlx_deepcache.apps.convert import main_convert; raise SystemExit(main_convert({flags}))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(r"^error: cannot write .*model: No space left on device, .*\n$", done.stderr, re.MULTILINE)
+    assert "Traceback" not in done.stderr
+    assert content(output.parent) == before
+    assert os.listdir(output.parent) == ["model"][:force]
 
 
 def failing_rename(monkeypatch, fails):
@@ -363,14 +429,22 @@ def test_failure_leaves_all_as_it_was(checkpoint, copy, output, capfd, damage, f
     assert os.listdir(output.parent) == ["model"][:force]
 
 
-def test_ctrl_c_leaves_nothing(checkpoint, output, capfd, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(shutil, "copyfile", interrupted)
-    assert convert(checkpoint("sd15"), output) == 130
-    assert "cancelled" in capfd.readouterr().err
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_signals_leave_nothing(checkpoint, output, capfd, monkeypatch, number, code):
+    monkeypatch.setattr(shutil, "copyfile", lambda *_: signal.raise_signal(number))
+    before = signal.getsignal(number)
+    assert convert(checkpoint("sd15"), output) == code
+    assert capfd.readouterr().err.splitlines()[-1] == "cancelled; nothing was written"
     assert os.listdir(output.parent) == []
+    assert signal.getsignal(number) == before
+
+
+def test_messages_speak_of_models(checkpoint, output, capfd, monkeypatch):
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("mlx_deepcache.checkpoints.convert.convert", full)
+    assert fails(capfd, convert(checkpoint("sd15"), output), "not enough memory; a component is converted as a whole")
 
 
 # --------------------------------------------------------------------------------------------------------- quantize
