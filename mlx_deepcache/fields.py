@@ -58,9 +58,9 @@ def file_and_scale(text: str) -> tuple[Path, float]:
 
 
 def file_and_word(text: str) -> tuple[Path, str | None]:
-    """FILE or FILE:WORD; other colons are the file's own."""
+    """FILE or FILE:WORD; other colons are the file's own, or say which of a repository's files it is."""
     file, _, word = text.rpartition(":")
-    if not file or not word or "/" in word or "\\" in word or Path(text).exists():
+    if not file or not word or re.search(r"[/\\]|\.safetensors$", word) or Path(text).exists():
         return Path(text), None
     return Path(file), word
 

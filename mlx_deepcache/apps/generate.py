@@ -122,8 +122,10 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _pipeline(args: argparse.Namespace, *, keep: bool) -> StableDiffusion:
+    from ..checkpoints import hub
     from ..generation.pipeline import StableDiffusion
 
+    hub.quiet = args.quiet
     return StableDiffusion.from_pretrained(keep=keep, **given(args, ModelOptions))
 
 

@@ -16,7 +16,7 @@ SHORT_NAMES = {
     "sdxl-turbo": ("stabilityai/sdxl-turbo",),
     "sd-turbo": ("stabilityai/sd-turbo",),
 }
-WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".pkl")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
 class HubId(NamedTuple):
@@ -30,7 +30,11 @@ class HubId(NamedTuple):
 def hub_id(text: str) -> HubId | None:
     """`owner/name[@revision][:file]`, or None if it is none; `owner/x.safetensors` is a file that is not there."""
     match = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@([^\s:]+))?(?::(\S.*))?", text)
-    return None if match is None or Path(match[1]).suffix in WEIGHTS else HubId(*match.groups())
+    return (
+        None
+        if match is None or ".." in re.split("[/:@]", text) or Path(match[1]).suffix in (".safetensors", *PICKLES)
+        else HubId(*match.groups())
+    )
 
 
 def may_be_fetched(text: str) -> bool:

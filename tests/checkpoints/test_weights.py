@@ -21,6 +21,7 @@ from tiny import Hub, files, write_controlnet
 from mlx_deepcache import Control, StableDiffusion
 from mlx_deepcache.apps.convert import main_convert
 from mlx_deepcache.checkpoints import hub
+from mlx_deepcache.checkpoints.names import hub_id
 from mlx_deepcache.errors import CheckpointError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -530,7 +531,7 @@ def test_only_needed_files_are_downloaded(copy, checkpoint, fake_hub, half):
     if half:
         needed = {name.replace(".safetensors", ".fp16.safetensors") for name in needed}
     assert files(folder) == needed
-    assert fake_hub.calls == [("list", "somebody/model", None), ("download", "somebody/model", None)]
+    assert fake_hub.calls == [("list", "somebody/model", None)]
     assert np.isfinite(draw(folder)[0]).all()
 
 
@@ -543,7 +544,7 @@ def test_a_controlnet_is_downloaded_alone(pipeline, fake_hub, tmp_path):
     fake_hub.repositories["somebody/net"] = net
     result = pipeline("sd15")("a cat", controls=[Control("somebody/net", PICTURE)], **options)
     assert np.array_equal(result.latents, expected)
-    assert files(fake_hub.cache / "somebody/net") == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert files(fake_hub.snapshot("somebody/net")) == {"config.json", "diffusion_pytorch_model.safetensors"}
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -556,7 +557,7 @@ def test_a_vae_is_downloaded_alone(copy, checkpoint, fake_hub, whole):
     result = StableDiffusion.from_pretrained(model, "float32", vae="somebody/vae")("a cat", **options)
     assert np.array_equal(result.images[0], expected.images[0])
     needed = {"config.json", "diffusion_pytorch_model.safetensors"}
-    assert files(fake_hub.cache / "somebody/vae") == {f"vae/{name}" if whole else name for name in needed}
+    assert files(fake_hub.snapshot("somebody/vae")) == {f"vae/{name}" if whole else name for name in needed}
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -579,7 +580,7 @@ def test_shards_are_downloaded(copy, checkpoint, fake_hub, half, old):
 def test_convert_from_the_hub(copy, checkpoint, fake_hub, output):
     fake_hub.repositories["somebody/model"] = publish(copy())
     assert convert("somebody/model@v1.0", output) == 0
-    assert [revision for _, _, revision in fake_hub.calls] == ["v1.0", "v1.0"]
+    assert fake_hub.calls == [("list", "somebody/model", "v1.0")]
     assert_same_picture(output, checkpoint("sd15"))
 
 
@@ -589,26 +590,143 @@ def test_pickles_only_on_the_hub(copy, fake_hub):
     fake_hub.repositories["somebody/model"] = source
     with pytest.raises(CheckpointError, match="pickle file, diffusion_pytorch_model.bin"):
         hub.find("somebody/model")
-    assert fake_hub.calls == [("list", "somebody/model", None)]  # and nothing was downloaded
+    assert fake_hub.got == ["model_index.json"]  # and no weights
+
+
+def test_what_is_here_is_not_asked_for(checkpoint, fake_hub, monkeypatch, capfd):
+    """Nor is the hub, unless a revision is named; and if it does not answer then, what is here is used."""
+    fake_hub.repositories["somebody/model"] = checkpoint("sd15")
+    monkeypatch.setattr(huggingface_hub.utils, "are_progress_bars_disabled", lambda: False)
+    folder = hub.find("somebody/model")
+    assert re.search(r"^fetching somebody/model from the Hugging Face hub: \d+ files, \d+\.\d MB$", *told(capfd))
+    assert files(folder) == files(checkpoint("sd15"))
+    fake_hub.calls.clear()
+    for name in ("somebody/model", f"somebody/model@{fake_hub.SHA}"):
+        assert hub.find(name) == folder
+    assert (fake_hub.calls, told(capfd)) == ([], [])
+    assert hub.find("somebody/model@main") == folder
+    assert (fake_hub.calls, told(capfd)) == ([("list", "somebody/model", "main")], [])
+
+    def silent(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "model_info", silent)
+    with pytest.warns(UserWarning, match="does not answer; somebody/model is used as it is here"):
+        assert hub.find("somebody/model@main") == folder
+    with pytest.raises(
+        CheckpointError, match=r"somebody/other is no folder here, and .* does not answer \(no network\)"
+    ):
+        hub.find("somebody/other")
+
+
+def told(capfd):
+    """The lines of a download, its bar left out."""
+    return [line for line in capfd.readouterr().err.splitlines() if line.startswith("fetching")]
+
+
+@pytest.mark.parametrize(
+    "lacks",
+    ["unet/diffusion_pytorch_model.safetensors", "vae/config.json", "scheduler/scheduler_config.json", "tokenizer"],
+)
+def test_what_is_here_in_part_is_completed(checkpoint, fake_hub, lacks):
+    """A download was cut short, or another program wanted less."""
+    fake_hub.repositories["somebody/model"] = checkpoint("sd15")
+    folder = hub.find("somebody/model")
+    shutil.rmtree(folder / lacks) if lacks == "tokenizer" else (folder / lacks).unlink()
+    fake_hub.got.clear()
+    assert hub.find("somebody/model") == folder
+    assert files(folder) == files(checkpoint("sd15"))
+
+
+def test_a_shard_that_lacks_is_fetched(copy, fake_hub):
+    source = copy()
+    shard(only_weights(source / "unet"))
+    fake_hub.repositories["somebody/model"] = source
+    folder = hub.find("somebody/model")
+    next(folder.glob("unet/*-00001-*")).unlink()
+    assert files(hub.find("somebody/model")) == files(source)
 
 
 def test_offline(checkpoint, fake_hub, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     fake_hub.repositories["somebody/model"] = checkpoint("sd15")
-    assert files(hub.find("somebody/model@abc")) == files(checkpoint("sd15"))
-    assert fake_hub.calls == [("offline", "somebody/model", "abc")]
+    folder = hub.find("somebody/model@abc")
+    fake_hub.calls.clear()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert hub.find("somebody/model@abc") == folder
+    with pytest.raises(CheckpointError, match="somebody/else is no folder here and not in the cache, and HF_HUB_OFF"):
+        hub.find("somebody/else")
+    assert fake_hub.calls == []
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ('{"_class_name": "FluxPipeline"}', "somebody/model holds a FluxPipeline, which is not supported"),
+        ("[]", "should hold a JSON object"),
+        (None, "it lacks model_index.json; a whole checkpoint in one file is named somebody/model:whole.safetensors"),
+    ],
+)
+def test_a_model_is_judged_before_its_weights(copy, fake_hub, index, words):
+    source = copy()
+    (source / "whole.safetensors").write_text("weights")
+    (source / "model_index.json").unlink() if index is None else (source / "model_index.json").write_text(index)
+    fake_hub.repositories["somebody/model"] = source
+    with pytest.raises(CheckpointError, match=words):
+        hub.find("somebody/model")
+    assert fake_hub.got == ["model_index.json"] * (index is not None)
+
+
+def test_one_file_of_a_repository(copy, fake_hub, tmp_path):
+    """A whole checkpoint, as well as a LoRA or an embedding; where none is named, the only one."""
+    fake_hub.repositories["somebody/files"] = folder = tmp_path / "files"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("sub/a.safetensors", "README.md", "adapter_config.json", "sub/adapter_config.json"):
+        (folder / name).write_text(name)
+    assert hub.find_file("somebody/files").read_text() == "sub/a.safetensors"
+    assert fake_hub.got == ["sub/a.safetensors", "sub/adapter_config.json"]
+    fake_hub.calls.clear()
+    assert hub.find_file("somebody/files:sub/a.safetensors").read_text() == "sub/a.safetensors"
+    assert fake_hub.calls == []
+    (folder / "b.safetensors").write_text("b")
+    assert hub.find("somebody/files:b.safetensors", alone=True).read_text() == "b"
+    with pytest.raises(CheckpointError, match="2 files, b.safetensors, sub/a.safetensors; name one, somebody/files:b"):
+        hub.find_file("somebody/files")
+    with pytest.raises(CheckpointError, match="no file 'c.safetensors'; did you mean b.safetensors.; it has b.safe"):
+        hub.find_file("somebody/files:c.safetensors")
+    fake_hub.repositories["somebody/pickles"] = tmp_path / "pickles"
+    (tmp_path / "pickles").mkdir()
+    (tmp_path / "pickles" / "x.bin").write_text("pickle")
+    with pytest.raises(CheckpointError, match="no safetensors file, only pickle files, which could run code .*x.bin"):
+        hub.find_file("somebody/pickles")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("owner/name", ("owner/name", None, None)),
+        ("owner/name@refs/pr/1:sub/x.safetensors", ("owner/name", "refs/pr/1", "sub/x.safetensors")),
+        ("owner/name:a b.safetensors", ("owner/name", None, "a b.safetensors")),
+        ("owner/x.safetensors", None),
+        ("./owner/name", None),
+        ("../name", None),
+        ("a/b/c", None),
+        ("owner/name:../x", None),
+        ("owner/name@../x", None),
+    ],
+)
+def test_hub_ids(text, parts):
+    assert hub_id(text) == parts
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "sdxl-turbo"])
 def test_short_names_try_mirrors_in_order(checkpoint, fake_hub, capfd, output, name):
     mirrors = hub.SHORT_NAMES[name]
     assert fails(capfd, convert(name, output), *mirrors, "Hugging Face hub")
-    assert [repository for _, repository, _ in fake_hub.calls] == list(mirrors)
+    assert fake_hub.calls == [("list", mirror, None) for mirror in mirrors]
     fake_hub.repositories[mirrors[-1]] = checkpoint("sd15")
     fake_hub.calls.clear()
     assert hub.find(name).is_dir()
-    assert [call[:2] for call in fake_hub.calls[-2:]] == [("list", mirrors[-1]), ("download", mirrors[-1])]
-    assert len(fake_hub.calls) == len(mirrors) + 1
+    assert fake_hub.calls == [("list", mirror, None) for mirror in mirrors]
 
 
 def test_a_folder_comes_before_a_repository(checkpoint, fake_hub, tmp_path):
