@@ -386,7 +386,8 @@ class Hub:
         self.calls.append(("list", repo_id, revision))
         folder = self.folder(repo_id)
         sizes = {name: (folder / name).stat().st_size for name in sorted(files(folder))}
-        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()])
+        siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()]
+        return SimpleNamespace(siblings=siblings, sha=self.SHA)
 
     def get_hf_file_metadata(self, url, **_):
         self.calls.append(("look", url))

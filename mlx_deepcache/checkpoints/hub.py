@@ -14,8 +14,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import CheckpointError
 from ..fields import shown, suggest
@@ -32,6 +33,13 @@ _CONFIGS = re.compile(
     r"model_index\.json|scheduler/[^/]+\.json"
     rf"|({'|'.join(COMPONENTS)})/config\.json|({'|'.join(ENCODERS.values())})/[^/]+\.(json|txt)"
 )
+
+
+class Listed(NamedTuple):
+    """What the hub says of a repository's revision. sizes: of its files, in bytes; folder: where the cache has it."""
+
+    sizes: dict[str, int]
+    folder: Path
 
 
 class _NoAnswer(CheckpointError):
@@ -108,13 +116,14 @@ def _model(named: HubId, half: bool, alone: bool) -> Path:
     def look(folder: Path) -> Path | None:
         return folder if _complete(folder, alone) else None
 
-    def ask(sizes: dict[str, int]) -> Path:
+    def ask(listed: Listed) -> Path:
+        sizes = listed.sizes
         if alone:
             parts = ("",) if "config.json" in sizes else ("vae",)  # of a whole model, this one is of use by itself
             configs = [name for name in sizes if name == str(Path(parts[0], "config.json"))]
             if not configs:
-                return _ask_for_file(named, sizes)
-            _download(named, configs, sizes)
+                return _ask_for_file(named, listed)
+            _download(named, configs, listed)
         else:
             parts, configs = COMPONENTS, [name for name in sizes if _CONFIGS.fullmatch(name)]
             if "model_index.json" not in configs:
@@ -123,10 +132,10 @@ def _model(named: HubId, half: bool, alone: bool) -> Path:
                     f"{named.repository} is no checkpoint in the diffusers layout: it lacks model_index.json"
                     + (f"; a whole checkpoint in one file is named {named.repository}:{files[0]}" if files else "")
                 )
-            folder = _download(named, ["model_index.json"], sizes)
+            folder = _download(named, ["model_index.json"], listed)
             check_pipeline(read_json(folder / "model_index.json"), named.repository)
         weights = [file for part in parts for file in _weights(named.repository, part, list(sizes), half)]
-        return _download(named, [*configs, *weights], sizes)
+        return _download(named, [*configs, *weights], listed)
 
     return _here_or(named, look, ask)
 
@@ -140,10 +149,11 @@ def _file(named: HubId) -> Path:
         files = [file for file in folder.rglob("*.safetensors") if file.is_file()]
         return files[0] if len(files) == 1 else None
 
-    return _here_or(named, look, lambda sizes: _ask_for_file(named, sizes))
+    return _here_or(named, look, lambda listed: _ask_for_file(named, listed))
 
 
-def _ask_for_file(named: HubId, sizes: dict[str, int]) -> Path:
+def _ask_for_file(named: HubId, listed: Listed) -> Path:
+    sizes = listed.sizes
     files, wanted = [name for name in sizes if name.endswith(".safetensors")], named.file
     if wanted is None and len(files) != 1:
         pickles = [name for name in sizes if name.endswith(PICKLES)]
@@ -164,7 +174,7 @@ def _ask_for_file(named: HubId, sizes: dict[str, int]) -> Path:
     url = hub.hf_hub_url(named.repository, wanted, revision=named.revision)
     _in_time(lambda: hub.get_hf_file_metadata(url, timeout=PATIENCE), PATIENCE)
     beside = str(Path(wanted).with_name("adapter_config.json"))  # where PEFT says how strong a LoRA is
-    return _download(named, [wanted, *[beside] * (beside in sizes)], sizes) / wanted
+    return _download(named, [wanted, *[beside] * (beside in sizes)], listed) / wanted
 
 
 def _weights(repository: str, component: str, files: list[str], half: bool) -> list[str]:
@@ -228,8 +238,8 @@ def _has_weights(folder: Path) -> bool:
 # What is asked of the hub
 
 
-def _here_or(named: HubId, look: Callable[[Path], Path | None], ask: Callable[[dict[str, int]], Path]) -> Path:
-    """What `look` finds in the cache, or `ask` gets of a repository with these files (name -> bytes)."""
+def _here_or(named: HubId, look: Callable[[Path], Path | None], ask: Callable[[Listed], Path]) -> Path:
+    """What `look` finds in a snapshot that is here, or `ask` gets of what the hub lists."""
     import huggingface_hub as hub
     from huggingface_hub import constants
     from huggingface_hub.utils import logging
@@ -245,9 +255,10 @@ def _here_or(named: HubId, look: Callable[[Path], Path | None], ask: Callable[[d
             raise CheckpointError(
                 f"{named.repository} is no folder here and not in the cache, and HF_HUB_OFFLINE is set"
             )
-        about = {"revision": named.revision, "timeout": PATIENCE, "files_metadata": True}
-        listed = _in_time(lambda: hub.model_info(named.repository, **about), PATIENCE).siblings or ()
-        return ask({file.rfilename: getattr(file, "size", None) or 0 for file in listed})
+        options = {"revision": named.revision, "timeout": PATIENCE, "files_metadata": True}
+        about = _in_time(lambda: hub.model_info(named.repository, **options), PATIENCE)
+        sizes = {file.rfilename: getattr(file, "size", None) or 0 for file in about.siblings or ()}
+        return ask(Listed(sizes, _room(named) / "snapshots" / about.sha))
     except CheckpointError:
         raise
     except Exception as error:  # no network, no such repository, no access: all end here, and the reason is in the text
@@ -269,9 +280,10 @@ def _here_or(named: HubId, look: Callable[[Path], Path | None], ask: Callable[[d
         ) from None
 
 
-def _in_time(call: Callable[[], Any], seconds: float | None, meanwhile: Callable[[], None] | None = None) -> Any:
-    """What a call returns. It goes on in a thread that nobody waits for: a hub that says nothing, or a little at a
-    time, holds nobody up.
+def _in_time(call: Callable[[], Any], seconds: float, sign: Callable[[], Any] = lambda: None) -> Any:
+    """What a call returns. It goes on in a thread that nobody waits for: a hub that says nothing holds nobody up.
+
+    sign: asked now and then; the time begins anew whenever it gives another value.
 
     Raises:
         TimeoutError: it took longer.
@@ -286,52 +298,57 @@ def _in_time(call: Callable[[], Any], seconds: float | None, meanwhile: Callable
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    end = None if seconds is None else time.monotonic() + seconds
+    last, since = sign(), time.monotonic()
     while thread.is_alive():
         thread.join(0.1)
-        if meanwhile is not None:
-            meanwhile()
-        if end is not None and time.monotonic() > end and thread.is_alive():
+        if (now := sign()) != last:
+            last, since = now, time.monotonic()
+        elif time.monotonic() > since + seconds and thread.is_alive():
             raise TimeoutError(f"nothing came in {seconds:g} s")
     if errors:
         raise errors[0]
     return results[0]
 
 
-def _download(named: HubId, files: Iterable[str], sizes: dict[str, int]) -> Path:
+def _download(named: HubId, files: Iterable[str], listed: Listed) -> Path:
     """Get these files, those that are here already not again; returns the folder that they are in."""
     import huggingface_hub as hub
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from tqdm import tqdm
 
-    files, folder = list(dict.fromkeys(files)), _snapshot(named)
-    lacking = [file for file in files if folder is None or not (folder / file).is_file()]
-    total, small = sum(sizes[file] for file in lacking), all(file.endswith((".json", ".txt")) for file in lacking)
-    silent = quiet or small or are_progress_bars_disabled()
+    lacking = [file for file in dict.fromkeys(files) if not (listed.folder / file).is_file()]
+    total, small = (
+        sum(listed.sizes[file] for file in lacking),
+        all(file.endswith((".json", ".txt")) for file in lacking),
+    )
+    shown_by_hub = not are_progress_bars_disabled()
+    silent = quiet or small or not shown_by_hub
     if not silent:
         what = lacking[0] if len(lacking) == 1 else f"{len(lacking)} files"
         print(f"fetching {named.repository} from the Hugging Face hub: {what}, {_size(total)}", file=sys.stderr)
 
-    def get() -> Path:
-        for file in files:
-            path = Path(hub.hf_hub_download(named.repository, file, revision=named.revision))
-        return path.parents[len(Path(file).parts) - 1]
+    def get() -> None:
+        for file in lacking:
+            hub.hf_hub_download(named.repository, file, revision=named.revision)
 
-    shown_by_hub = not are_progress_bars_disabled()
+    before = _bytes(named)
+    # its own protocol for large files keeps what comes to itself for a while
+    patience = PATIENCE if find_spec("hf_xet") is None or small else 6 * PATIENCE
     disable_progress_bars()
     try:
         with tqdm(total=total, unit="B", unit_scale=True, disable=silent) as bar:
-            before = _bytes(named)
 
-            def meanwhile() -> None:
-                bar.update(max(bar.n, min(total, _bytes(named) - before)) - bar.n)
+            def progress() -> int:
+                come = _bytes(named)
+                bar.update(max(bar.n, min(total, come - before)) - bar.n)
+                return come
 
-            folder = _in_time(get, PATIENCE if small and len(files) == 1 else None, None if silent else meanwhile)
+            _in_time(get, patience, progress)
             bar.update(total - bar.n)
-            return folder
     finally:
         if shown_by_hub:
             enable_progress_bars()
+    return listed.folder
 
 
 def _bytes(named: HubId) -> int:

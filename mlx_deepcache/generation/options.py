@@ -333,7 +333,10 @@ class Control:
     takes part in."""
 
     model: Model = option(
-        MISSING, "a ControlNet in the diffusers layout: a folder or a hub id", CONTROL, flag="--controlnet"
+        MISSING,
+        "a ControlNet in the diffusers layout: a folder, or a hub id, owner/name[:file]",
+        CONTROL,
+        flag="--controlnet",
     )
     image: Picture = option(MISSING, "the edges, pose, ... to follow", CONTROL, flag="--control-image")
     scale: float = option(1.0, "how strictly it is followed (1)", CONTROL, flag="--control-scale")
@@ -356,26 +359,28 @@ class ModelOptions:
     model: Model | None = option(
         None,
         "a folder from convert.py or in the diffusers layout, a single .safetensors file in the original layout, a hub "
-        "id (owner/name[@revision]), or sd15, sd21, sdxl, sdxl-refiner, sdxl-turbo, sd-turbo; default: the small model "
-        "that comes with the package",
+        "id (owner/name[@revision][:file]), or sd15, sd21, sdxl, sdxl-refiner, sdxl-turbo, sd-turbo; default: the small "
+        "model that comes with the package",
         MODEL,
         a1111="Model",
     )
     vae: Model | None = option(
         None,
-        "decode with another VAE: a folder or hub id of one (AutoencoderKL or AutoencoderTiny, that is TAESD), or of a "
-        "model that has one",
+        "decode with another VAE: a folder or hub id (owner/name[:file]) of one (AutoencoderKL or AutoencoderTiny, that "
+        "is TAESD), or of a model that has one",
         MODEL,
     )
     loras: tuple[Lora, ...] = option(
         (),
-        "change the model by a LoRA (safetensors), SCALE times as strongly as it was trained; repeatable",
+        "change the model by a LoRA (safetensors, or a hub id, owner/name[:file]), SCALE times as strongly as it was "
+        "trained; repeatable",
         MODEL,
         flag="--lora",
     )
     embeddings: tuple[Embedding, ...] = option(
         (),
-        "a textual inversion (safetensors), and the word that calls it in prompts; repeatable",
+        "a textual inversion (safetensors, or a hub id, owner/name[:file]), and the word that calls it in prompts; "
+        "repeatable",
         MODEL,
         flag="--embedding",
     )

@@ -166,7 +166,9 @@ def test_quiet_and_unsupported(server, run, checkpoint, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("silent", ["/api/", "model_index.json", "a.safetensors", "gone"])
+@pytest.mark.parametrize(
+    "silent", ["/api/", "model_index.json", "vae/config.json", "unet/diffusion", "a.safetensors", "gone"]
+)
 def test_a_hub_that_does_not_answer(server, run, checkpoint, tmp_path, silent):
     """Given up in ten seconds, without another mirror being tried, in a line or two; nor does it keep the program."""
     server.repositories["somebody/model"] = server.repositories["stable-diffusion-v1-5/stable-diffusion-v1-5"] = (
@@ -184,7 +186,7 @@ def test_a_hub_that_does_not_answer(server, run, checkpoint, tmp_path, silent):
     assert done.returncode == 1
     assert len(lines(done.stderr)) <= 2
     assert "is no folder here, and the Hugging Face hub does not answer" in lines(done.stderr)[-1]
-    assert seconds < patience + 6  # and what starting takes
+    assert seconds < patience + 20  # and what starting and other files take; by itself huggingface_hub takes minutes
 
 
 def test_no_such_repository(server, run):

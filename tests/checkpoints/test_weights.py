@@ -14,15 +14,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers import PICTURE
+from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tiny import Hub, files, write_controlnet
 
 from mlx_deepcache import Control, StableDiffusion
 from mlx_deepcache.apps.convert import main_convert
+from mlx_deepcache.apps.generate import main_generate
 from mlx_deepcache.checkpoints import hub
 from mlx_deepcache.checkpoints.names import hub_id
 from mlx_deepcache.errors import CheckpointError
+from mlx_deepcache.fields import file_and_scale, file_and_word
 
 REPOSITORY = Path(__file__).parents[2]
 COMPONENTS = {"sd15": ("text_encoder", "unet", "vae"), "sdxl": ("text_encoder", "text_encoder_2", "unet", "vae")}
@@ -698,6 +701,61 @@ def test_one_file_of_a_repository(copy, fake_hub, tmp_path):
     (tmp_path / "pickles" / "x.bin").write_text("pickle")
     with pytest.raises(CheckpointError, match="no safetensors file, only pickle files, which could run code .*x.bin"):
         hub.find_file("somebody/pickles")
+
+
+def test_all_that_may_be_fetched(checkpoint, fake_hub, tmp_path, capfd):
+    """LoRAs, embeddings, VAEs and ControlNets by hub id, as flags and in Python, give what their files give."""
+    rng = np.random.default_rng(0)
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    lora = {f"{layer}.lora_A.weight": rng.standard_normal((2, 48)), f"{layer}.lora_B.weight": np.ones((48, 2))}
+    adds = tmp_path / "adds"
+    adds.mkdir()
+    save_file({name: tensor.astype("f") for name, tensor in lora.items()}, adds / "ink.safetensors")
+    save_file({"<wug>": rng.standard_normal((1, 32)).astype("f")}, adds / "wug.safetensors")
+    net = write_controlnet("sd15", tmp_path / "net")
+    PICTURE.save("in.png")
+    fake_hub.repositories |= {"o/adds": adds, "o/model": checkpoint("sd15"), "o/net": net}
+    small = ["--prompt", "a wug cat", "--steps", "2", "--height", "64", "--width", "64", "--quiet", "--overwrite"]
+    small += ["--control-image", "in.png", "--dtype", "float32"]
+
+    def flags(lora, word, vae, net, output):
+        return [*small, "--lora", lora, "--embedding", word, "--vae", vae, "--controlnet", net, "--output", output]
+
+    model = str(checkpoint("sd15"))
+    local = flags(f"{adds}/ink.safetensors:0.5", f"{adds}/wug.safetensors:wug", f"{model}/vae", str(net), "a.png")
+    fetched = flags("o/adds:ink.safetensors:0.5", "o/adds:wug.safetensors:wug", "o/model", "o/net@main", "b.png")
+    assert main_generate(["--model", model, *local]) == main_generate(["--model", model, *fetched]) == 0
+    with Image.open("a.png") as a, Image.open("b.png") as b:
+        assert np.array_equal(a, b)
+        assert json.loads(b.text["mlx_deepcache"])["lora"] == ["o/adds:ink.safetensors:0.5"]
+    pipe = StableDiffusion.from_pretrained(
+        model,
+        "float32",
+        loras=[("o/adds:ink.safetensors", 0.5)],
+        embeddings=[("o/adds:wug.safetensors", "wug")],
+        vae="o/model",
+    )
+    result = pipe("a wug cat", steps=2, height=64, width=64, controls=[Control("o/net", PICTURE)])
+    with Image.open("a.png") as a:
+        assert np.array_equal(a, result.images[0])
+    assert main_generate(["--model", model, *small[:-4], "--lora", "o/adds"]) == 1
+    assert "o/adds has 2 files, ink.safetensors, wug.safetensors; name one, o/adds:ink" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "file", "second"),
+    [
+        ("o/n", "o/n", None),
+        ("o/n:x.safetensors", "o/n:x.safetensors", None),
+        ("o/n@v1:a/x.safetensors:w", "o/n@v1:a/x.safetensors", "w"),
+        ("o/n:w", "o/n", "w"),
+        ("x.safetensors:w", "x.safetensors", "w"),
+    ],
+)
+def test_a_repositorys_file_and_a_word(text, file, second):
+    assert file_and_word(text) == (Path(file), second)
+    scaled = f"{file}:0.5"
+    assert file_and_scale(scaled) == (Path(file), 0.5) and file_and_scale(file) == (Path(file), 1.0)
 
 
 @pytest.mark.parametrize(
