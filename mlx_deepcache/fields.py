@@ -18,6 +18,14 @@ def suggest(text: object, known: Iterable[object]) -> str:
     return f"; did you mean {names[near[0]]}?" if near else ""
 
 
+def shown(text: object, most: int = 1000) -> str:
+    """Text from anywhere, fit for a terminal: on one line, nothing that steers it, and at most so many characters."""
+    text = str(text)
+    cut = f" ... ({len(text):,} characters)" if len(text) > most else ""
+    escaped = (c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text[:most])
+    return "".join(escaped) + cut
+
+
 def unicode_text(text: str) -> str:
     text.encode()
     return text
@@ -50,9 +58,9 @@ def file_and_scale(text: str) -> tuple[Path, float]:
 
 
 def file_and_word(text: str) -> tuple[Path, str | None]:
-    """FILE or FILE:WORD; other colons are the file's own."""
+    """FILE or FILE:WORD; other colons are the file's own, or say which of a repository's files it is."""
     file, _, word = text.rpartition(":")
-    if not file or not word or "/" in word or "\\" in word or Path(text).exists():
+    if not file or not word or re.search(r"[/\\]|\.safetensors$", word) or Path(text).exists():
         return Path(text), None
     return Path(file), word
 

@@ -6,7 +6,6 @@ and an epsilon model's last convolution is fitted to predict the noise, so that 
 size. Nothing here comes from outside this file.
 """
 
-import fnmatch
 import json
 import shutil
 from pathlib import Path
@@ -364,29 +363,41 @@ def files(folder):
 
 
 class Hub:
-    """A stand-in for the hub: repositories are folders, and a download copies what the patterns ask for."""
+    """A stand-in for the hub: repositories are folders, and what is downloaded lies in a cache like the hub's own."""
+
+    SHA = "0123456789abcdef0123456789abcdef01234567"
 
     def __init__(self, monkeypatch, cache):
-        self.repositories, self.calls, self.cache = {}, [], cache
-        monkeypatch.setattr(huggingface_hub, "model_info", self.model_info)
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
+        self.repositories, self.calls, self.got, self.cache = {}, [], [], cache
+        for name in ("model_info", "hf_hub_download", "get_hf_file_metadata"):
+            monkeypatch.setattr(huggingface_hub, name, getattr(self, name))
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
 
     def folder(self, repository):
         if repository not in self.repositories:
             raise RuntimeError(f"404 Client Error\nRepository Not Found for url {repository}\nand so on")
         return self.repositories[repository]
 
+    def snapshot(self, repository):
+        return self.cache / f"models--{repository.replace('/', '--')}" / "snapshots" / self.SHA
+
     def model_info(self, repo_id, *, revision=None, **_):
         self.calls.append(("list", repo_id, revision))
-        names = sorted(files(self.folder(repo_id)))
-        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+        folder = self.folder(repo_id)
+        sizes = {name: (folder / name).stat().st_size for name in sorted(files(folder))}
+        siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()]
+        return SimpleNamespace(siblings=siblings, sha=self.SHA)
 
-    def snapshot_download(self, repo_id, *, revision=None, allow_patterns=None, local_files_only=False, **_):
-        self.calls.append(("offline" if local_files_only else "download", repo_id, revision))
-        folder, target = self.folder(repo_id), self.cache / repo_id
-        for name in files(folder):
-            if allow_patterns is None or any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(folder / name, target / name)
-        return str(target)
+    def get_hf_file_metadata(self, url, **_):
+        self.calls.append(("look", url))
+
+    def hf_hub_download(self, repo_id, filename, *, revision=None):
+        self.got.append(filename)
+        target = self.snapshot(repo_id)
+        ref = target.parents[1] / "refs" / (revision or "main")
+        for file in (target / filename, ref):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(self.SHA)
+        shutil.copyfile(self.folder(repo_id) / filename, target / filename)
+        return str(target / filename)

@@ -25,10 +25,11 @@ import numpy as np
 from .._version import __version__
 from ..errors import Failure, UsageError
 from ..fields import positive
-from ..generation.options import ModelOptions, Options, option_of
+from ..generation.options import KINDS, ModelOptions, Options, option_of
 from ..media.files import whole, write_text
 from .command import run
-from .flags import Parser, add_option, complete, given, reader
+from .flags import Named, Parser, add_option, complete, given, reader
+from .outputs import check
 
 if TYPE_CHECKING:
     from ..generation.pipeline import StableDiffusion
@@ -41,7 +42,8 @@ _COMMON = ("guidance_scale", "height", "width")
 
 def main_calibrate(argv: list[str] | None = None) -> int:
     """mlx-deepcache-calibrate; returns its exit code."""
-    return run(_calibrate, _flags, argv, "cancelled; what is drawn is kept, and the same command goes on")
+    cancelled = "cancelled; what is drawn is kept, and the same command goes on"
+    return run(_calibrate, _flags, argv, cancelled, "try a smaller --batch, --height and --width")
 
 
 def calibrate_parser() -> Parser:
@@ -56,8 +58,12 @@ def calibrate_parser() -> Parser:
     for name in ("steps", "scheduler", *_COMMON):
         add_option(parser, option_of(Options, name))
     add = parser.add_argument
-    add("--prompts", type=Path, default=PROMPTS, metavar="FILE", help="one a line; default: 24 for the bundled model")
-    add("--policies", type=Path, default=POLICIES, metavar="FILE", help="one composition a line; default: 62 of them")
+    add(
+        "--prompts", type=Named(), default=PROMPTS, metavar="FILE", help="one a line; default: 24 for the bundled model"
+    )
+    add(
+        "--policies", type=Named(), default=POLICIES, metavar="FILE", help="one composition a line; default: 62 of them"
+    )
     add("--seed", type=int, default=0, metavar="S", help="of the first prompt; the next has the next one")
     add(
         "--batch",
@@ -66,15 +72,30 @@ def calibrate_parser() -> Parser:
         metavar="N",
         help="pictures at once (1); adaptive caches decide for all of them",
     )
-    add("--work", type=Path, default=WORK, metavar="DIR", help=f"where what is drawn is kept; default {WORK}")
-    add("--output", type=Path, metavar="FILE.json", help="where to store the result, if not with the model")
+    add(
+        "--work",
+        type=Named(written=True),
+        default=WORK,
+        metavar="DIR",
+        help=f"where what is drawn is kept; default {WORK}",
+    )
+    add(
+        "--output",
+        type=Named(written=True, suffix=".json"),
+        metavar="FILE.json",
+        help="where to store the result, if not with the model",
+    )
     return parser
 
 
 def _flags(argv: list[str]) -> argparse.Namespace:
     parser = calibrate_parser()
     complete(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.output is not None:
+        _make_folder(args.output.parent)
+    check(parser, args)
+    return args
 
 
 def _calibrate(args: argparse.Namespace) -> None:
@@ -98,7 +119,7 @@ def _calibrate(args: argparse.Namespace) -> None:
         Price(case.caches, **{field.name: rows[case.name][field.name] for field in fields(Price)[1:]}) for case in cases
     ]
     front = Front(
-        model=model.get("model", "bundled"),
+        model=KINDS["Model"].record(model.get("model", "bundled")),
         steps=settings.steps,
         scheduler=settings.scheduler,
         guidance_scale=settings.guidance_scale,

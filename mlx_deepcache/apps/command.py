@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 
 from .. import FAST_BLAS
 from ..backend.host import HINT
 from ..errors import Failure, UsageError
+from ..fields import shown
+from . import leave
 
 
 def run(
@@ -18,36 +22,62 @@ def run(
     flags: Callable[[list[str]], argparse.Namespace],
     argv: list[str] | None,
     cancelled: str,
+    memory: str,
 ) -> int:
-    """A command's exit code: 0, 1 for a failure, 2 for a usage error, 130 for Ctrl-C; errors take one line.
+    """A command's exit code: 0, 1 for a failure, 2 for a usage error, 130 for Ctrl-C, and 128 + N for another signal N
+    that ends a program; errors take one line.
 
-    cancelled: what to say after Ctrl-C."""
+    cancelled: what to say when it is told to end; memory: what to do if that is not enough."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a file's name need not be text
-    warnings.showwarning = lambda message, *rest, **kw: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *rest, **kw: print(f"warning: {shown(message)}", file=sys.stderr)
     if not FAST_BLAS:
         print(f"note: {HINT}", file=sys.stderr)
+    before = _clean_up_when_told_to_end()
     try:
         command(flags(sys.argv[1:] if argv is None else argv))
         if sys.stdout is not None:
             sys.stdout.flush()
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown(error)}", file=sys.stderr)
         return 2
     except Failure as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"\n{cancelled}", file=sys.stderr)
-        return 130
+        return 128 + (stop.args[0] if isinstance(stop, _Ended) else signal.SIGINT)
     except MemoryError:
-        print("error: there is not enough memory; try a smaller --height and --width or fewer images", file=sys.stderr)
+        print(f"error: there is not enough memory; {memory}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:  # what no one expected, such as a full disk behind stdout
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown(error)}", file=sys.stderr)
         return 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0
+
+
+class _Ended(KeyboardInterrupt):
+    """Another signal that ends a program, which should leave as little behind as after Ctrl-C."""
+
+
+def _clean_up_when_told_to_end() -> dict:
+    """Make `kill`, a system that shuts down and a closed terminal end a command as Ctrl-C does; returns what they did
+    before."""
+
+    def end(number, frame):
+        raise _Ended(number)
+
+    if threading.current_thread() is not threading.main_thread():  # where no signals come
+        return {}
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if signal.getsignal(signal.SIGINT) is leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    heard = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]  # not under nohup
+    return {number: signal.signal(number, end) for number in heard}

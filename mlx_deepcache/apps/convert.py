@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ..generation.options import DTYPES, ModelOptions, option_of
 from .command import run
-from .flags import Parser, add_option, complete
+from .flags import Named, Parser, add_option, complete
+from .outputs import check
 
 
 def main_convert(argv: list[str] | None = None) -> int:
     """convert.py; returns its exit code."""
-    return run(_convert, _flags, argv, "cancelled; nothing was written")
+    return run(_convert, _flags, argv, "cancelled; nothing was written", "a component is converted as a whole")
 
 
 def convert_parser() -> Parser:
@@ -25,12 +25,19 @@ def convert_parser() -> Parser:
     add = parser.add_argument
     add(
         "--model",
+        type=Named(str),
         required=True,
         metavar="SRC",
         help="a folder in the diffusers layout, a single .safetensors file in the original layout, or a hub id "
         "owner/name[@revision]",
     )
-    add("--output", required=True, type=Path, metavar="DIR", help="the folder to write, whole or not at all")
+    add(
+        "--output",
+        type=Named(written=True),
+        required=True,
+        metavar="DIR",
+        help="the folder to write, whole or not at all",
+    )
     add("--dtype", choices=DTYPES, help="default: the types that the files have")
     add(
         "--quantize",
@@ -47,7 +54,9 @@ def convert_parser() -> Parser:
 def _flags(argv: list[str]) -> argparse.Namespace:
     parser = convert_parser()
     complete(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check(parser, args)
+    return args
 
 
 def _convert(args: argparse.Namespace) -> None:

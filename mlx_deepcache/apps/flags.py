@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from .._version import __version__
-from ..fields import positive, suggest, unicode_text
+from ..fields import positive, shown, suggest, unicode_text
 from ..generation.options import FILES, GROUPS, KINDS, PICTURE, Control, ModelOptions, Option, Options, options_of
 
 
@@ -43,7 +44,22 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"expected one of {known}, got {value!r}{suggest(value, choices)}")
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {'' if self.origin is None else f'{self.origin}: '}{message}\n")
+        said = message if self.origin is None else f"{self.origin}: {message}"
+        self.exit(2, f"{self.prog}: error: {shown(said)}\n")
+
+
+@dataclass(frozen=True)
+class Named:
+    """The `type` of a flag that names a file or folder, by which `outputs.check` knows it. read: makes the flag's
+    value; file: finds the path in that; written: whether it is an output; suffix: a file's, none for a folder."""
+
+    read: Callable[[str], Any] = Path
+    file: Callable[[Any], Any] = lambda value: value
+    written: bool = False
+    suffix: str = ""
+
+    def __call__(self, text: str) -> Any:
+        return reader(self.read)(text)
 
 
 def complete(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +95,7 @@ def add_option(group, option: Option) -> None:
         about["action"] = _Cache if option.flag == "--cache" else "append"
     group.add_argument(
         option.flag,
-        type=reader(option.read),
+        type=reader(option.read) if option.kind.file is None else Named(option.read, option.kind.file),
         choices=option.choices,
         metavar=option.metavar,
         nargs=option.nargs,
@@ -119,10 +135,12 @@ def generate_parser() -> Parser:
         type=reader(unicode_text),
         help="what the picture should show; (word:1.3) counts more, (word) 1.1 times, [word] less",
     )
-    prompts.add_argument("--prompt-file", metavar="FILE", help="draw every line of a text file; -: of standard input")
+    prompts.add_argument(
+        "--prompt-file", type=Named(str), metavar="FILE", help="draw every line of a text file; -: of standard input"
+    )
     what.add_argument(
         "--from-image",
-        type=Path,
+        type=Named(),
         metavar="FILE.png",
         help="draw a picture again from the settings in it, A1111's too; other flags override them",
     )
@@ -139,11 +157,20 @@ def generate_parser() -> Parser:
             for part in options_of(Control):  # given once a ControlNet
                 add_option(groups[part.group], replace(part, name=part.key, many=True))
 
+    picture, folder = Named(written=True, suffix=".png"), Named(written=True)
     watch = groups["see it happen"]
-    watch.add_argument("--preview", type=Path, metavar="FILE.png", help="rewrite this picture after every step")
-    watch.add_argument("--save-steps", type=Path, metavar="DIR", help="one picture a step: step-001.png, ...")
+    watch.add_argument("--preview", type=picture, metavar="FILE.png", help="rewrite this picture after every step")
     watch.add_argument(
-        "--preview-vae", metavar="M", help="a small VAE such as madebyollin/taesd for both; default: colours only"
+        "--save-steps",
+        type=folder,
+        metavar="DIR",
+        help="one picture a step: step-001.png, ...; a folder that has some from before is left, for DIR-2",
+    )
+    watch.add_argument(
+        "--preview-vae",
+        type=Named(str),
+        metavar="M",
+        help="a small VAE such as madebyollin/taesd for both; default: colours only",
     )
     watch.add_argument("--grid", action="store_true", help="also all pictures in one, OUTPUT-grid.png")
     watch.add_argument(
@@ -153,9 +180,27 @@ def generate_parser() -> Parser:
     )
 
     files = groups[FILES]
-    files.add_argument("--output", type=Path, default=Path("out.png"), metavar="FILE", help="default out.png")
+    files.add_argument(
+        "--output",
+        type=picture,
+        default=Path("out.png"),
+        metavar="FILE",
+        help="default out.png; if there is one already, out-2.png and so on. Settings by name, {n}, {date} and {time} "
+        "are filled in: '{prompt}-{seed}.png'",
+    )
+    files.add_argument("--overwrite", action="store_true", help="replace pictures of the same name")
     files.add_argument("--no-metadata", action="store_true", help="leave prompt and settings out of the PNG")
-    files.add_argument("--save-latents", type=Path, metavar="FILE", help="write the final latents")
-    files.add_argument("--stats", type=Path, metavar="FILE.json", help="write times, steps, multiply-adds and memory")
+    files.add_argument(
+        "--save-latents",
+        type=Named(written=True, suffix=".safetensors"),
+        metavar="FILE.safetensors",
+        help="write the final latents",
+    )
+    files.add_argument(
+        "--stats",
+        type=Named(written=True, suffix=".json"),
+        metavar="FILE.json",
+        help="write times, steps, multiply-adds and memory",
+    )
     files.add_argument("--quiet", action="store_true", help="print nothing but errors")
     return parser

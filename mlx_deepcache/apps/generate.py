@@ -6,15 +6,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
-from ..errors import CheckpointError, Failure, UsageError
-from ..generation.options import MOST, Control, ModelOptions, Options, options_of
-from ..media.files import check_writable, write_text
+from ..errors import Failure, UsageError
+from ..fields import shown
+from ..generation.options import MOST, Control, ModelOptions, Options, option_of, options_of
+from ..media.files import write_text
 from .command import run
-from .flags import complete, generate_parser, given
+from .flags import Parser, complete, generate_parser, given
+from .outputs import Pictures, check, to_stdout
 
 if TYPE_CHECKING:
     from ..generation.pipeline import Generation, StableDiffusion
@@ -24,7 +27,8 @@ if TYPE_CHECKING:
 
 def main_generate(argv: list[str] | None = None) -> int:
     """generate.py; returns its exit code."""
-    return run(_generate, _flags, argv, "cancelled; the picture under way was not written")
+    cancelled = "cancelled; the picture under way was not written"
+    return run(_generate, _flags, argv, cancelled, "try a smaller --height and --width or fewer images")
 
 
 def _flags(argv: list[str]) -> argparse.Namespace:
@@ -32,24 +36,29 @@ def _flags(argv: list[str]) -> argparse.Namespace:
     parser = generate_parser()
     complete(parser)
     args = parser.parse_args(argv)
-    args.model_named_by = None
-    if args.from_image is None:
-        if args.prompt is None and args.prompt_file is None:
-            parser.error("expected --prompt TEXT, what to draw, or --prompt-file or --from-image")
-        return args
+    if args.from_image is not None:
+        args = _as_drawn(parser, args, argv)
+    elif args.prompt is None and args.prompt_file is None:
+        parser.error("expected --prompt TEXT, what to draw, or --prompt-file or --from-image")
+    named = check(parser, args)
+    args.files = Pictures(args, named)
+    args.say = (lambda text: None) if args.quiet else partial(print, file=sys.stderr if to_stdout(named) else None)
+    return args
+
+
+def _as_drawn(parser: Parser, args: argparse.Namespace, argv: list[str]) -> argparse.Namespace:
+    """The flags of `--from-image`'s picture, and after them those on the command line."""
     from ..generation import record
 
     settings, unknown = record.read(args.from_image)
     known = {name for name, value in vars(args).items() if value is not None}
     flags = record.as_flags(settings, args.from_image, known | ({"controls"} if "controlnet" in known else set()))
     if unknown and not args.quiet:
-        print(f"note: {args.from_image}: not used: {', '.join(unknown)}", file=sys.stderr)
+        print(f"note: {shown(args.from_image)}: not used: {shown(', '.join(unknown), 300)}", file=sys.stderr)
     parser.origin = f"the settings in {args.from_image}"
     parser.parse_args(flags)  # so that an error tells whose it is
     parser.origin = None
-    named = "model" not in known and any(flag.startswith("--model=") for flag in flags)
     args = parser.parse_args([*flags, *argv])
-    args.model_named_by = args.from_image if named else None
     if args.prompt is None and args.prompt_file is None:
         parser.error(f"{args.from_image} has no prompt in it; expected --prompt TEXT")
     return args
@@ -65,11 +74,7 @@ def _generate(args: argparse.Namespace) -> None:
     from ..media.sheets import grid
     from .compare import check_comparable, comparison, without_cache
 
-    def say(text: str) -> None:
-        if not args.quiet:
-            print(text)
-
-    files = Outputs(args)
+    say, files = args.say, args.files
     model = ModelOptions(**given(args, ModelOptions))
     if model.model is None:
         say("model: the bundled text-to-emoji model; --model sd15 or --model sdxl draws anything, after a download")
@@ -90,23 +95,23 @@ def _generate(args: argparse.Namespace) -> None:
     files.number(n * len(prompts))
     if args.compare:
         check_comparable(settings)
-    watch = _watcher(args, pipe)
     for checkpoint in pipe.checkpoints:
         checkpoint.check_files()
+    watch = _watcher(args, pipe)
 
     finals, stats, images, uncached, failed = [], [], [], [], {}
     for number, (place, prompt, rows) in enumerate(batches, 1):
         if place in failed:
             continue
-        batch, names = settings.batch(prompt, rows), files.pictures[place * n :][rows]
+        batch, pictures, written = settings.batch(prompt, rows), [], []
         watch.begin(f"{number}-" if len(batches) > 1 else "")
-        pictures = []
         try:
             drawn = _draw(pipe, batch, watch, args.quiet)
-            for image, seed, file in zip(drawn.pictures(), batch.seeds, names, strict=True):
-                dtype = dtype_name(pipe.dtype)
-                save_png(file, image, None if args.no_metadata else describe(batch, model, dtype, prompt, seed))
-                say(f"wrote {file}")
+            for i, (image, seed) in enumerate(zip(drawn.pictures(), batch.seeds, strict=True), place * n + rows.start):
+                about = describe(batch, model, dtype_name(pipe.dtype), prompt, seed)
+                put = partial(save_png, image=image, settings=None if args.no_metadata else about)
+                written.append(str(files.save(i, about, put)))
+                say(f"wrote {written[-1]}")
                 pictures.append(image)
             if args.compare:
                 uncached.append(without_cache(pipe, batch))
@@ -120,17 +125,16 @@ def _generate(args: argparse.Namespace) -> None:
             images.extend(pictures)
         if args.save_latents is not None:
             finals.append(drawn.latents)
-        stats.append(drawn.stats())
+        stats.append(drawn.stats() | {"pictures": written})
         say(_cost(stats[-1]))
     if len(failed) == len(prompts):
         raise Failure("none of the prompts could be drawn")
     if args.grid:
-        write_image(files.grid, grid(images))
-        say(f"wrote {files.grid}")
+        say(f"wrote {files.save_sheet('grid', partial(write_image, image=grid(images)))}")
     if args.compare:
         seconds = sum(report["seconds"]["denoise"] for report in stats)
-        write_image(files.compare, comparison(settings.cache, images, seconds, uncached))
-        say(f"wrote {files.compare}")
+        sheet = comparison(settings.cache, images, seconds, uncached)
+        say(f"wrote {files.save_sheet('compare', partial(write_image, image=sheet))}")
     if args.save_latents is not None:
         write_latents(args.save_latents, mx.concatenate(finals))
     if args.stats is not None:
@@ -139,41 +143,12 @@ def _generate(args: argparse.Namespace) -> None:
         raise Failure(f"{len(failed)} of {len(prompts)} prompts could not be drawn")
 
 
-class Outputs:
-    """The files that will be written, checked before any work is done."""
-
-    def __init__(self, args: argparse.Namespace):
-        if args.output.suffix.lower() != ".png":
-            raise UsageError(f"--output should end in .png, got {str(args.output)!r}")
-        self.args, written = args, {}
-        for flag in ("--output", "--save-latents", "--stats", "--preview"):
-            if (file := getattr(args, flag[2:].replace("-", "_"))) is not None:
-                check_writable(file)
-                if (other := written.setdefault(file.resolve(), flag)) != flag:
-                    raise UsageError(f"{flag} and {other} name the same file, {file}")
-
-    def number(self, n: int) -> None:
-        """There will be n pictures."""
-        output = self.args.output
-        self.pictures = [output] if n == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(1, n + 1)]
-        self.grid, self.compare = (output.with_stem(f"{output.stem}-{kind}") for kind in ("grid", "compare"))
-        for file in [*self.pictures, *[self.grid] * self.args.grid, *[self.compare] * self.args.compare]:
-            check_writable(file)
-        if self.args.grid and n == 1:
-            raise UsageError("--grid shows several pictures, and this draws one; see --num-images")
-
-
 def _pipeline(args: argparse.Namespace, *, keep: bool) -> StableDiffusion:
+    from ..checkpoints import hub
     from ..generation.pipeline import StableDiffusion
 
-    try:
-        return StableDiffusion.from_pretrained(keep=keep, **given(args, ModelOptions))
-    except CheckpointError as error:
-        if args.model_named_by is None:
-            raise
-        raise CheckpointError(
-            f"{error} ({args.model_named_by} was drawn with this model; --model names another)"
-        ) from None
+    hub.quiet = args.quiet
+    return StableDiffusion.from_pretrained(keep=keep, **given(args, ModelOptions))
 
 
 def _options(args: argparse.Namespace, pipe: StableDiffusion) -> dict:
@@ -181,7 +156,9 @@ def _options(args: argparse.Namespace, pipe: StableDiffusion) -> dict:
     from ..generation.starts import read_latents
 
     options = given(args, Options) | {"controls": _controls(args)}
-    seeds, n = options.get("seeds", [0]), args.num_images
+    seeds, n = option_of(Options, "seeds").take(options.get("seeds", [0])), args.num_images
+    if "random" in options.get("seeds", ()):
+        args.say(f"seed: {', '.join(map(str, seeds))}")
     if n is not None and n > MOST:
         raise UsageError(f"--num-images should be at most {MOST:,}, got {n:,}; go on with another --seed")
     if len(seeds) > 1 and n is not None:
@@ -266,16 +243,14 @@ def _controls(args: argparse.Namespace) -> list[Control]:
 def _watcher(args: argparse.Namespace, pipe: StableDiffusion) -> Watcher:
     """What shows each step, as the flags want it; makes the folder for the pictures of single steps."""
     from ..generation.preview import latent_rgb, through
-    from .watch import Watcher, make_folder
+    from .watch import Watcher
 
     if args.preview is None and args.save_steps is None:
         if args.preview_vae is not None:
             raise UsageError("--preview-vae is for --preview and --save-steps; --vae decodes the picture itself")
         return Watcher(None)
-    if args.preview is not None and args.preview.suffix.lower() != ".png":
-        raise UsageError(f"--preview should end in .png, got {str(args.preview)!r}")
     decode = latent_rgb(pipe.checkpoint) if args.preview_vae is None else through(*pipe.other_vae(args.preview_vae))
-    if args.save_steps is not None:
-        make_folder(args.save_steps)
-        check_writable(args.save_steps / "step-001.png")
-    return Watcher(decode, args.preview, args.save_steps)
+    steps = None if args.save_steps is None else args.files.folder(args.save_steps)
+    if steps != args.save_steps:
+        args.say(f"{args.save_steps} has steps from before; these go into {steps}")
+    return Watcher(decode, args.preview, steps)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import Failure
 from ..generation.preview import Decode
 from ..media.png import write_image
 from ..media.sheets import side_by_side
@@ -35,15 +34,3 @@ class Watcher:
         files = [self.file, self.folder and self.folder / f"{self.prefix}step-{self.steps:03}.png"]
         for file in filter(None, files):
             write_image(file, image, compress_level=1)  # speed counts here
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder in one that exists.
-
-    Raises:
-        Failure: it cannot be made.
-    """
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise Failure(f"cannot make the folder {folder}: {error.strerror or error}") from None

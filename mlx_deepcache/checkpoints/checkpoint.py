@@ -16,9 +16,10 @@ from ..nets.clip import CLIPConfig, CLIPTextModel
 from ..nets.tiny import TinyVAEConfig
 from ..nets.unet_parts import UNetConfig
 from ..unet import UNet2DConditionModel
-from .families import EPSILON, PIPELINES, Family, FewStep, V, family_of, few_step
+from .families import EPSILON, Family, FewStep, V, check_pipeline, family_of, few_step
 from .folder import Folder, Part, Source
 from .hub import find_source
+from .names import BUNDLED_NAME
 from .part import OtherVAE, vae_config, vae_module
 
 BUNDLED = Path(__file__).parent / "bundled" / "emoji"
@@ -49,15 +50,13 @@ class Checkpoint:
         """
         if prediction_type not in (None, *PREDICTION_TYPES):
             raise UsageError(f"prediction type should be {' or '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
-        if model is not None:
+        if model not in (None, BUNDLED_NAME):  # a folder of that name is ./emoji
             source = find_source(model, half=half, prediction_type=prediction_type)
         elif (BUNDLED / "model_index.json").is_file():
             source = Folder(BUNDLED, prediction_type)
         else:
             raise CheckpointError("the bundled model is not installed; name another with --model, such as sd15")
-        kind = source.index.get("_class_name", PIPELINES[0])
-        if kind not in PIPELINES:
-            raise CheckpointError(f"{source.path} holds a {kind}, which is not supported, only {', '.join(PIPELINES)}")
+        check_pipeline(source.index, source.path)
         latents = vae_config(source.part("vae").config)
         described = source.part("unet").config
         unet = UNetConfig.from_dict(described)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -14,9 +15,19 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import CheckpointError, Failure, UsageError
+from ..media.files import why
 from . import weights
 from .checkpoint import Checkpoint
+from .families import COMPONENTS, ENCODERS
 from .folder import PRICES, find_prices
+
+# What is written here, as paths in the folder
+_OWN = re.compile(
+    r"model_index\.json|scheduler/scheduler_config\.json"
+    rf"|({'|'.join(COMPONENTS)})/(config\.json|{re.escape(weights.CONVERTED)})"
+    rf"|({'|'.join(ENCODERS.values())})/[^/]+\.(json|txt)"
+)
+_OF_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,7 @@ def convert(
     component's name before it starts.
 
     Raises:
-        UsageError: `output` exists, and `force` is not given.
+        UsageError: `output` exists, and `force` is not given, or holds what is not from here.
         CheckpointError: the model cannot be had, or is damaged or not supported.
         Failure: `output` cannot be written.
     """
@@ -66,6 +77,7 @@ def convert(
     checkpoint.source.scheduler()
     if output.exists() and output == checkpoint.source.path.resolve():
         raise UsageError(f"{output} is the model itself; name another folder")
+    _check_own(output, checkpoint)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
@@ -76,13 +88,35 @@ def convert(
         new.mkdir()
         report = [_convert_one(checkpoint, name, new, dtype, bits, progress) for name in checkpoint.components]
         _copy_settings(checkpoint, new)
+        _check_own(output, checkpoint)
         _put_in_place(new, output, temporary / "old")
-    except OSError as error:
-        raise Failure(f"cannot write {output}: {error.strerror or error}") from None
+    except Failure:
+        raise
+    except (OSError, RuntimeError) as error:  # MLX raises the latter
+        raise Failure(f"cannot write {output}: {why(error)}") from None
     finally:
         if output.exists() or not (temporary / "old").exists():
             shutil.rmtree(temporary, ignore_errors=True)
     return report
+
+
+def _check_own(output: Path, checkpoint: Checkpoint) -> None:
+    """Raises UsageError if a folder that is to be replaced holds more than this module writes, or what calibrating its
+    model took hours to find."""
+    prices = find_prices(checkpoint.source.path)
+    foreign = []
+    for file in sorted(output.rglob("*")) if output.is_dir() else ():
+        name = file.relative_to(output).as_posix()
+        if file.is_dir() and not file.is_symlink() or file.name in _OF_SYSTEMS:
+            continue
+        copied = name == PRICES and prices is not None and prices.read_bytes() == file.read_bytes()
+        if not (copied or _OWN.fullmatch(name)):
+            foreign.append(name)
+    if foreign:
+        raise UsageError(
+            f"{output} holds what convert.py did not write: {weights.some(foreign)}; move that elsewhere, or name "
+            "another folder"
+        )
 
 
 def _put_in_place(new: Path, output: Path, old: Path) -> None:

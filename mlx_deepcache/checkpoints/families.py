@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
+from ..errors import CheckpointError
 from .tokenizer import END
 
 CLIP, OPEN_CLIP = "clip", "open_clip"  # whose names and layout a text encoder's tensors have in a single file
@@ -166,11 +167,19 @@ REFINER = replace(
 )
 
 FAMILIES = (SD1, SD2, SDXL, REFINER)
+ENCODERS = {name: tokenizer for family in FAMILIES for name, tokenizer in family.encoders.items()}
+COMPONENTS = (*ENCODERS, "unet", "vae")
 
 PIPELINES = (  # diffusers' classes that draw with these; the last draws with a few-step model of SD 1.x
     *dict.fromkeys(f"{family.pipeline}{task}Pipeline" for family in FAMILIES for task in ("", "Img2Img", "Inpaint")),
     "LatentConsistencyModelPipeline",
 )
+
+
+def check_pipeline(index: dict, where: object) -> None:
+    """Raises CheckpointError for a model_index.json of another kind of model; where: what to call its place."""
+    if (kind := index.get("_class_name", PIPELINES[0])) not in PIPELINES:
+        raise CheckpointError(f"{where} holds a {kind}, which is not supported, only {', '.join(PIPELINES)}")
 
 
 def family_of(adds: bool, linear: bool, fits: Callable[[Family], bool]) -> Family:

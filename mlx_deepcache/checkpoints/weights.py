@@ -17,12 +17,12 @@ from safetensors import SafetensorError, safe_open
 
 from ..backend.ops import DTYPES
 from ..errors import CheckpointError
+from .names import PICKLES
 
 LAYOUT = "channels_last"
 CONVERTED = "weights.safetensors"
 GROUP_SIZE = 64
 _STEMS = ("diffusion_pytorch_model", "model")
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
 def component_files(folder: Path, names: list[str] | None = None) -> list[str]:
@@ -174,9 +174,9 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: p.shape for name, p in tree_flatten(module.parameters())}
 
 
-def some(names: list[str]) -> str:
+def some(names: list[str], most: int = 3) -> str:
     """The first of them and how many more, for a message."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _check(tensors: dict[str, mx.array], shapes: dict[str, tuple[int, ...]], where: str) -> None:

@@ -8,6 +8,8 @@ read back, and its name in A1111's text. Whoever shows options asks `options_of`
 from __future__ import annotations
 
 import math
+import os
+import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
@@ -16,6 +18,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoints.names import BUNDLED_NAME
 from ..diffusion.noise import GENERATORS
 from ..diffusion.schedulers import SCHEDULERS
 from ..errors import UsageError
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
     from ..cache.composition import Policy as CachingPolicy
 
     File = Path | str
+    Model = File
+    Seed = int | str
     Picture = File | Image | np.ndarray
     Latents = File | mx.array
     Lora = File | tuple[File, float]
@@ -81,13 +86,14 @@ DECIBELS = Check("a number of dB above 0, such as 30", lambda value: value > 0)
 @dataclass(frozen=True)
 class Kind:
     """A kind of value: in words, and as the help of a flag shows it; read from a flag's text, or taken from a caller in
-    Python (ValueError if it is none); and as JSON has it."""
+    Python (ValueError if it is none); as JSON has it; and the file or folder that it names, if it names one."""
 
     words: str
     metavar: str | None
     read: Callable[[str], Any]
     take: Callable[[Any], Any] = lambda value: value
     record: Callable[[Any], Any] = lambda value: value
+    file: Callable[[Any], Any] | None = None
 
 
 def _exactly(kind: type, make: Callable) -> Callable[[Any], Any]:
@@ -118,14 +124,56 @@ def _name(file: Any) -> str | None:
     return Path(file).name if isinstance(file, (str, Path)) else None
 
 
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _file_of_pair(item: Any) -> Any:
+    return item[0]
+
+
+def _path(value: Any) -> str:
+    return _str(str(value) if isinstance(value, Path) else value)
+
+
+def _told(file: Any) -> str:
+    """What a picture tells of a file or folder: never a whole path, but the way to it from here, begun with a dot so
+    that it is taken for nothing else; of what lies elsewhere altogether only the name. A hub id stays as it is."""
+    text = str(file)
+    if not os.path.exists(text):
+        return os.path.basename(text) if os.path.isabs(text) else text
+    path, here = os.path.abspath(text), os.getcwd()
+    together = os.path.commonpath([path, here])
+    way = os.path.basename(path) if os.path.dirname(together) == together else os.path.relpath(path, here)
+    return way if way.startswith(os.pardir) else os.path.join(os.curdir, way)
+
+
+def _told_model(name: str) -> str:
+    return name if name == BUNDLED_NAME else _told(name)
+
+
 def _pair(item: Any) -> tuple[Path, Any]:
     file, second = item if isinstance(item, tuple) else (item, None)
     return Path(file), second
 
 
+def tagged(file: str, second: Any) -> str:
+    """A LoRA's file with its scale, an embedding's with its word, as a flag has it."""
+    return file if second in (None, "") else f"{file}:{second if isinstance(second, str) else format(second, 'g')}"
+
+
 def _tagged(item: Any) -> str:
     file, second = _pair(item)
-    return str(file) if second in (None, "") else f"{file}:{second if isinstance(second, str) else format(second, 'g')}"
+    return tagged(_told(file), second)
+
+
+def _seed(text: str) -> int | str:
+    return text if text == "random" else int(text)
+
+
+def _drawn_seed(value: Any) -> int:
+    """A seed as others write them, of 32 bits, for `random`."""
+    return secrets.randbelow(2**32) if isinstance(value, str) and value == "random" else _exactly(Real, int)(value)
 
 
 KINDS = {
@@ -133,10 +181,14 @@ KINDS = {
     "int": Kind("a whole number", "N", int, _exactly(Real, int)),
     "float": Kind("a number", "X", finite, _exactly(Real, finite)),
     "bool": Kind("True or False", None, str, _bool),
-    "Picture": Kind("a picture", "FILE", Path, record=_name),
-    "Latents": Kind("latents", "FILE", Path, record=_name),
-    "Lora": Kind("FILE or FILE:SCALE with a finite number", "FILE[:SCALE]", file_and_scale, record=_tagged),
-    "Embedding": Kind("FILE or FILE:WORD", "FILE[:WORD]", file_and_word, record=_tagged),
+    "Seed": Kind("a whole number, or random", "S", _seed, _drawn_seed),
+    "Model": Kind("a file, a folder or a name", "M", unicode_text, _path, _told_model, file=_itself),
+    "Picture": Kind("a picture", "FILE", Path, record=_name, file=_itself),
+    "Latents": Kind("latents", "FILE", Path, record=_name, file=_itself),
+    "Lora": Kind(
+        "FILE or FILE:SCALE with a finite number", "FILE[:SCALE]", file_and_scale, record=_tagged, file=_file_of_pair
+    ),
+    "Embedding": Kind("FILE or FILE:WORD", "FILE[:WORD]", file_and_word, record=_tagged, file=_file_of_pair),
     "Policy": Kind("a caching policy", "NAME[:key=value,...]", str, record=str),
     "Control": Kind(
         "a Control", None, str, record=lambda control: {o.name: o.record(control) for o in options_of(Control)}
@@ -285,8 +337,11 @@ class Control:
     complete settings (H, W, 3) uint8); scale: the factor on what it adds; start, end: the share of the steps that it
     takes part in."""
 
-    model: str = option(
-        MISSING, "a ControlNet in the diffusers layout: a folder or a hub id", CONTROL, flag="--controlnet", metavar="M"
+    model: Model = option(
+        MISSING,
+        "a ControlNet in the diffusers layout: a folder, or a hub id, owner/name[:file]",
+        CONTROL,
+        flag="--controlnet",
     )
     image: Picture = option(MISSING, "the edges, pose, ... to follow", CONTROL, flag="--control-image")
     scale: float = option(1.0, "how strictly it is followed (1)", CONTROL, flag="--control-scale")
@@ -306,31 +361,31 @@ class Control:
 class ModelOptions:
     """What a pipeline is made of: see `StableDiffusion.from_pretrained`."""
 
-    model: str | None = option(
+    model: Model | None = option(
         None,
         "a folder from convert.py or in the diffusers layout, a single .safetensors file in the original layout, a hub "
-        "id (owner/name[@revision]), or sd15, sd21, sdxl, sdxl-refiner, sdxl-turbo, sd-turbo; default: the small model "
-        "that comes with the package",
+        "id (owner/name[@revision][:file]), or sd15, sd21, sdxl, sdxl-refiner, sdxl-turbo, sd-turbo; default: the "
+        "small model that comes with the package",
         MODEL,
-        metavar="M",
         a1111="Model",
     )
-    vae: str | None = option(
+    vae: Model | None = option(
         None,
-        "decode with another VAE: a folder or hub id of one (AutoencoderKL or AutoencoderTiny, that is TAESD), or of a "
-        "model that has one",
+        "decode with another VAE: a folder or hub id (owner/name[:file]) of one (AutoencoderKL or AutoencoderTiny, "
+        "that is TAESD), or of a model that has one",
         MODEL,
-        metavar="M",
     )
     loras: tuple[Lora, ...] = option(
         (),
-        "change the model by a LoRA (safetensors), SCALE times as strongly as it was trained; repeatable",
+        "change the model by a LoRA (safetensors, or a hub id, owner/name[:file]), SCALE times as strongly as it was "
+        "trained; repeatable",
         MODEL,
         flag="--lora",
     )
     embeddings: tuple[Embedding, ...] = option(
         (),
-        "a textual inversion (safetensors), and the word that calls it in prompts; repeatable",
+        "a textual inversion (safetensors, or a hub id, owner/name[:file]), and the word that calls it in prompts; "
+        "repeatable",
         MODEL,
         flag="--embedding",
     )
@@ -340,9 +395,7 @@ class ModelOptions:
         MODEL,
         choices=("epsilon", "v_prediction"),
     )
-    refiner: str | None = option(
-        None, "the model that draws the last steps, such as sdxl-refiner", REFINER, metavar="M"
-    )
+    refiner: Model | None = option(None, "the model that draws the last steps, such as sdxl-refiner", REFINER)
     dtype: str = option("auto", "auto: float16 on a GPU, else float32", MACHINE, choices=("auto", *DTYPES))
     compile: str = option(
         "auto", "fuse the U-Net's operations; auto: on a GPU", MACHINE, choices=SWITCH, recorded=False
@@ -391,8 +444,8 @@ class Options:
     negative_prompt_2: str | None = option(None, "likewise", PICTURE)
     plain_prompt: bool = option(False, "brackets are only brackets", PICTURE)
     long_prompt: bool = option(False, "use all of a prompt of more than 75 tokens", PICTURE)
-    seeds: tuple[int, ...] = option(
-        (0,), "one or several; default 0", PICTURE, flag="--seed", metavar="S", nargs="+", a1111="Seed"
+    seeds: tuple[Seed, ...] = option(
+        (0,), "one or several, or random; default 0", PICTURE, flag="--seed", nargs="+", a1111="Seed"
     )
     height: int | None = option(
         None, "default: the model's native size", PICTURE, metavar="PX", check=at_least(1), model="native_height"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,14 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from .._version import __version__
+from ..checkpoints.names import BUNDLED_NAME, may_be_fetched
 from ..errors import Failure, UsageError
+from ..fields import shown
 from ..media.png import write_image
-from .options import KINDS, Control, ModelOptions, Option, Options, options_of
+from .options import KINDS, Control, ModelOptions, Option, Options, options_of, tagged
 
 JSON_KEY = "mlx_deepcache"
+LONGEST = 100_000  # characters of settings: a picture that comes from anywhere does not decide how much is printed
 _PAIR = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 # A1111 writes its own pairs in this order; the others come after them
 _A1111_ORDER = ("Steps", "Sampler", "CFG scale", "Seed", "Size", "Denoising strength", "Model", "RNG")
@@ -35,7 +40,7 @@ def describe(settings, model: ModelOptions, dtype: str, prompt: str, seed: int) 
     record |= {o.key: o.record(model) for o in options_of(ModelOptions) if o.recorded}
     return record | {
         "seed": seed,
-        "model": model.model or "emoji",
+        "model": KINDS["Model"].record(model.model or BUNDLED_NAME),
         "dtype": dtype,
         "version": f"mlx_deepcache {__version__}",
     }
@@ -58,10 +63,12 @@ def parameters_text(settings: dict) -> str:
     return "\n".join(lines)
 
 
-def save_png(file: Path, image: np.ndarray, settings: dict | None) -> None:
-    """Write (H, W, 3) uint8, whole or not at all; `settings` go in as `parameters` text and as JSON.
+def save_png(file: Path, image: np.ndarray, settings: dict | None, *, replace: bool = True) -> None:
+    """Write (H, W, 3) uint8, whole or not at all; `settings` go in as `parameters` text and as JSON; replace: see
+    `media.files.whole`.
 
     Raises:
+        FileExistsError: there is such a file, and it should not be replaced.
         Failure: the file cannot be written.
     """
     info = None
@@ -69,7 +76,7 @@ def save_png(file: Path, image: np.ndarray, settings: dict | None) -> None:
         info = PngInfo()
         info.add_itxt("parameters", parameters_text(settings))
         info.add_itxt(JSON_KEY, json.dumps(settings, ensure_ascii=False))
-    write_image(file, image, pnginfo=info)
+    write_image(file, image, replace=replace, pnginfo=info)
 
 
 def read(file: Path) -> tuple[dict, list[str]]:
@@ -81,18 +88,25 @@ def read(file: Path) -> tuple[dict, list[str]]:
         Failure: it is missing, no PNG, or carries no settings that can be read.
     """
     try:
-        with Image.open(file) as image:
-            if image.format != "PNG":
-                raise Failure(f"{file} is a {image.format} picture; settings are read from PNG files only")
-            texts = dict(image.text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                if image.format != "PNG":
+                    raise Failure(f"{file} is a {image.format} picture; settings are read from PNG files only")
+                texts = dict(image.text)
+    except Failure:
+        raise
     except UnidentifiedImageError:
         raise Failure(f"{file} is no picture; expected a PNG file with settings in it") from None
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # decoders raise whatever the broken file led to
         raise Failure(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
+    for key in (JSON_KEY, "parameters"):
+        if len(texts.get(key, "")) > LONGEST:
+            raise Failure(f"{file} has {len(texts[key]):,} characters of settings ({key}); up to {LONGEST:,} are read")
     if JSON_KEY in texts:
         try:
             settings = json.loads(texts[JSON_KEY])
-        except ValueError:
+        except (ValueError, RecursionError):
             settings = None
         if not isinstance(settings, dict):
             raise Failure(f"{file}: its settings ({JSON_KEY}) are damaged; expected a JSON object")
@@ -135,14 +149,16 @@ def as_flags(settings: dict, file: Path, given: set[str]) -> list[str]:
     """What to put before the given flags so that they draw the picture again; a later flag overrides an earlier one.
 
     given: the names of the options on the command line. Of those that can be repeated, and of what else would add up
-    with them, nothing is taken from the picture if they are given. Pictures and latents are known by their names only,
-    and looked for here and beside `file`.
+    with them, nothing is taken from the picture if they are given. Files are looked for here and beside `file`:
+    pictures and latents by their bare names only.
 
     Raises:
-        UsageError: one of those is nowhere to be found, or a value is of the wrong kind.
+        UsageError: a picture or latents are nowhere to be found, a value is of the wrong kind, or something is to be
+            had from the hub only, which a picture does not decide.
+        Failure: another file is nowhere to be found.
     """
     settings = {key: value for key, value in settings.items() if value is not None}
-    if settings.get("model") == "emoji" and not Path("emoji").exists():
+    if settings.get("model") == BUNDLED_NAME:
         del settings["model"]
     if "cache" in given or "cache" in settings:  # which says all of it
         settings.pop("cache_interval", None)
@@ -165,12 +181,11 @@ def flags_of(o: Option, value: Any, file: Path) -> list[str]:
     if o.kind is KINDS["bool"]:
         return [o.flag] if value is True else []
     if o.nargs is not None or not o.many:
-        found = _near(value, file, o.flag) if o.kind in (KINDS["Picture"], KINDS["Latents"]) else value
-        return [f"{o.flag}={found}"]
+        return [f"{o.flag}={_found(o, value, file)}"]
     if not isinstance(value, list):
         raise UsageError(f"{file}: its settings are damaged: {o.key} = {value!r} should be a list")
     if o.kind is not KINDS["Control"]:
-        return [f"{o.flag}={item}" for item in value]
+        return [f"{o.flag}={_found(o, item, file)}" for item in value]
     try:
         parts = [(part, item[part.name]) for item in value for part in options_of(Control)]
     except (KeyError, TypeError):
@@ -178,13 +193,42 @@ def flags_of(o: Option, value: Any, file: Path) -> list[str]:
     return [flag for part, given in parts for flag in flags_of(part, given, file)]
 
 
-def _near(name: object, file: Path, flag: str) -> Path:
-    """A file by its bare name, here or beside the picture."""
-    bare = Path(str(name)).name
-    for place in (Path(bare), file.parent / bare):
-        if place.is_file():
-            return place
-    raise UsageError(f"{file} was drawn from {bare}, which is neither here nor beside it; name it with {flag}")
+def _found(o: Option, value: object, file: Path) -> object:
+    """A value, of which the file that it names, if it names one, is found here or beside the picture."""
+    if o.kind.file is None:
+        if value == "list" and o.kind is KINDS["Policy"]:
+            raise UsageError(f"{file}: its settings are damaged: {o.key} = {value!r}")
+        return value
+    told = str(value)
+    if o.kind in (KINDS["Picture"], KINDS["Latents"]):
+        bare = Path(told).name
+        if (found := _first(Path(bare), file.parent / bare)) is None or not found.is_file():
+            where = "which is neither here nor beside it"
+            raise UsageError(f"{file} was drawn from {bare}, {where}; name it with {o.flag}")
+        return found
+    try:
+        read = o.kind.read(told)
+    except ValueError as error:
+        raise UsageError(f"{file}: its settings are damaged: {o.key} = {told!r}: {error}") from None
+    named = str(o.kind.file(read))
+    if o.kind is KINDS["Model"] and named == BUNDLED_NAME:
+        return named
+    ways = [Path(named), file.parent / named, Path(Path(named).name), file.parent / Path(named).name]
+    if named and (found := _first(*ways)) is not None:
+        return tagged(str(found), read[1]) if isinstance(read, tuple) else os.path.join(os.curdir, found)
+    if may_be_fetched(named):
+        raise UsageError(
+            f"{file} was drawn with {named} of the Hugging Face hub, which is asked for what you name only: "
+            f"{o.flag} {told} does"
+        )
+    raise Failure(
+        f"no {o.key} {shown(named, 60)!r} here or beside the picture: {file} was drawn with this {o.key}; "
+        f"{o.flag} names another"
+    )
+
+
+def _first(*places: Path) -> Path | None:
+    return next((place for place in places if os.path.exists(place)), None)
 
 
 def _quoted(value) -> str:

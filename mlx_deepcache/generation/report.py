@@ -57,11 +57,12 @@ def stats(
     clock: Clock,
     estimated: dict[str, int],
 ) -> dict:
-    """What these steps cost, one of the models a leg: seconds by phase, each step's kind, U-Net multiply-adds
-    against an uncached run, the most bytes that each cache remembered, what an adaptive cache decided and from which
-    relative change, peak memory, what it was estimated to be beforehand, and where it ran."""
+    """What these steps cost, one of the models a leg: the seeds, seconds by phase, each step's kind, U-Net
+    multiply-adds against an uncached run, the most bytes that each cache remembered, what an adaptive cache decided and
+    from which relative change, peak memory, what it was estimated to be beforehand, and where it ran."""
     macs, macs_uncached = (sum(counts) for counts in zip(*_macs(settings, models, steps), strict=True))
     return {
+        "seeds": list(settings.seeds),
         "seconds": {phase: round(seconds, 4) for phase, seconds in clock.seconds.items()},
         "steps": ["full" if step.full else "cached" for step in steps],
         "full_steps": sum(step.full for step in steps),

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ def draw(checkpoint, tmp_path, monkeypatch):
 
     def run(*flags, model=None):
         model = checkpoint("sd15") if model is None else model
-        return exit_code(main_generate, ["--model", model, "--prompt", "a cat", *SMALL, *flags])
+        return exit_code(main_generate, ["--model", model, "--prompt", "a cat", *SMALL, "--overwrite", *flags])
 
     return run
 
@@ -724,6 +725,35 @@ def test_ctrl_c(draw, capfd, monkeypatch, quiet):
     assert "cancelled" in err
     assert "Traceback" not in out + err
     assert left() == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_other_signals_clean_up_too(draw, capfd, monkeypatch, number, code):
+    monkeypatch.setattr(
+        Image.Image, "save", lambda self, file, **_: (file.write_text("h"), signal.raise_signal(number))
+    )
+    assert draw("--steps", 1) == code
+    assert capfd.readouterr().err.splitlines()[-1] == "cancelled; the picture under way was not written"
+    assert left() == []
+
+
+def test_nohup_is_honoured(draw):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert draw("--steps", 1) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("name", ["generate.py", "convert.py"])
+def test_ctrl_c_while_importing(tmp_path, name):
+    """In the first tenth of a second, when no command is there to catch it: one that comes while NumPy is imported."""
+    (tmp_path / "numpy.py").write_text("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, REPOSITORY / name, "--prompt", "x"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ncancelled; nothing was done\n")
 
 
 @pytest.mark.parametrize("main", [main_generate, main_convert])

