@@ -668,10 +668,11 @@ def test_huge_weights(draw, capfd, weight):
     assert_fails(capfd, draw("--quiet", "--negative-prompt", "(" * 60 + "cat"), 2, "from -100 to 100", "'cat'")
 
 
-def test_a_bad_prompt_fails_alone(draw, capfd):
+def test_a_bad_prompt_fails_alone(draw, checkpoint, capfd):
     """The others are drawn, under the numbers that they would have had."""
     Path("prompts").write_text("(a cat:1000)\na dog\n(a bird:-1000)\n")
-    code = draw("--quiet", "--prompt-file", "prompts", "--num-images", 2, "--stats", "s.json", "--steps", 1)
+    flags = ["--model", checkpoint("sd15"), "--prompt-file", "prompts", *SMALL, "--quiet"]
+    code = exit_code(main_generate, [*flags, "--num-images", 2, "--stats", "s.json", "--steps", 1])
     err = capfd.readouterr().err
     assert code == 1
     assert left() == ["out-3.png", "out-4.png", "prompts", "s.json"]
@@ -683,9 +684,10 @@ def test_a_bad_prompt_fails_alone(draw, capfd):
     assert isinstance(json.loads(Path("s.json").read_text()), dict)  # of the one batch that was drawn
 
 
-def test_no_prompt_can_be_drawn(draw, capfd):
+def test_no_prompt_can_be_drawn(draw, checkpoint, capfd):
     Path("prompts").write_text("(a cat:1000)\n(a bird:-1000)\n")
-    code = draw("--quiet", "--prompt-file", "prompts", "--grid", "--stats", "s.json")
+    flags = ["--model", checkpoint("sd15"), "--prompt-file", "prompts", *SMALL, "--quiet"]
+    code = exit_code(main_generate, [*flags, "--grid", "--stats", "s.json"])
     assert (code, left()) == (1, ["prompts"])
     assert capfd.readouterr().err.splitlines()[-1] == "error: none of the prompts could be drawn"
 
