@@ -359,15 +359,15 @@ class ModelOptions:
     model: Model | None = option(
         None,
         "a folder from convert.py or in the diffusers layout, a single .safetensors file in the original layout, a hub "
-        "id (owner/name[@revision][:file]), or sd15, sd21, sdxl, sdxl-refiner, sdxl-turbo, sd-turbo; default: the small "
-        "model that comes with the package",
+        "id (owner/name[@revision][:file]), or sd15, sd21, sdxl, sdxl-refiner, sdxl-turbo, sd-turbo; default: the "
+        "small model that comes with the package",
         MODEL,
         a1111="Model",
     )
     vae: Model | None = option(
         None,
-        "decode with another VAE: a folder or hub id (owner/name[:file]) of one (AutoencoderKL or AutoencoderTiny, that "
-        "is TAESD), or of a model that has one",
+        "decode with another VAE: a folder or hub id (owner/name[:file]) of one (AutoencoderKL or AutoencoderTiny, "
+        "that is TAESD), or of a model that has one",
         MODEL,
     )
     loras: tuple[Lora, ...] = option(
