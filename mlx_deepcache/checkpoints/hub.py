@@ -59,19 +59,19 @@ def find(model: str, *, half: bool = False, alone: bool = False) -> Path:
     try:
         if model and Path(model).exists():
             return Path(model)
-        if (
-            Path(model).suffix in (".safetensors", *PICKLES)
-            and (hub_id(model) or HubId(model, None, None)).file is None
-        ):
+        if hub_id(model) is None and Path(model).suffix in (".safetensors", *PICKLES):
             raise CheckpointError(f"there is no file {model}")
     except OSError:  # too long for a file's name
         model = f"{model[:60]}..."
     names = {} if alone else SHORT_NAMES
     if model in names:
-        reasons = []
-        for mirror in names[model]:
+        mirrors, reasons = [HubId(mirror) for mirror in names[model]], []
+        for mirror in mirrors:
+            if (folder := _snapshot(mirror)) is not None and _complete(folder, alone):
+                return folder
+        for mirror in mirrors:
             try:
-                return _model(HubId(mirror, None, None), half, alone)
+                return _model(mirror, half, alone)
             except _NoAnswer:
                 raise
             except CheckpointError as error:

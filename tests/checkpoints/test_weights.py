@@ -787,6 +787,15 @@ def test_short_names_try_mirrors_in_order(checkpoint, fake_hub, capfd, output, n
     assert fake_hub.calls == [("list", mirror, None) for mirror in mirrors]
 
 
+def test_a_mirror_that_is_here_is_used(checkpoint, fake_hub):
+    """Though the first one is not: nothing is asked of the hub, which may be out of reach."""
+    fake_hub.repositories[hub.SHORT_NAMES["sd15"][-1]] = checkpoint("sd15")
+    folder = hub.find("sd15")
+    fake_hub.calls.clear()
+    assert hub.find("sd15") == folder
+    assert fake_hub.calls == []
+
+
 def test_a_folder_comes_before_a_repository(checkpoint, fake_hub, tmp_path):
     (tmp_path / "somebody").mkdir()
     (tmp_path / "somebody" / "model").symlink_to(checkpoint("sd15"))
