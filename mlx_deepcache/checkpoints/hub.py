@@ -46,7 +46,7 @@ class _NoAnswer(CheckpointError):
     """The hub cannot be reached: no other repository is worth a try."""
 
 
-def find(model: str, *, half: bool = False, alone: bool = False) -> Path:
+def find(model: str | Path, *, half: bool = False, alone: bool = False) -> Path:
     """The local folder or file of a model, downloaded if need be (only the files that are needed).
 
     model: a folder, a single file, a hub id `owner/name` with an optional `@revision` and an optional `:file`, or one
@@ -56,6 +56,7 @@ def find(model: str, *, half: bool = False, alone: bool = False) -> Path:
     Raises:
         CheckpointError: there is no such folder or file, or no repository could be had; says why.
     """
+    model = str(model)
     try:
         if model and Path(model).exists():
             return Path(model)

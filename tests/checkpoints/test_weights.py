@@ -437,7 +437,7 @@ def test_failure_leaves_all_as_it_was(checkpoint, copy, output, capfd, damage, f
 def test_signals_leave_nothing(checkpoint, output, capfd, monkeypatch, number, code):
     monkeypatch.setattr(shutil, "copyfile", lambda *_: signal.raise_signal(number))
     before = signal.getsignal(number)
-    assert convert(checkpoint("sd15"), output) == code
+    assert convert(checkpoint("sd15"), output / "in" / "new folders") == code
     assert capfd.readouterr().err.splitlines()[-1] == "cancelled; nothing was written"
     assert os.listdir(output.parent) == []
     assert signal.getsignal(number) == before
