@@ -241,7 +241,7 @@ class Pattern:
             value = os.path.basename(value) if name in models else value
             text += format(value, form) if isinstance(value, int) else format(safe(str(value)), form.lstrip("0"))
         stem, suffix = os.path.splitext(text)
-        return _cut(stem, 2 * LONGEST - 20).lstrip(".-") + suffix
+        return _cut(stem, 2 * LONGEST - 20).lstrip("-") + suffix
 
 
 def safe(text: str) -> str:

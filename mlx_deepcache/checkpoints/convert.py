@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +79,7 @@ def convert(
     if output.exists() and output == checkpoint.source.path.resolve():
         raise UsageError(f"{output} is the model itself; name another folder")
     _check_own(output, checkpoint)
+    made = [folder for folder in output.parents if not folder.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
@@ -97,6 +99,9 @@ def convert(
     finally:
         if output.exists() or not (temporary / "old").exists():
             shutil.rmtree(temporary, ignore_errors=True)
+        for folder in () if output.exists() else made:
+            with suppress(OSError):  # something else may be in it by now
+                folder.rmdir()
     return report
 
 

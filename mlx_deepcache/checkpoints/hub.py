@@ -46,7 +46,7 @@ class _NoAnswer(CheckpointError):
     """The hub cannot be reached: no other repository is worth a try."""
 
 
-def find(model: str, *, half: bool = False, alone: bool = False) -> Path:
+def find(model: str | Path, *, half: bool = False, alone: bool = False) -> Path:
     """The local folder or file of a model, downloaded if need be (only the files that are needed).
 
     model: a folder, a single file, a hub id `owner/name` with an optional `@revision` and an optional `:file`, or one
@@ -56,22 +56,23 @@ def find(model: str, *, half: bool = False, alone: bool = False) -> Path:
     Raises:
         CheckpointError: there is no such folder or file, or no repository could be had; says why.
     """
+    model = str(model)
     try:
         if model and Path(model).exists():
             return Path(model)
-        if (
-            Path(model).suffix in (".safetensors", *PICKLES)
-            and (hub_id(model) or HubId(model, None, None)).file is None
-        ):
+        if hub_id(model) is None and Path(model).suffix in (".safetensors", *PICKLES):
             raise CheckpointError(f"there is no file {model}")
     except OSError:  # too long for a file's name
         model = f"{model[:60]}..."
     names = {} if alone else SHORT_NAMES
     if model in names:
-        reasons = []
-        for mirror in names[model]:
+        mirrors, reasons = [HubId(mirror) for mirror in names[model]], []
+        for mirror in mirrors:
+            if (folder := _snapshot(mirror)) is not None and _complete(folder, alone):
+                return folder
+        for mirror in mirrors:
             try:
-                return _model(HubId(mirror, None, None), half, alone)
+                return _model(mirror, half, alone)
             except _NoAnswer:
                 raise
             except CheckpointError as error:

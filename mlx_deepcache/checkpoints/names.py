@@ -23,8 +23,8 @@ class HubId(NamedTuple):
     """A repository, a revision of it, and one of its files."""
 
     repository: str
-    revision: str | None
-    file: str | None
+    revision: str | None = None
+    file: str | None = None
 
 
 def hub_id(text: str) -> HubId | None:

@@ -23,7 +23,7 @@ from .options import KINDS, Control, ModelOptions, Option, Options, options_of, 
 
 JSON_KEY = "mlx_deepcache"
 LONGEST = 100_000  # characters of settings: a picture that comes from anywhere does not decide how much is printed
-_PAIR = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_PAIR = re.compile(r'(?:^|,)\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?=,|$)')
 # A1111 writes its own pairs in this order; the others come after them
 _A1111_ORDER = ("Steps", "Sampler", "CFG scale", "Seed", "Size", "Denoising strength", "Model", "RNG")
 

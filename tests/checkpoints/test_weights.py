@@ -437,7 +437,7 @@ def test_failure_leaves_all_as_it_was(checkpoint, copy, output, capfd, damage, f
 def test_signals_leave_nothing(checkpoint, output, capfd, monkeypatch, number, code):
     monkeypatch.setattr(shutil, "copyfile", lambda *_: signal.raise_signal(number))
     before = signal.getsignal(number)
-    assert convert(checkpoint("sd15"), output) == code
+    assert convert(checkpoint("sd15"), output / "in" / "new folders") == code
     assert capfd.readouterr().err.splitlines()[-1] == "cancelled; nothing was written"
     assert os.listdir(output.parent) == []
     assert signal.getsignal(number) == before
@@ -785,6 +785,15 @@ def test_short_names_try_mirrors_in_order(checkpoint, fake_hub, capfd, output, n
     fake_hub.calls.clear()
     assert hub.find(name).is_dir()
     assert fake_hub.calls == [("list", mirror, None) for mirror in mirrors]
+
+
+def test_a_mirror_that_is_here_is_used(checkpoint, fake_hub):
+    """Though the first one is not: nothing is asked of the hub, which may be out of reach."""
+    fake_hub.repositories[hub.SHORT_NAMES["sd15"][-1]] = checkpoint("sd15")
+    folder = hub.find("sd15")
+    fake_hub.calls.clear()
+    assert hub.find("sd15") == folder
+    assert fake_hub.calls == []
 
 
 def test_a_folder_comes_before_a_repository(checkpoint, fake_hub, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -391,6 +392,14 @@ def test_a_bomb_of_pixels(draw, capfd, monkeypatch):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         assert draw("--from-image", "a.png") == 1
         assert "cannot read a.png" in one_error(capfd)
+
+
+@pytest.mark.parametrize("piece", ["a", "a ", " ", ',a:"', 'a: "', "\\\\", ":"])
+def test_no_text_takes_long(piece):
+    """As long as it may be, whatever it repeats."""
+    start = time.monotonic()
+    metadata.from_a1111("x\nSteps: 1, " + piece * (metadata.LONGEST // len(piece)) + "z", NOWHERE)
+    assert time.monotonic() - start < 5
 
 
 def test_deep_json(draw, capfd):

@@ -17,7 +17,7 @@ STEPS = ["--steps", "4", "--quiet", "--dtype", "float32"]
 
 
 def draw(tmp_path, *args, name="out.png"):
-    assert main_generate([*STEPS, "--output", str(tmp_path / name), *map(str, args)]) == 0
+    assert main_generate([*STEPS, "--overwrite", "--output", str(tmp_path / name), *map(str, args)]) == 0
 
 
 def pixels(file):
