@@ -84,7 +84,7 @@ class NoiseSchedule:
         """The level of a whole training timestep; one before the first is the level that DDIM ends at."""
         if t < 0:
             final = 1.0 if self.config["set_alpha_to_one"] else float(self.alphas_cumprod[0])
-            return Level(t, math.sqrt(final), math.sqrt(1 - final))
+            return Level(float(t), math.sqrt(final), math.sqrt(1 - final))
         a = float(self.alphas_cumprod[t])
         return Level(float(t), math.sqrt(a), math.sqrt(1 - a))
 
@@ -107,7 +107,7 @@ class NoiseSchedule:
                     f"to {total - 1}"
                 )
             return t
-        return np.arange(total, 0, -total / n).round() - 1
+        return trailing(total, total / n, n)
 
     def ratios(self) -> np.ndarray:
         """Noise over signal at each training timestep, ascending."""
@@ -128,6 +128,12 @@ class NoiseSchedule:
         """The level that solvers over ratios end at: clean latents, or the lowest training level."""
         low = float(self.ratios()[0]) if self.config.get("final_sigmas_type") == "sigma_min" else 0.0
         return self.from_ratios([-1], [low])[0]
+
+
+def trailing(last: int, stride: float, n: int) -> np.ndarray:
+    """At most n timesteps from `last` down. Rounding makes one too many for some n (61 of 1000), at timestep -1, which
+    diffusers then reads as an index from the end."""
+    return (np.arange(last, 0, -stride).round() - 1)[:n]
 
 
 def _alphas_cumprod(c: dict, floor: float) -> np.ndarray:

@@ -150,6 +150,45 @@ def test_one_step():
         assert error(ours(name, config, 1, start)[0], reference(name, config, 1, start)[0]) < 2e-4, name
 
 
+@pytest.mark.parametrize(
+    ("name", "solver_type"),
+    [*product(("dpm++2m", "dpm++2m-sde"), ("midpoint", "heun")), ("unipc", "bh1"), ("unipc", "bh2")],
+)
+def test_karras_levels_that_end_at_sigma_min(name, solver_type):
+    """The last level comes twice; a step between the two has no length, or by rounding a negative one. UniPC's one step
+    stays where it is."""
+    start = np.random.default_rng(0).standard_normal((1, 4, 4, 4)).astype(np.float32)
+    for prediction, steps in product(("epsilon", "v_prediction"), (1, 2, 3, 20)):
+        config = BASE | {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min", "solver_type": solver_type}
+        latents, _ = ours(name, config | {"prediction_type": prediction}, steps, start)
+        expected, _ = reference(name, config | {"prediction_type": prediction}, steps, start)
+        assert np.isfinite(latents).all()
+        if solver_type == "heun" and steps == 20:
+            assert np.isnan(expected).all()  # diffusers divides 0 by 0
+        else:
+            assert error(latents, expected) < 2e-4
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "lcm"])
+def test_no_timestep_before_the_first(name):
+    """For some numbers of steps diffusers' trailing timesteps are one too many, and the last is -1."""
+    config = BASE | VARIANTS["sd"] | {"timestep_spacing": "trailing"}
+    for steps in (61, 998):
+        plan = schedule(config, name).plan(steps)
+        assert len(plan.steps) - plan.repeated == steps
+        assert min(step.here.t for step in plan.steps) >= 0
+    start = np.random.default_rng(0).standard_normal((1, 4, 4, 4)).astype(np.float32)
+    assert np.isfinite(ours(name, config, 61, start)[0]).all()
+    if name == "ddim":
+        scheduler = diffusers.DDIMScheduler(**{k: v for k, v in config.items() if k != "skip_prk_steps"})
+        scheduler.set_timesteps(61)
+        assert scheduler.timesteps[-1] == -1
+        x = torch.tensor(start)
+        for t in scheduler.timesteps[:-1]:
+            x = scheduler.step(torch.tensor(network(x.numpy(), float(t))), t, x).prev_sample
+        assert error(ours(name, config, 61, start)[0], x.numpy()) < 2e-4
+
+
 @pytest.mark.parametrize("steps", [14, 15])
 @pytest.mark.parametrize("name", ["dpm++2m", "unipc"])
 def test_the_last_step_of_a_short_run(name, steps):
