@@ -218,7 +218,9 @@ class Generation(Iterator[Progress]):
     def prepare_latents(self) -> Started:
         """What the loop starts from."""
         settings = self.settings
-        started = settings.start.latents(settings.legs[0].plan, self.noise, settings.noise, self._encode_picture)
+        plan, spreads = settings.legs[0].plan, self.pipe.models[0].checkpoint.vae_config.spreads
+        spread = self.noise if spreads else lambda: None
+        started = settings.start.latents(plan, self.noise, spread, settings.noise, self._encode_picture)
         self.pipe.models[0].release("vae")
         return started
 
@@ -308,13 +310,14 @@ class Generation(Iterator[Progress]):
         components.release(name)
         return output
 
-    def _encode_picture(self, picture: mx.array, noise: mx.array) -> mx.array:
-        """picture: (1, H, W, 3) in [-1, 1], noise: (N, h, w, C) -> latents like the noise, one draw a picture."""
+    def _encode_picture(self, picture: mx.array, noise: mx.array | None) -> mx.array:
+        """picture: (1, H, W, 3) in [-1, 1]; noise: see `AutoencoderKL.encode` -> the batch's latents, (N, h, w, C)."""
         components = self.pipe.models[0]
         with self.clock.phase("load"):
             vae, dtype = components.network("vae"), components.dtype_of("vae")
         with self.clock.phase("encode"):
-            latents = vae.encode(picture.astype(dtype), noise.astype(dtype)).astype(mx.float32)
+            latents = vae.encode(picture.astype(dtype), None if noise is None else noise.astype(dtype))
+            latents = mx.broadcast_to(latents.astype(mx.float32), self.settings.shape)
             if not mx.isfinite(latents).all():
                 raise Failure(
                     f"the VAE's latents hold NaN or infinite values in {dtype_name(dtype)}; try --dtype float32"
