@@ -84,8 +84,8 @@ class StableDiffusion:
     ) -> StableDiffusion:
         """model: a folder, a single file, a hub id, one of `hub.SHORT_NAMES`, or None for the bundled model; dtype:
         auto, float16, bfloat16 or float32; prediction_type: epsilon or v_prediction, if not what the model says;
-        refiner: the same as model; vae: one in place of the model's own, a folder or hub id of an AutoencoderKL or
-        AutoencoderTiny, or of a model that has one; options: as for the class.
+        refiner: the same as model; vae: one in place of the model's own, a folder, file or hub id of an AutoencoderKL
+        or AutoencoderTiny, or of a model that has one; options: as for the class.
 
         Raises:
             CheckpointError: the model cannot be found or is not supported, or a LoRA or embedding does not fit it.
@@ -121,8 +121,9 @@ class StableDiffusion:
 
     def other_vae(self, model: str) -> tuple[nn.Module, mx.Dtype]:
         """A VAE that fits the model's latents, for previews, and the type to give it (see `OtherVAE.open`)."""
-        other = OtherVAE.open(model, self.checkpoint.vae_config, half=self.dtype == mx.float16)
-        upcast = self.checkpoint.family.upcasts_vae and other.config.force_upcast
+        own, family = self.checkpoint.vae_config, self.checkpoint.family
+        other = OtherVAE.open(model, own, half=self.dtype == mx.float16, scale=family.scaling_factor)
+        upcast = family.upcasts_vae and other.config.force_upcast
         dtype = mx.float32 if upcast else self.dtype
         return other.load(dtype), dtype
 
