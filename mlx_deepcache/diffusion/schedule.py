@@ -107,7 +107,10 @@ class NoiseSchedule:
                     f"to {total - 1}"
                 )
             return t
-        return trailing(total, total / n, n)
+        t = np.arange(total, 0, -total / n).round() - 1
+        return (
+            t[:n] if whole else t
+        )  # rounding makes one too many for some n (61 of 1000): -1, at which there is no level
 
     def ratios(self) -> np.ndarray:
         """Noise over signal at each training timestep, ascending."""
@@ -128,12 +131,6 @@ class NoiseSchedule:
         """The level that solvers over ratios end at: clean latents, or the lowest training level."""
         low = float(self.ratios()[0]) if self.config.get("final_sigmas_type") == "sigma_min" else 0.0
         return self.from_ratios([-1], [low])[0]
-
-
-def trailing(last: int, stride: float, n: int) -> np.ndarray:
-    """At most n timesteps from `last` down. Rounding makes one too many for some n (61 of 1000), at timestep -1, which
-    diffusers then reads as an index from the end."""
-    return (np.arange(last, 0, -stride).round() - 1)[:n]
 
 
 def _alphas_cumprod(c: dict, floor: float) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import CheckpointError, UsageError
 from .levels import CLEAN, Level, Step
-from .schedule import NoiseSchedule, Scheduler, trailing
+from .schedule import NoiseSchedule, Scheduler
 from .solvers import ddim, ddpm, dpm_2m, euler_ancestral, heun, lcm, plms, unipc
 
 
@@ -76,7 +76,7 @@ def _multistep_levels(s: NoiseSchedule, n: int) -> list[Level]:
     elif c["timestep_spacing"] == "leading":
         t = (np.arange(n + 1) * (total // (n + 1)))[::-1][:-1] + c["steps_offset"]
     else:
-        t = trailing(total, c["num_train_timesteps"] / n, n)
+        t = np.arange(total, 0, -c["num_train_timesteps"] / n).round() - 1
     return s.from_ratios(t, np.interp(t, np.arange(len(table)), table))
 
 
@@ -89,7 +89,7 @@ def _dpm_steps(s: NoiseSchedule, n: int):
 
 
 def _unipc_steps(s: NoiseSchedule, n: int):
-    levels = _multistep_levels(s, n)
+    levels = _multistep_levels(s, n)[:n]  # see `NoiseSchedule.spaced`; the same level twice would have no slope
     own = n == 1 and s.config["use_karras_sigmas"] and s.config["final_sigmas_type"] == "sigma_min"
     steps = _chain([*levels, levels[-1] if own else s.last()])  # sigma_min is the lowest of Karras's own here
     lower_last = s.config["lower_order_final"] or s.config["final_sigmas_type"] == "zero"
