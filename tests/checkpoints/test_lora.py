@@ -446,6 +446,15 @@ def test_quantized_layers(checkpoint, tmp_path):
         ({"lora_unet_conv_in.weight": (4,), "lora_unet_conv_in.on_input": ()}, ("is of kind (IA)^3",)),
         ({"lora_unet_mid_block_attentions_0_proj_in.diff_b": (47,)}, ("does not fit", "shape (48, 48)")),
         (
+            {"lora_unet_conv_in.lora_A.weight": (0, 4, 3, 3), "lora_unet_conv_in.lora_B.weight": (32, 0)},
+            ("should not have shape",),
+        ),
+        ({"lora_unet_conv_in.lokr_w1_a": (), "lora_unet_conv_in.alpha": ()}, ("lokr_w1_a should not have shape ()",)),
+        (
+            {"lora_unet_conv_in.diff": (32, 4, 3, 3), "lora_unet_conv_in.alpha": (2,)},
+            ("alpha should not have shape (2,)",),
+        ),
+        (
             {f"lora_unet_conv_in.{part}": (32, 4, 3, 3) for part in ("diff", "lokr_w1", "lora_up.weight")},
             ("in several ways at once (diff, lokr, lora)",),
         ),

@@ -179,6 +179,8 @@ def read(file: Path, scale: float, known: dict[str, Place]) -> Lora:
         if place.layer in of_component:
             raise CheckpointError(f"{file} changes {place.component}.{place.layer} twice, the second time as {name}")
         of_component[place.layer] = parts
+        if bad := [part for part, tensor in parts.items() if not _possible(part, tensor)]:
+            raise CheckpointError(f"{file}: {name}'s {bad[0]} should not have shape {tuple(parts[bad[0]].shape)}")
         if "alpha" not in parts:
             parts |= _told(settings, file, place, name, parts)
         try:
@@ -230,6 +232,11 @@ def fuse(module: nn.Module, component: str, loras: Sequence[Lora]) -> nn.Module:
 
 
 # One layer
+def _possible(part: str, tensor: mx.array) -> bool:
+    """Whether a part may have such a shape in any layer."""
+    return tensor.size == 1 if part == "alpha" else tensor.ndim > 0 < tensor.size
+
+
 def changed(weight: mx.array, parts: dict[str, mx.array], scale: float) -> mx.array:
     """weight: (out, in) or (out, in, height, width), float32 -> the same with one change made."""
     parts = {name: part.astype(mx.float32) for name, part in parts.items()}
