@@ -189,6 +189,13 @@ def test_refused(checkpoint, tmp_path, monkeypatch, capfd, flag, names, words):
     assert re.search(words, line), line
 
 
+@pytest.mark.parametrize("name", ["encoder.conv_in.weight", "model.diffusion_model.input_blocks.0.0.weight"])
+def test_weights_of_too_few_axes(tmp_path, name):
+    save_file({name: torch.zeros(4), "decoder.conv_in.weight": torch.zeros(4, 4)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{name} should have two axes or more, got shape \(4,\)"):
+        OtherVAE.open(str(tmp_path / "x.safetensors"), None)
+
+
 # ------------------------------------------------------------------------------------------------------ 8 and 64 bits
 
 

@@ -27,10 +27,12 @@ class Shapes:
         return self.prefix + name in self.all
 
     def __getitem__(self, name: str) -> tuple[int, ...]:
-        """Raises CheckpointError if there is no such tensor."""
+        """Of a matrix, or a convolution; raises CheckpointError if there is no such tensor."""
         if name not in self:
             raise CheckpointError(f"{self.file} lacks {self.prefix}{name}, so its architecture cannot be told")
-        return self.all[self.prefix + name]
+        if len(shape := self.all[self.prefix + name]) < 2:
+            raise CheckpointError(f"{self.file}: {self.prefix}{name} should have two axes or more, got shape {shape}")
+        return shape
 
     def count(self, pattern: str) -> int:
         """How many blocks there are, from the highest number that the pattern's group takes at a name's start."""
@@ -39,7 +41,8 @@ class Shapes:
 
     def first(self, ending: str) -> tuple[int, ...] | None:
         """The shape of some tensor whose name ends so."""
-        return next((s for n, s in self.all.items() if n.startswith(self.prefix) and n.endswith(ending)), None)
+        found = (n for n in self.all if n.startswith(self.prefix) and n.endswith(ending))
+        return next((self[name.removeprefix(self.prefix)] for name in found), None)
 
 
 def unet(shapes: Shapes, *, head_size: int | None, linear: bool) -> dict:

@@ -75,7 +75,7 @@ class SingleFile:
         self.path = path
         self._shapes, _, self._metadata = read_header(path)
         self._family = self._told_apart()
-        self._inpaints = self._shapes[f"{UNET}input_blocks.0.0.weight"][1] == 9
+        self._inpaints = self._shapes_of("unet")["input_blocks.0.0.weight"][1] == 9
         variants = self._family.variants
         said = prediction_type or _prediction_type(self._metadata, self._shapes)
         if said is None and len(variants) > 1 and not self._inpaints:
