@@ -47,6 +47,7 @@ def convert_parser() -> Parser:
         help="bits of the U-Net's and text encoders' linear layers",
     )
     add_option(parser, option_of(ModelOptions, "prediction_type"))
+    add_option(parser, option_of(ModelOptions, "vae"))
     add("--force", action="store_true", help="replace DIR if it exists")
     return parser
 
@@ -78,6 +79,7 @@ def _convert(args: argparse.Namespace) -> None:
             bits=args.quantize,
             force=args.force,
             prediction_type=getattr(args, "prediction_type", None),
+            vae=getattr(args, "vae", None),
             progress=progress,
         )
     print(f"{'component':16}{'parameters':>16}{'bytes':>16}  type")

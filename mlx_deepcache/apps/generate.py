@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
@@ -50,11 +51,14 @@ def _as_drawn(parser: Parser, args: argparse.Namespace, argv: list[str]) -> argp
     """The flags of `--from-image`'s picture, and after them those on the command line."""
     from ..generation import record
 
-    settings, unknown = record.read(args.from_image)
+    with warnings.catch_warnings(record=True) as notes:
+        settings, unknown = record.read(args.from_image)
     known = {name for name, value in vars(args).items() if value is not None}
     flags = record.as_flags(settings, args.from_image, known | ({"controls"} if "controlnet" in known else set()))
-    if unknown and not args.quiet:
-        print(f"note: {shown(args.from_image)}: not used: {shown(', '.join(unknown), 300)}", file=sys.stderr)
+    notes = [str(note.message) for note in notes if "rng" not in known]
+    notes += [f"not used: {shown(', '.join(unknown), 300)}"] if unknown else []
+    for note in () if args.quiet else notes:
+        print(f"note: {shown(args.from_image)}: {note}", file=sys.stderr)
     parser.origin = f"the settings in {args.from_image}"
     parser.parse_args(flags)  # so that an error tells whose it is
     parser.origin = None

@@ -66,14 +66,14 @@ class Caches:
         """Where the U-Net is cut."""
         return self.when.branch
 
-    def check(self, n: int, guided: bool) -> None:
-        """That all of it can be done in n steps, with or without guidance.
+    def check(self, plan: Plan, guided: bool) -> None:
+        """That all of it can be done over these steps, with or without guidance.
 
         Raises:
             UsageError: not so; says what.
         """
         for policy in self.policies:
-            policy.check(n, guided)
+            policy.check(plan, guided)
 
 
 class CacheRun:

@@ -63,8 +63,11 @@ class DeepCache(Policy):
         check_cut(self.branch, self.warmup)
         check_window(self.name, self.start, self.end)
 
-    def full_steps(self, n: int) -> list[bool]:
+    def full_steps(self, n: int, repeated: int = 0) -> list[bool]:
         """For each of n steps, whether the whole U-Net runs. The first always does.
+
+        repeated: how many of them take an earlier one again (PNDM); the paper's code makes its non-uniform schedule
+        without those, and the last ones are cached.
 
         Raises:
             UsageError: the schedule cannot be had with n steps.
@@ -75,18 +78,19 @@ class DeepCache(Policy):
                 raise UsageError(f"deepcache's steps name step {self.steps[-1]}, but there are {n}, from 0 to {n - 1}")
             full = [i in self.steps for i in range(n)]
         elif self.power is not None:
-            chosen = non_uniform_steps(n, -(-n // self.interval), self.center, self.power)
+            once = n - repeated
+            chosen = non_uniform_steps(once, -(-once // self.interval), self.center, self.power)
             full = [i in chosen for i in range(n)]
         else:
             before = max(inside.index(True) - 1, 0) if True in inside else 0  # the full step that the window starts on
             full = [(i - before) % self.interval == 0 for i in range(n)]
         return [i == 0 or full[i] or not inside[i] for i in range(n)]
 
-    def check(self, n: int, guided: bool) -> None:
-        self.full_steps(n)
+    def check(self, plan: Plan, guided: bool) -> None:
+        self.full_steps(len(plan.steps), plan.repeated)
 
     def memory(self, plan: Plan, pictures: int, guided: bool) -> Memory:
-        return Planned(self.full_steps(len(plan.steps)))
+        return Planned(self.full_steps(len(plan.steps), plan.repeated))
 
 
 def non_uniform_steps(n: int, full: int, center: int, power: float) -> list[int]:

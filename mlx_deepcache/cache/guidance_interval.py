@@ -30,7 +30,7 @@ class GuidanceInterval(Policy):
     def __post_init__(self):
         check_window(self.name, self.start, self.end)
 
-    def check(self, n: int, guided: bool) -> None:
+    def check(self, plan: Plan, guided: bool) -> None:
         require(guided, "a guidance interval has no meaning where guidance is off (guidance scale 1 or less)")
 
     def memory(self, plan: Plan, pictures: int, guided: bool) -> Memory:

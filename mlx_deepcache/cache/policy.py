@@ -30,8 +30,8 @@ class Policy:
     slots: ClassVar[dict[str, str]]
     about: ClassVar[str]
 
-    def check(self, n: int, guided: bool) -> None:
-        """That it can be done in n steps, with or without guidance.
+    def check(self, plan: Plan, guided: bool) -> None:
+        """That it can be done over these steps, with or without guidance.
 
         Raises:
             UsageError: not so; says what.

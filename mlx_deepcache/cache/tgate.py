@@ -53,7 +53,8 @@ class TGate(Policy):
             return Do.KEEP if c == self.warm_up or c % self.sp_interval == 0 else Do.REUSE
         return Do.REUSE if cross or c % self.fi_interval else Do.KEEP
 
-    def check(self, n: int, guided: bool) -> None:
+    def check(self, plan: Plan, guided: bool) -> None:
+        n = len(plan.steps)
         require(self.step <= n, f"tgate's step must be from 1 to the {n} steps there are, got {self.step}")
 
     def memory(self, plan: Plan, pictures: int, guided: bool) -> Memory:

@@ -26,6 +26,11 @@ BUNDLED = Path(__file__).parent / "bundled" / "emoji"
 PREDICTION_TYPES = (EPSILON, V)
 
 
+def _family(unet: UNetConfig, index: dict) -> Family:
+    refines, adds = bool(index.get("requires_aesthetics_score")), unet.addition_embed_type == "text_time"
+    return family_of(adds, unet.use_linear_projection, lambda family: family.refines == refines)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint's description, and its parts to be loaded from where they are."""
@@ -57,10 +62,16 @@ class Checkpoint:
         else:
             raise CheckpointError("the bundled model is not installed; name another with --model, such as sd15")
         check_pipeline(source.index, source.path)
-        latents = vae_config(source.part("vae").config)
+        try:
+            latents = vae_config(source.part("vae").config)
+        except CheckpointError:
+            if vae is None:
+                raise
+            latents = None  # it has none that could be used, and needs none
         described = source.part("unet").config
         unet = UNetConfig.from_dict(described)
-        other = None if vae is None else OtherVAE.open(vae, latents, half=half)
+        scale = _family(unet, source.index).scaling_factor
+        other = None if vae is None else OtherVAE.open(vae, latents, half=half, scale=scale)
         latents = latents if other is None else other.config
         if unet.in_channels not in (latents.latent_channels, 2 * latents.latent_channels + 1):
             raise CheckpointError(
@@ -80,9 +91,7 @@ class Checkpoint:
     @property
     def family(self) -> Family:
         """The row of the table of families that its configs tell."""
-        unet, refines = self.unet_config, bool(self.index.get("requires_aesthetics_score"))
-        adds = unet.addition_embed_type == "text_time"
-        return family_of(adds, unet.use_linear_projection, lambda family: family.refines == refines)
+        return _family(self.unet_config, self.index)
 
     @property
     def inpainting(self) -> bool:

@@ -51,13 +51,14 @@ def convert(
     bits: int | None = None,
     force: bool = False,
     prediction_type: str | None = None,
+    vae: str | None = None,
     progress: Callable[[str], None] = lambda name: None,
 ) -> list[Converted]:
     """Write a checkpoint anew with MLX's layout: all that drawing needs and nothing else, whole or not at all.
 
     dtype: None keeps the types of the files; bits: 4 or 8 quantizes the linear layers of the U-Net and the text
-    encoders; force: replace an `output` that exists; prediction_type: see `Checkpoint.open`; progress: called with each
-    component's name before it starts.
+    encoders; force: replace an `output` that exists; prediction_type, vae: see `Checkpoint.open`; progress: called with
+    each component's name before it starts.
 
     Raises:
         UsageError: `output` exists, and `force` is not given, or holds what is not from here.
@@ -74,7 +75,7 @@ def convert(
     if output.exists() and not (output / "model_index.json").is_file():
         raise UsageError(f"{output} exists and is no checkpoint, so it is not replaced; remove it yourself")
     half = dtype is not None and dtype == mx.float16
-    checkpoint = Checkpoint.open(model, half=half, prediction_type=prediction_type)
+    checkpoint = Checkpoint.open(model, half=half, prediction_type=prediction_type, vae=vae)
     checkpoint.source.scheduler()
     if output.exists() and output == checkpoint.source.path.resolve():
         raise UsageError(f"{output} is the model itself; name another folder")
@@ -178,6 +179,8 @@ def _copy_settings(checkpoint: Checkpoint, target: Path) -> None:
     tokenizers = checkpoint.family.encoders.values()
     names = {*checkpoint.components, *tokenizers, "scheduler"}
     index = {name: said for name, said in checkpoint.index.items() if name in names or not isinstance(said, list)}
+    if checkpoint.other_vae is not None:
+        index["vae"] = ["diffusers", checkpoint.other_vae.config.get("_class_name", "AutoencoderKL")]
     _write_json(target / "model_index.json", index)
     (target / "scheduler").mkdir()
     _write_json(target / "scheduler" / "scheduler_config.json", checkpoint.source.scheduler())

@@ -107,8 +107,12 @@ def find_source(model: str, *, half: bool = False, prediction_type: str | None =
         CheckpointError: it cannot be found, or is a file that is no checkpoint.
     """
     path = find(model, half=half)
-    single = path.is_file() and path.suffix in (".safetensors", *PICKLES)
-    return SingleFile(path, prediction_type) if single else Folder(path, prediction_type)
+    return SingleFile(path, prediction_type) if of_weights(path) else Folder(path, prediction_type)
+
+
+def of_weights(path: Path) -> bool:
+    """Whether it is a file of weights, by its name."""
+    return path.is_file() and path.suffix in (".safetensors", *PICKLES)
 
 
 def _model(named: HubId, half: bool, alone: bool) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -12,8 +14,21 @@ from ..nets.autoencoder import AutoencoderKL, VAEConfig
 from ..nets.controlnet import ControlNetConfig, ControlNetModel
 from ..nets.tiny import AutoencoderTiny, TinyVAEConfig
 from ..nets.unet_parts import UNetConfig
-from .folder import Part
-from .hub import find, find_source
+from .folder import Part, read_json
+from .hub import find, find_source, of_weights
+from .original import alone
+from .original.singlefile import is_checkpoint
+from .weights import read_tensors
+
+SCALE = VAEConfig.scaling_factor  # of most families' latents
+
+
+def described(file: Path) -> Part | None:
+    """A file of weights with its config.json beside it, as diffusers and `convert` write both, or None."""
+    config, kind = file.with_name("config.json"), file.name.partition(".")[0]
+    if not config.is_file() or kind not in ("diffusion_pytorch_model", "weights"):
+        return None
+    return Part(read_json(config), str(file), partial(read_tensors, file))
 
 
 def vae_config(data: dict) -> VAEConfig | TinyVAEConfig:
@@ -37,21 +52,30 @@ class OtherVAE:
     config: VAEConfig | TinyVAEConfig
 
     @classmethod
-    def open(cls, model: str, own: VAEConfig | TinyVAEConfig, *, half: bool = False) -> OtherVAE:
-        """model: a folder or hub id of a VAE, or a model with a `vae` folder; own: the config of the VAE that it stands
-        in for.
+    def open(
+        cls, model: str, own: VAEConfig | TinyVAEConfig | None, *, half: bool = False, scale: float = SCALE
+    ) -> OtherVAE:
+        """model: a folder, file or hub id of a VAE, or a model with one; own: the config of the VAE that it stands in
+        for, None if there is none; scale: of the family's latents, for a file that does not say.
 
         Raises:
             CheckpointError: it cannot be had, is no VAE, or its latents have other channels or another scale.
         """
         path = find(model, half=half, alone=True)
-        if path.is_file() or (path / "vae").is_dir():
+        if of_weights(path) and not is_checkpoint(path):
+            scale = own.scaling_factor if isinstance(own, VAEConfig) else scale
+            part = described(path) or alone.vae(path, scale)
+        elif path.is_file() or (path / "vae").is_dir():
             part = find_source(str(path), half=half).part("vae")
         elif (path / "config.json").is_file():
             part = Part.of(path.resolve())
         else:
-            raise CheckpointError(f"{path} is no VAE: expected a folder with config.json, or a model with a folder vae")
+            raise CheckpointError(
+                f"{path} is no VAE: expected a folder with config.json, a .safetensors file, or a model with a VAE"
+            )
         config = vae_config(part.config)
+        if own is None:
+            return cls(part, config)
         for what in ("latent_channels", "factor"):
             if getattr(config, what) != getattr(own, what):
                 raise CheckpointError(
@@ -88,15 +112,21 @@ def load_controlnet(model: str, unet: UNetConfig, factor: int, dtype: mx.Dtype) 
 def find_controlnet(model: str, unet: UNetConfig, factor: int, dtype: mx.Dtype) -> tuple[Part, ControlNetConfig]:
     """Where a ControlNet is and what it is, without its weights; raises as `load_controlnet`.
 
-    model: a folder or a hub id; unet: the config of the U-Net that it is to steer; factor: pixels along one side of a
-    latent.
+    model: a folder, a file or a hub id; unet: the config of the U-Net that it is to steer; factor: pixels along one
+    side of a latent.
     """
     folder = find(model, half=dtype == mx.float16, alone=True)
-    if folder.is_file() or (folder / "model_index.json").is_file():
-        what = "a file" if folder.is_file() else "a whole model"
-        raise CheckpointError(f"{folder} is {what}; expected a ControlNet, a folder with its config.json")
-    part = Part.of(folder)
-    config = ControlNetConfig.from_dict(part.config)
+    single = folder.is_file()
+    if (folder / "model_index.json").is_file() or (single and (not of_weights(folder) or is_checkpoint(folder))):
+        what = "a file" if single and not of_weights(folder) else "a whole model"
+        raise CheckpointError(
+            f"{folder} is {what}; expected a ControlNet, a folder with its config.json or a .safetensors file"
+        )
+    part = described(folder) if single else Part.of(folder)
+    if part is None:
+        part, config = alone.controlnet(folder, unet)
+    else:
+        config = ControlNetConfig.from_dict(part.config)
     for name in ("block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type"):
         its, ours = getattr(config, name), getattr(unet, name)
         if its != ours:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
@@ -54,11 +55,11 @@ def component_files(folder: Path, names: list[str] | None = None) -> list[str]:
     raise CheckpointError(f"{folder} has no weights; expected a .safetensors file there")
 
 
-def read_tensors(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """A safetensors file's tensors (read when first used) and metadata.
+def read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str], dict[str, str]]:
+    """The shapes of a safetensors file's tensors, the types of their numbers as the file calls them, and metadata.
 
     Raises:
-        CheckpointError: the file is missing, cut short or no safetensors file.
+        CheckpointError: the file is missing, cut short or no safetensors file, or has numbers of an unknown type.
     """
     if not file.is_file():
         raise CheckpointError(f"{file} is missing")
@@ -66,14 +67,95 @@ def read_tensors(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
         raise CheckpointError(f"{file} is a pickle file, which could run code when read; only safetensors are read")
     try:
         with safe_open(file, framework="numpy") as header:  # checks the header against the file's length
-            metadata = header.metadata() or {}
-        return mx.load(str(file), format="safetensors"), metadata
+            slices = {name: header.get_slice(name) for name in header.keys()}  # noqa: SIM118
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            types, metadata = {name: part.get_dtype() for name, part in slices.items()}, header.metadata() or {}
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        if _looks_pickled(file):
-            raise CheckpointError(
-                f"{file} is a pickle file by another name, which could run code when read; only safetensors are read"
-            ) from None
-        raise CheckpointError(f"{file} is damaged or no safetensors file ({error}); download it again") from None
+        raise _unreadable(file, error) from None
+    if odd := [name for name, kind in types.items() if kind not in (*_LOADED, *_BY_HAND)]:
+        raise CheckpointError(
+            f"{file} has numbers of type {types[odd[0]]} ({some(odd)}), which are not supported, only floating "
+            "point of 8 bits (E4M3, E5M2), 16, 32 and 64"
+        )
+    return shapes, types, metadata
+
+
+def read_tensors(file: Path, prefix: str = "") -> tuple[dict[str, mx.array], dict[str, str]]:
+    """A safetensors file's tensors whose names start with a prefix (read when first used, where MLX can), and metadata.
+
+    Numbers of 8 bits are widened to 16, which hold each of them exactly, and those of 64 bits made float32.
+
+    Raises:
+        CheckpointError: see `read_header`.
+    """
+    _, types, metadata = read_header(file)
+    try:
+        if _BY_HAND & set(types.values()):
+            tensors = _read_by_hand(file, prefix)
+        else:
+            tensors = mx.load(str(file), format="safetensors")
+            tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        narrow = [name for name in tensors if types[name].startswith("F8")]
+        for name in narrow:
+            if types[name] == "F8_E4M3":  # which MLX leaves as bytes
+                tensors[name] = mx.from_fp8(tensors[name], mx.float16)
+        if narrow:
+            _apply_scales(tensors, narrow)
+        return tensors, metadata
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _unreadable(file, error) from None
+
+
+# The types of numbers in safetensors files that MLX reads, and those that it does not
+_LOADED = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32, "C64": mx.complex64, "BOOL": mx.bool_}
+_LOADED |= {
+    f"{sign}{bits}": getattr(mx, f"{kind}{bits}")
+    for sign, kind in (("U", "uint"), ("I", "int"))
+    for bits in (8, 16, 32, 64)
+}
+_LOADED |= {"F8_E4M3": mx.uint8}
+_BY_HAND = {"F8_E5M2", "F64"}
+
+
+def _read_by_hand(file: Path, prefix: str) -> dict[str, mx.array]:
+    """All tensors of a file at once."""
+    with file.open("rb") as opened:
+        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        start = opened.tell()
+    data, tensors = np.memmap(file, np.uint8, "r", start), {}
+    for name, about in header.items():
+        if name == "__metadata__" or not name.startswith(prefix):
+            continue
+        raw, kind = data[slice(*about["data_offsets"])], about["dtype"]
+        if kind == "F64":
+            with np.errstate(over="ignore"):
+                tensor = mx.array(raw.view("<f8").astype(np.float32))
+        elif kind == "F8_E5M2":  # the upper half of a float16
+            tensor = (mx.array(raw).astype(mx.uint16) << 8).view(mx.float16)
+        else:
+            tensor = mx.array(raw).view(_LOADED[kind])
+        tensors[name] = tensor.reshape(about["shape"])
+    return tensors
+
+
+def _apply_scales(tensors: dict[str, mx.array], narrow: list[str]) -> None:
+    """Multiply weights by the scales that some programs store beside those of 8 bits, one each or one an output."""
+    tensors.pop("scaled_fp8", None)  # ComfyUI's mark of such files
+    for name in narrow:
+        layer = name.removesuffix("weight")
+        for scale, of_inputs in (("scale_weight", "scale_input"), ("weight_scale", "input_scale")):
+            tensors.pop(layer + of_inputs, None)  # for products of 8 bits, which are not made here
+            if (factor := tensors.pop(layer + scale, None)) is not None:
+                factor = factor.astype(mx.float32).reshape(-1, *[1] * (tensors[name].ndim - 1))
+                tensors[name] = tensors[name].astype(mx.float32) * factor
+
+
+def _unreadable(file: Path, error: Exception) -> CheckpointError:
+    if _looks_pickled(file):
+        return CheckpointError(
+            f"{file} is a pickle file by another name, which could run code when read; only safetensors are read"
+        )
+    return CheckpointError(f"{file} is damaged or no safetensors file ({error}); download it again")
 
 
 def _looks_pickled(file: Path) -> bool:

@@ -84,7 +84,7 @@ class NoiseSchedule:
         """The level of a whole training timestep; one before the first is the level that DDIM ends at."""
         if t < 0:
             final = 1.0 if self.config["set_alpha_to_one"] else float(self.alphas_cumprod[0])
-            return Level(t, math.sqrt(final), math.sqrt(1 - final))
+            return Level(float(t), math.sqrt(final), math.sqrt(1 - final))
         a = float(self.alphas_cumprod[t])
         return Level(float(t), math.sqrt(a), math.sqrt(1 - a))
 
@@ -107,7 +107,10 @@ class NoiseSchedule:
                     f"to {total - 1}"
                 )
             return t
-        return np.arange(total, 0, -total / n).round() - 1
+        t = np.arange(total, 0, -total / n).round() - 1
+        return (
+            t[:n] if whole else t
+        )  # rounding makes one too many for some n (61 of 1000): -1, at which there is no level
 
     def ratios(self) -> np.ndarray:
         """Noise over signal at each training timestep, ascending."""

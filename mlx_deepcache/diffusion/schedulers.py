@@ -89,7 +89,9 @@ def _dpm_steps(s: NoiseSchedule, n: int):
 
 
 def _unipc_steps(s: NoiseSchedule, n: int):
-    steps = _chain([*_multistep_levels(s, n), s.last()])
+    levels = _multistep_levels(s, n)[:n]  # see `NoiseSchedule.spaced`; the same level twice would have no slope
+    own = n == 1 and s.config["use_karras_sigmas"] and s.config["final_sigmas_type"] == "sigma_min"
+    steps = _chain([*levels, levels[-1] if own else s.last()])  # sigma_min is the lowest of Karras's own here
     lower_last = s.config["lower_order_final"] or s.config["final_sigmas_type"] == "zero"
     return _ordered(s, steps, s.config["solver_order"], lower_last), 1.0
 

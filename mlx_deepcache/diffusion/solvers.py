@@ -91,9 +91,9 @@ def dpm_2m(denoise, x, step: Step, history, noise, *, sde: bool = False, heun: b
     if step.order == 2:
         last, last_level = history
         slope = (p.x0 - last) * (h / (here.snr - last_level.snr))
-        out = out + there.alpha * ((decay - 1) / span + 1 if heun else (1 - decay) / 2) * slope
-    if sde:
-        out = out + there.sigma * math.sqrt(1 - decay) * noise()
+        out = out + there.alpha * ((decay - 1) / span + 1 if heun and h else (1 - decay) / 2) * slope
+    if sde:  # h is 0 but for rounding where Karras's levels and the last one both end at sigma_min
+        out = out + there.sigma * math.sqrt(max(1 - decay, 0)) * noise()
     return out, (p.x0, here)
 
 

@@ -339,7 +339,7 @@ class Control:
 
     model: Model = option(
         MISSING,
-        "a ControlNet in the diffusers layout: a folder, or a hub id, owner/name[:file]",
+        "a ControlNet: a folder, a .safetensors file, or a hub id, owner/name[:file]",
         CONTROL,
         flag="--controlnet",
     )
@@ -371,8 +371,8 @@ class ModelOptions:
     )
     vae: Model | None = option(
         None,
-        "decode with another VAE: a folder or hub id (owner/name[:file]) of one (AutoencoderKL or AutoencoderTiny, "
-        "that is TAESD), or of a model that has one",
+        "decode with another VAE: a folder, .safetensors file or hub id (owner/name[:file]) of one (AutoencoderKL or "
+        "AutoencoderTiny, that is TAESD), or of a model that has one",
         MODEL,
     )
     loras: tuple[Lora, ...] = option(

@@ -86,8 +86,8 @@ class StableDiffusion:
     ) -> StableDiffusion:
         """model: a folder, a single file, a hub id, one of `hub.SHORT_NAMES`, or None for the bundled model; dtype:
         auto, float16, bfloat16 or float32; prediction_type: epsilon or v_prediction, if not what the model says;
-        refiner: the same as model; vae: one in place of the model's own, a folder or hub id of an AutoencoderKL or
-        AutoencoderTiny, or of a model that has one; options: as for the class.
+        refiner: the same as model; vae: one in place of the model's own, a folder, file or hub id of an AutoencoderKL
+        or AutoencoderTiny, or of a model that has one; options: as for the class.
 
         Raises:
             CheckpointError: the model cannot be found or is not supported, or a LoRA or embedding does not fit it.
@@ -123,8 +123,9 @@ class StableDiffusion:
 
     def other_vae(self, model: str) -> tuple[nn.Module, mx.Dtype]:
         """A VAE that fits the model's latents, for previews, and the type to give it (see `OtherVAE.open`)."""
-        other = OtherVAE.open(model, self.checkpoint.vae_config, half=self.dtype == mx.float16)
-        upcast = self.checkpoint.family.upcasts_vae and other.config.force_upcast
+        own, family = self.checkpoint.vae_config, self.checkpoint.family
+        other = OtherVAE.open(model, own, half=self.dtype == mx.float16, scale=family.scaling_factor)
+        upcast = family.upcasts_vae and other.config.force_upcast
         dtype = mx.float32 if upcast else self.dtype
         return other.load(dtype), dtype
 
@@ -245,7 +246,9 @@ class Generation(Iterator[Progress]):
     def prepare_latents(self) -> Started:
         """What the loop starts from."""
         settings = self.settings
-        started = settings.start.latents(settings.legs[0].plan, self.noise, settings.noise, self._encode_picture)
+        plan, spreads = settings.legs[0].plan, self.pipe.models[0].checkpoint.vae_config.spreads
+        spread = self.noise if spreads else lambda: None
+        started = settings.start.latents(plan, self.noise, spread, settings.noise, self._encode_picture)
         self.pipe.models[0].release("vae")
         return started
 
@@ -357,13 +360,14 @@ class Generation(Iterator[Progress]):
         components.release(name)
         return output
 
-    def _encode_picture(self, picture: mx.array, noise: mx.array) -> mx.array:
-        """picture: (1, H, W, 3) in [-1, 1], noise: (N, h, w, C) -> latents like the noise, one draw a picture."""
+    def _encode_picture(self, picture: mx.array, noise: mx.array | None) -> mx.array:
+        """picture: (1, H, W, 3) in [-1, 1]; noise: see `AutoencoderKL.encode` -> the batch's latents, (N, h, w, C)."""
         components = self.pipe.models[0]
         with self.clock.phase("load"):
             vae, dtype = components.network("vae"), components.dtype_of("vae")
         with self.clock.phase("encode"):
-            latents = vae.encode(picture.astype(dtype), noise.astype(dtype)).astype(mx.float32)
+            latents = vae.encode(picture.astype(dtype), None if noise is None else noise.astype(dtype))
+            latents = mx.broadcast_to(latents.astype(mx.float32), self.settings.shape)
             if not mx.isfinite(latents).all():
                 raise Failure(
                     f"the VAE's latents hold NaN or infinite values in {dtype_name(dtype)}; try --dtype float32"

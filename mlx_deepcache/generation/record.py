@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import warnings
 from collections.abc import Iterator
+from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,17 @@ from PIL.PngImagePlugin import PngInfo
 from .._version import __version__
 from ..checkpoints.names import BUNDLED_NAME, may_be_fetched
 from ..errors import Failure, UsageError
-from ..fields import shown
+from ..fields import file_and_scale, shown
 from ..media.png import write_image
-from .options import KINDS, Control, ModelOptions, Option, Options, options_of, tagged
+from .options import A1111_RNGS, KINDS, Control, ModelOptions, Option, Options, options_of, tagged
 
 JSON_KEY = "mlx_deepcache"
 LONGEST = 100_000  # characters of settings: a picture that comes from anywhere does not decide how much is printed
-_PAIR = re.compile(r'(?:^|,)\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?=,|$)')
+_NAME = re.compile(r"\s*(\w[\w \-/+.]{0,60}):\s*")  # of a pair in A1111's last line
+_TAG = re.compile(r"<(lora|lyco|hypernet):([^:<>]+)(?::([^<>]*))?>")  # A1111's, which name networks in a prompt
+_ON_CPU = ("ComfyUI", "Fooocus")  # write A1111's text, and draw their noise there
+# What A1111's samplers take "Automatic" for
+_AUTOMATIC = {"DPM++ 2M": "Karras", "DPM++ 2M SDE": "Exponential"}
 # A1111 writes its own pairs in this order; the others come after them
 _A1111_ORDER = ("Steps", "Sampler", "CFG scale", "Seed", "Size", "Denoising strength", "Model", "RNG")
 
@@ -38,6 +45,9 @@ def describe(settings, model: ModelOptions, dtype: str, prompt: str, seed: int) 
     record = {"prompt": prompt}
     record |= {o.key: o.record(settings.options) for o in options_of(Options) if o.recorded}
     record |= {o.key: o.record(model) for o in options_of(ModelOptions) if o.recorded}
+    if model.loras:
+        files = (Path(lora[0] if isinstance(lora, tuple) else lora) for lora in model.loras)
+        record["lora_hashes"] = {file.stem: lora_hash(file) for file in files if file.is_file()}
     return record | {
         "seed": seed,
         "model": KINDS["Model"].record(model.model or BUNDLED_NAME),
@@ -48,7 +58,8 @@ def describe(settings, model: ModelOptions, dtype: str, prompt: str, seed: int) 
 
 def parameters_text(settings: dict) -> str:
     """Settings as the `parameters` text of AUTOMATIC1111's web UI, which most programs read."""
-    lines = [settings["prompt"]]
+    tags = (f"<lora:{name}:{scale:g}>" for name, scale in _named(settings.get("lora") or []))
+    lines = [" ".join([settings["prompt"], *(tag for tag in tags if tag not in settings["prompt"])])]
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     pairs = {"Size": f"{settings['width']}x{settings['height']}"}
@@ -57,6 +68,8 @@ def parameters_text(settings: dict) -> str:
         if o.a1111 is not None and value not in (None, []):
             value = " + ".join(value) if isinstance(value, list) else value
             pairs[o.a1111] = value if o.a1111_values is None else o.a1111_values[value]
+    if hashes := settings.get("lora_hashes"):
+        pairs["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in hashes.items())
     order = [*(name for name in _A1111_ORDER if name in pairs), *(name for name in pairs if name not in _A1111_ORDER)]
     pairs = {name: pairs[name] for name in order} | {"Version": settings["version"]}
     lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items()))
@@ -110,7 +123,7 @@ def read(file: Path) -> tuple[dict, list[str]]:
             settings = None
         if not isinstance(settings, dict):
             raise Failure(f"{file}: its settings ({JSON_KEY}) are damaged; expected a JSON object")
-        known = {"prompt", "version", *(o.key for o in recorded())}
+        known = {"prompt", "version", "lora_hashes", *(o.key for o in recorded())}
         return {k: v for k, v in settings.items() if k in known}, sorted(settings.keys() - known)
     if "parameters" in texts:
         return from_a1111(texts["parameters"], file)
@@ -118,31 +131,120 @@ def read(file: Path) -> tuple[dict, list[str]]:
 
 
 def from_a1111(text: str, file: Path) -> tuple[dict, list[str]]:
-    """The same from a `parameters` text: the prompt, "Negative prompt: ", and a last line of "Name: value" pairs.
+    """The same from a `parameters` text: the prompt, "Negative prompt: ", and a line of "Name: value" pairs.
+
+    LoRAs that the prompts name are taken out of them, and looked for here and beside `file`. Warns if the text does not
+    say whose random numbers were used: then they are A1111's default, the GPU's.
 
     Raises:
-        Failure: that line lacks, so the settings are not to be told from the prompt.
+        Failure: the line of pairs lacks, so the settings are not to be told from the prompt.
     """
-    lines = text.strip().split("\n")
-    if not re.match(r"\s*Steps: ", lines[-1]):
-        raise Failure(f"{file}: its `parameters` should end in a line that begins with Steps, got {lines[-1][:60]!r}")
-    pairs = {name: _unquoted(value.strip()) for name, value in _PAIR.findall(lines.pop())}
-    start = next((i for i, line in enumerate(lines) if line.startswith("Negative prompt:")), len(lines))
+    lines = text.strip().replace("\r\n", "\n").split("\n")
+    last = next((i for i in range(len(lines) - 1, -1, -1) if _holds_settings(lines[i])), None)
+    if last is None:
+        raise Failure(
+            f"{file}: its `parameters` should end in a line that begins with Steps, got {shown(lines[-1], 60)!r}"
+        )
+    pairs, after = _pairs(lines[last]), [line.partition(":")[0] for line in lines[last + 1 :]]
+    lines = lines[:last]
+    start = next((i for i, line in enumerate(lines) if line.strip().startswith("Negative prompt:")), len(lines))
     settings = {"prompt": "\n".join(lines[:start])}
     if start < len(lines):
-        settings["negative_prompt"] = "\n".join(lines[start:]).removeprefix("Negative prompt:").strip()
+        settings["negative_prompt"] = "\n".join(lines[start:]).strip().removeprefix("Negative prompt:").strip()
+    lost = _take_networks(settings, file)
     if "Size" in pairs:
         settings["width"], _, settings["height"] = pairs.pop("Size").partition("x")
     if "Sampler" in pairs:
-        kind = pairs.pop("Schedule type", "")
-        karras = kind == "Karras" or (kind == "Automatic" and pairs["Sampler"] == "DPM++ 2M")  # what it means there
-        pairs["Sampler"] += " Karras" if karras else f" {kind}" if kind not in ("", "Automatic", "Uniform") else ""
+        kind, sampler = pairs.pop("Schedule type", ""), pairs["Sampler"]
+        kind = _AUTOMATIC.get(sampler, "") if kind == "Automatic" else kind
+        pairs["Sampler"] += f" {kind}" if kind not in ("", "Uniform") else ""
+    if pairs.get("RNG", "GPU").upper() in ("GPU", "CUDA"):
+        on_cpu = "RNG" not in pairs and any(name in pairs.get("Version", "") for name in _ON_CPU)
+        if "RNG" not in pairs and not on_cpu:
+            warnings.warn(
+                "it does not say whose random numbers it was drawn with (RNG), so they are taken for the GPU's, which "
+                "is A1111's default: --rng torch-cuda",
+                stacklevel=3,
+            )
+        pairs["RNG"] = A1111_RNGS["torch" if on_cpu else "torch-cuda"]
     for o in options_of(Options):
         if o.a1111 in pairs and not o.needs and (o.nargs is not None or not o.many):
             value = pairs.pop(o.a1111)
             ours = {theirs.lower(): our for our, theirs in (o.a1111_values or {}).items()}
             settings[o.key] = ours.get(value.lower(), value)
-    return settings, list(pairs)
+    if lost or "lora" in settings:
+        pairs.pop("Lora hashes", None)  # of what the prompts name
+    return settings, [*pairs, *after, *lost]
+
+
+def _holds_settings(line: str) -> bool:
+    """Whether it is the line of pairs, which a prompt's could look like."""
+    pairs = _pairs(line)
+    return "Steps" in pairs and (len(pairs) > 2 or line.lstrip().startswith("Steps"))
+
+
+def _pairs(line: str) -> dict[str, str]:
+    """Names and values, which may be JSON, of whatever commas."""
+    found, at, decoder = {}, 0, json.JSONDecoder()
+    while at < len(line):
+        if match := _NAME.match(line, at):
+            at = match.end()
+            try:
+                value, end = decoder.raw_decode(line, at) if line[at : at + 1] in ('"', "{", "[") else (None, at)
+            except (ValueError, RecursionError):
+                value, end = None, at
+            end = line.find(",", end) if "," in line[end:] else len(line)
+            found[match[1]] = value if isinstance(value, str) else line[at:end].strip()
+            at = end + 1
+        else:
+            at = line.find(",", at) + 1 or len(line)
+    return found
+
+
+def _take_networks(settings: dict, file: Path) -> list[str]:
+    """Take the networks out of the prompts; LoRAs that are here or beside the picture become a setting. Returns what
+    those that are not are called."""
+    lost = []
+
+    def take(tag: re.Match) -> str:
+        kind, name, (scale, *unet) = tag[1], Path(tag[2]).name, (tag[3] or "1").split(":")
+        found = _first(*(folder / f"{name}.safetensors" for folder in (Path(), file.parent)))
+        if kind != "hypernet" and found is not None and unet in ([], [scale]) and _is_number(scale):
+            settings.setdefault("lora", []).append(f"{found}:{scale}")
+        else:
+            lost.append(f"{'hypernetwork' if kind == 'hypernet' else 'LoRA'} {tag[2]} ({tag[3] or 1})")
+        return ""
+
+    for key in ("prompt", "negative_prompt"):
+        if _TAG.search(settings.get(key, "")):
+            settings[key] = _TAG.sub(take, settings[key]).strip()
+    return lost
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _named(loras: list[str]) -> Iterator[tuple[str, float]]:
+    """What A1111 calls these files, and their scales."""
+    for file, scale in map(file_and_scale, loras):
+        yield (file.stem if file.suffix == ".safetensors" else file.name), scale
+
+
+@cache
+def lora_hash(file: Path) -> str:
+    """What A1111 tells a LoRA by: SHA-256 of a safetensors file without its header, as kohya's scripts wrote it into
+    the metadata or else computed; the first 12 digits."""
+    with file.open("rb") as opened:
+        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        told = header.get("__metadata__", {}).get("sshs_model_hash")
+        digest = sha256()
+        while told is None and (block := opened.read(1 << 20)):
+            digest.update(block)
+    return (told or digest.hexdigest())[:12]
 
 
 def as_flags(settings: dict, file: Path, given: set[str]) -> list[str]:
@@ -235,10 +337,3 @@ def _quoted(value) -> str:
     """A1111 quotes a value that its own separators occur in."""
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:"\n') else text
-
-
-def _unquoted(value: str) -> str:
-    try:
-        return str(json.loads(value)) if value.startswith('"') else value
-    except ValueError:
-        return value

@@ -230,7 +230,7 @@ def _cache(
 
     def check(caches: Caches) -> None:
         for leg in legs:
-            caches.check(len(leg.plan.steps), legs[0].guidance_scale is not None)
+            caches.check(leg.plan, legs[0].guidance_scale is not None)
         if caches.branch >= branches:
             raise UsageError(f"cache branch must be in [0, {branches}) for this U-Net, got {caches.branch}")
 

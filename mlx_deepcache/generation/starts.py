@@ -18,8 +18,11 @@ from ..media.pictures import Given
 Draw = Callable[[], mx.array]
 """Standard normal noise for the batch, (N, h, w, C), other at each call."""
 
-Encode = Callable[[mx.array, mx.array], mx.array]
-"""A picture (1, H, W, 3) in [-1, 1] and noise (N, h, w, C) -> latents like the noise, one draw a picture."""
+Spread = Callable[[], mx.array | None]
+"""The same for a VAE whose encoder says how far latents spread; None for one that gives the latents themselves."""
+
+Encode = Callable[[mx.array, mx.array | None], mx.array]
+"""A picture (1, H, W, 3) in [-1, 1] and such noise -> latents (N, h, w, C), one draw a picture."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Started:
 class FromNoise:
     """Nothing but noise."""
 
-    def latents(self, plan: Plan, draw: Draw, given: mx.array | None, encode: Encode) -> Started:
+    def latents(self, plan: Plan, draw: Draw, spread: Spread, given: mx.array | None, encode: Encode) -> Started:
         """given: (N, h, w, C) standard normal, in place of a draw."""
         return Started((draw() if given is None else given) * plan.init_scale)
 
@@ -56,13 +59,13 @@ class FromPicture:
     strength: float
     fills: bool
 
-    def latents(self, plan: Plan, draw: Draw, given: mx.array | None, encode: Encode) -> Started:
+    def latents(self, plan: Plan, draw: Draw, spread: Spread, given: mx.array | None, encode: Encode) -> Started:
         """As `FromNoise`. Noise is drawn in the order of diffusers' pipelines: for the picture's latents, the start,
         the masked picture's."""
         level, masked = plan.steps[0].here, self.picture.mask is not None
         pixels = mx.array(self.picture.image)[None].astype(mx.float32) / 255 * 2 - 1
         from_noise = masked and self.strength == 1
-        clean = None if from_noise and self.fills else encode(pixels, draw())
+        clean = None if from_noise and self.fills else encode(pixels, spread())
         added = draw() if given is None else given
         x = added * plan.init_scale if from_noise else level.alpha * clean + level.sigma * added
         if not masked:
@@ -70,7 +73,7 @@ class FromPicture:
         mask = mx.array(self.picture.mask)[None, ..., None].astype(mx.float32)
         factor = mask.shape[1] // x.shape[1]
         small = mask[:, ::factor, ::factor]
-        again = draw()
+        again = spread()
         if self.fills:
             hidden = encode(pixels * (1 - mask), again)
             shown = mx.broadcast_to(small, (*hidden.shape[:3], 1))

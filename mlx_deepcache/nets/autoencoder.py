@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,6 +33,7 @@ class VAEConfig:
     mid_block_add_attention: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
+    spreads: ClassVar[bool] = True  # the encoder gives a distribution of latents
 
     @classmethod
     def from_dict(cls, data: dict) -> VAEConfig:

@@ -6,6 +6,7 @@ All convolutions and ReLU, a hundredth of AutoencoderKL's work: made for preview
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,6 +32,7 @@ class TinyVAEConfig:
     scaling_factor: float = 1.0
     shift_factor: float | None = 0.0
     force_upcast: bool = False
+    spreads: ClassVar[bool] = False  # the encoder gives latents, and not their distribution
 
     @classmethod
     def from_dict(cls, data: dict) -> TinyVAEConfig:

@@ -27,6 +27,7 @@ from mlx_deepcache import (
 from mlx_deepcache.apps.generate import main_generate
 from mlx_deepcache.cache.composition import KINDS, CacheRun, Caches
 from mlx_deepcache.cache.text import explain, parse, write
+from mlx_deepcache.diffusion.schedulers import schedule
 from mlx_deepcache.errors import UsageError
 from mlx_deepcache.nets import blocks
 from mlx_deepcache.sampler import Denoiser
@@ -59,6 +60,17 @@ def picture(full):
 def test_non_uniform_steps_are_the_papers(interval, power, expected):
     full = DeepCache(interval, center=15, power=power).full_steps(50)
     assert [i for i, f in enumerate(full) if f] == [int(i) for i in expected.split()]
+
+
+@pytest.mark.parametrize(("scheduler", "calls"), [("ddim", 50), ("pndm", 51)])
+def test_non_uniform_steps_of_pndm_too(scheduler, calls):
+    """The paper's code lays its schedule over the 50 steps that were asked for, of which PNDM takes one twice."""
+    plan = schedule({"skip_prk_steps": True}, scheduler).plan(50)
+    memory = DeepCache(5, center=15, power=1.4).memory(plan, 1, True)
+    assert len(plan.steps) == calls
+    assert [i for i in range(calls) if memory.full(i)] == [0, 5, 9, 13, 17, 21, 26, 31, 37, 43]
+    with pytest.raises(UsageError, match="one of the 50 steps, from 0 to 49, got 50"):
+        DeepCache(5, center=50, power=1.4).check(plan, True)
 
 
 def test_no_non_uniform_schedule():

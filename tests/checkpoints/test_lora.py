@@ -1,5 +1,6 @@
 """LoRAs fused into our weights, against diffusers' and PEFT's, and against PyTorch's own layers."""
 
+import json
 import re
 
 import mlx.core as mx
@@ -211,6 +212,112 @@ def test_peft_metadata_has_the_alpha(checkpoint, tmp_path, stabilised):
     assert unet_error(ours(checkpoint("sd15")), theirs.unet) > 0.01
 
 
+WRAPPED = {
+    "lora": peft.LoraConfig(r=RANK, lora_alpha=7, target_modules=["to_q", "to_v", "conv1"]),
+    "patterns": peft.LoraConfig(
+        r=RANK,
+        lora_alpha=7,
+        rank_pattern={"attn2.to_v": 2},
+        alpha_pattern={"attn2.to_v": 5, "to_v": 1},
+        target_modules=["to_q", "to_v"],
+    ),
+    "rslora": peft.LoraConfig(r=RANK, lora_alpha=7, use_rslora=True, target_modules=["to_q"]),
+    "bias": peft.LoraConfig(r=RANK, lora_alpha=7, lora_bias=True, target_modules=["to_q", "to_out.0", "conv1"]),
+    "dora": peft.LoraConfig(r=RANK, lora_alpha=7, use_dora=True, target_modules=["to_q", "conv1"]),
+    "loha": peft.LoHaConfig(r=RANK, alpha=7, alpha_pattern={"attn1.to_q": 2}, target_modules=["to_q", "conv1"]),
+    "lokr": peft.LoKrConfig(r=RANK, alpha=7, target_modules=["to_q", "conv1"]),
+    "lokr-whole": peft.LoKrConfig(r=32, alpha=7, rank_pattern={"attn2.to_v": 16}, target_modules=["to_q", "to_v"]),
+}
+
+
+def wrapped(net, config, folder):
+    """A torch net with a lively adapter of PEFT's in it, written to a folder by PEFT."""
+    model = peft.get_peft_model(net, config)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if re.search(r"lora_B|hada_|lokr_", name):
+                parameter.normal_(std=0.3)
+            elif "magnitude" in name:
+                parameter.mul_(torch.rand_like(parameter) + 0.5)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True`", "ignore:Adapter 'default'.* invalid shape")
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_pefts_own_folders(checkpoint, tmp_path, kind):
+    """The rank and alpha stand in adapter_config.json."""
+    net = wrapped(oracle.pipeline(checkpoint("sd15")).unet, WRAPPED[kind], tmp_path)
+    assert unet_error(ours(checkpoint("sd15")), net) > 0.01
+    assert unet_error(ours(checkpoint("sd15"), tmp_path), net) < 1e-5
+    assert unet_error(ours(checkpoint("sd15"), tmp_path / "adapter_model.safetensors"), net) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2"])
+def test_pefts_folders_of_text_encoders(checkpoint, tmp_path, name):
+    """Both have the same names for their layers; which is meant is told by the class that PEFT wrapped."""
+    config = peft.LoraConfig(r=RANK, lora_alpha=7, target_modules=["q_proj", "fc1"])
+    net = wrapped(getattr(oracle.pipeline(checkpoint("sdxl")), name), config, tmp_path)
+    assert text_error(ours(checkpoint("sdxl")), name, net) > 0.01
+    assert text_error(ours(checkpoint("sdxl"), tmp_path), name, net) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True`", "ignore:Adapter 'default'.* invalid shape")
+def test_diffusers_folder(checkpoint, tmp_path):
+    """Of both kinds of net, with biases; settings of each stand in the metadata."""
+    pipe, layers, settings = oracle.pipeline(checkpoint("sd15")), {}, {}
+    for name, targets, alpha in (("unet", ["to_out.0"], 5), ("text_encoder", ["q_proj"], 2)):
+        net = getattr(pipe, name)
+        net.add_adapter(peft.LoraConfig(r=RANK, lora_alpha=alpha, lora_bias=True, target_modules=targets))
+        with torch.no_grad():
+            for parameter in (p for n, p in net.named_parameters() if "lora_B" in n):
+                parameter.normal_(std=0.3)
+        layers[f"{name}_lora_layers"] = peft.get_peft_model_state_dict(net)
+        settings[f"{name}_lora_adapter_metadata"] = net.peft_config["default"].to_dict()
+    pipe.save_lora_weights(tmp_path, **layers, **settings)
+    changed, plain = ours(checkpoint("sd15"), tmp_path), ours(checkpoint("sd15"))
+    assert unet_error(changed, pipe.unet) < 1e-5 < unet_error(plain, pipe.unet)
+    assert text_error(changed, "text_encoder", pipe.text_encoder) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (None, "how strong it is stands in adapter_config.json; put that beside it"),
+        ({"peft_type": "IA3"}, "peft_type = 'IA3' is not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' is not supported"),
+        ({"lora_alpha": "much"}, "should give a rank and an alpha"),
+        ({"alpha_pattern": {"(": 2}}, "should give a rank and an alpha"),
+        ({"alpha_pattern": [2]}, "should give a rank and an alpha"),
+        ([], "should hold a JSON object"),
+    ],
+)
+def test_settings_that_cannot_be_honoured(checkpoint, tmp_path, settings, words):
+    name = "base_model.model.mid_block.attentions.0.proj_in"
+    factors = {f"{name}.lora_A.weight": torch.ones(2, 48, 1, 1), f"{name}.lora_B.weight": torch.ones(48, 2, 1, 1)}
+    save_file(factors, tmp_path / "adapter_model.safetensors")
+    if settings is not None:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=re.escape(words)):
+        ours(checkpoint("sd15"), tmp_path)
+
+
+def test_folders_that_hold_no_one_lora(checkpoint, tmp_path):
+    with pytest.raises(CheckpointError, match="should hold one LoRA, such as .*, got none"):
+        ours(checkpoint("sd15"), tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"got adapter_model\.bin"):
+        ours(checkpoint("sd15"), tmp_path)
+    for name in "ab":
+        changed(tmp_path / f"{name}.safetensors", mid_block_attentions_0_proj_in=torch.ones(48))
+    with pytest.raises(CheckpointError, match=r"got a\.safetensors, b\.safetensors"):
+        ours(checkpoint("sd15"), tmp_path)
+    (tmp_path / "b.safetensors").unlink()
+    changed(tmp_path / "a.safetensors", **{"mid_block_attentions_0_proj_in.diff_b": torch.ones(48)})
+    assert ours(checkpoint("sd15"), tmp_path).loras[0].file == tmp_path / "a.safetensors"
+
+
 def test_convolution_in_three_factors():
     """LoCon's down, middle and up, against three convolutions in a row; and LoRA's two."""
     torch.manual_seed(1)
@@ -251,6 +358,20 @@ def test_the_axis_of_doras_magnitude(checkpoint, tmp_path, shape, axis):
     assert error(np.linalg.norm(weight, axis=axis), magnitude.numpy().ravel()) < 1e-5
 
 
+@pytest.mark.parametrize("scale", [0, 0.5, 1, -1])
+def test_dora_at_other_scales(checkpoint, tmp_path, scale):
+    """ComfyUI's and Forge's rule: so much of the way from the model to the model with the whole change in it."""
+    config = peft.LoraConfig(r=RANK, lora_alpha=7, use_dora=True, target_modules=["to_q"])
+    wrapped(oracle.pipeline(checkpoint("sd15")).unet, config, tmp_path)
+    plain, whole, some = (
+        middle(checkpoint("sd15"), *files).transformer_blocks[0].attn1.to_q.weight
+        for files in ((), (tmp_path,), ((tmp_path, scale),))
+    )
+    assert error(whole, plain) > 0.1
+    assert error(some, plain + scale * (whole - plain)) < 1e-6
+    assert bool(mx.array_equal(some, plain)) == (scale == 0)
+
+
 def test_biases_and_norms_are_changed(checkpoint, tmp_path):
     folder, plain = checkpoint("sd15"), middle(checkpoint("sd15"))
     rows = torch.arange(48.0)
@@ -265,9 +386,13 @@ def test_biases_and_norms_are_changed(checkpoint, tmp_path):
 
 
 def test_a_bias_that_is_not_there(checkpoint, tmp_path):
+    """It is made, as in LyCORIS; but an embedding has none."""
     file = changed(tmp_path / "a.safetensors", **{f"{BLOCK}_attn1_to_q.diff_b": torch.ones(48)})
-    with pytest.raises(CheckpointError, match=r"the bias of unet\.mid_block.*attn1\.to_q, which has none"):
-        middle(checkpoint("sd15"), file)
+    layer = middle(checkpoint("sd15"), (file, 0.5)).transformer_blocks[0].attn1.to_q
+    assert mx.array_equal(layer(mx.zeros((1, 48))), 0.5 * mx.ones((1, 48)))
+    save_file({"lora_te_text_model_embeddings_position_embedding.diff_b": torch.ones(77)}, file)
+    with pytest.raises(CheckpointError, match="the bias of text_encoder.*position_embedding, which can have none"):
+        loaded(ours(checkpoint("sd15"), file), "text_encoder")
 
 
 def test_several_add_up_and_full_differences(checkpoint, tmp_path):
@@ -317,6 +442,22 @@ def test_quantized_layers(checkpoint, tmp_path):
         ),
         ({"unet.conv_in.lora_A.weight": (4, 4, 3, 3)}, ("not whole", "lacks its up")),
         ({"model.diffusion_model.out.2.bias": (4,)}, ("is no LoRA",)),
+        ({"lora_unet_mid_block_attentions_0_proj_in.oft_blocks": (4, 12, 12)}, ("is of kind OFT", "LoHa")),
+        ({"lora_unet_conv_in.weight": (4,), "lora_unet_conv_in.on_input": ()}, ("is of kind (IA)^3",)),
+        ({"lora_unet_mid_block_attentions_0_proj_in.diff_b": (47,)}, ("does not fit", "shape (48, 48)")),
+        (
+            {"lora_unet_conv_in.lora_A.weight": (0, 4, 3, 3), "lora_unet_conv_in.lora_B.weight": (32, 0)},
+            ("should not have shape",),
+        ),
+        ({"lora_unet_conv_in.lokr_w1_a": (), "lora_unet_conv_in.alpha": ()}, ("lokr_w1_a should not have shape ()",)),
+        (
+            {"lora_unet_conv_in.diff": (32, 4, 3, 3), "lora_unet_conv_in.alpha": (2,)},
+            ("alpha should not have shape (2,)",),
+        ),
+        (
+            {f"lora_unet_conv_in.{part}": (32, 4, 3, 3) for part in ("diff", "lokr_w1", "lora_up.weight")},
+            ("in several ways at once (diff, lokr, lora)",),
+        ),
         ({}, ("is empty",)),
     ],
 )

@@ -71,8 +71,8 @@ def test_one_encoder(checkpoint, tmp_path, kind, n):
     )
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_two_encoders(checkpoint, tmp_path, n):
+@pytest.mark.parametrize(("n", "names"), [(1, ("clip_l", "clip_g")), (2, ("text_encoders_0", "text_encoders_1"))])
+def test_two_encoders(checkpoint, tmp_path, n, names):
     """SDXL. diffusers looks for the text's end at the highest id, which an added word has, if the config is an old one;
     so its config is told the true id here, and ours is not."""
     folder = shutil.copytree(checkpoint("sdxl"), tmp_path / "sdxl")
@@ -81,7 +81,7 @@ def test_two_encoders(checkpoint, tmp_path, n):
     config["eos_token_id"] = config["vocab_size"] - 1
     (folder / "text_encoder_2" / "config.json").write_text(json.dumps(config))
     clip_l, clip_g = vectors("sdxl", n)
-    save_file({"clip_g": clip_g, "clip_l": clip_l}, tmp_path / "style.safetensors")
+    save_file({names[1]: clip_g, names[0]: clip_l}, tmp_path / "style.safetensors")
     pipe = oracle.pipeline(folder)
     for tensor, suffix in ((clip_l, ""), (clip_g, "_2")):
         encoder, tokenizer = getattr(pipe, f"text_encoder{suffix}"), getattr(pipe, f"tokenizer{suffix}")

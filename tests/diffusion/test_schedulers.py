@@ -150,6 +150,48 @@ def test_one_step():
         assert error(ours(name, config, 1, start)[0], reference(name, config, 1, start)[0]) < 2e-4, name
 
 
+@pytest.mark.parametrize(
+    ("name", "solver_type"),
+    [*product(("dpm++2m", "dpm++2m-sde"), ("midpoint", "heun")), ("unipc", "bh1"), ("unipc", "bh2")],
+)
+def test_karras_levels_that_end_at_sigma_min(name, solver_type):
+    """The last level comes twice; a step between the two has no length, or by rounding a negative one. UniPC's one step
+    stays where it is."""
+    start = np.random.default_rng(0).standard_normal((1, 4, 4, 4)).astype(np.float32)
+    for prediction, steps in product(("epsilon", "v_prediction"), (1, 2, 3, 20)):
+        config = BASE | {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min", "solver_type": solver_type}
+        latents, _ = ours(name, config | {"prediction_type": prediction}, steps, start)
+        expected, _ = reference(name, config | {"prediction_type": prediction}, steps, start)
+        assert np.isfinite(latents).all()
+        if solver_type == "heun" and steps == 20:
+            assert np.isnan(expected).all()  # diffusers divides 0 by 0
+        else:
+            assert error(latents, expected) < 2e-4
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "lcm"])
+def test_a_timestep_too_many(name):
+    """For some numbers of steps diffusers' trailing timesteps are one more, and the last is -1. Where it is an index,
+    that of the noisiest level, it is left out; elsewhere it means the first timestep's level."""
+    config, steps = BASE | VARIANTS["sd"] | {"timestep_spacing": "trailing"}, 61
+    start = np.random.default_rng(0).standard_normal((1, 4, 4, 4)).astype(np.float32)
+    plan, latents = schedule(config, name).plan(steps), ours(name, config, steps, start)[0]
+    if name in ("ddim", "pndm", "ddpm", "unipc"):
+        assert len(plan.steps) - plan.repeated == steps
+        assert min(step.here.t for step in plan.steps) >= 0
+        assert np.isfinite(latents).all()
+    else:
+        assert error(latents, reference(name, config, steps, start)[0]) < 2e-4
+    if name == "ddim":
+        scheduler = diffusers.DDIMScheduler(**{k: v for k, v in config.items() if k != "skip_prk_steps"})
+        scheduler.set_timesteps(steps)
+        assert scheduler.timesteps[-1] == -1
+        x = torch.tensor(start)
+        for t in scheduler.timesteps[:-1]:
+            x = scheduler.step(torch.tensor(network(x.numpy(), float(t))), t, x).prev_sample
+        assert error(latents, x.numpy()) < 2e-4
+
+
 @pytest.mark.parametrize("steps", [14, 15])
 @pytest.mark.parametrize("name", ["dpm++2m", "unipc"])
 def test_the_last_step_of_a_short_run(name, steps):

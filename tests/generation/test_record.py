@@ -1,16 +1,18 @@
 """A picture drawn again from the settings in it, ours or those of A1111's web UI."""
 
+import hashlib
 import json
 import re
 import shutil
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tiny import Hub
 
 from mlx_deepcache.apps.generate import main_generate
@@ -169,6 +171,7 @@ Steps: 30, Sampler: DPM++ 2M Karras, CFG scale: 6.5, Seed: 3715684121, Size: 64x
 Model: v1-5-pruned-emaonly, Clip skip: 2, Lora hashes: "ink: 0123, detail: 4567", Version: v1.6.0"""
 
 
+@pytest.mark.filterwarnings("ignore:it does not say whose random numbers")
 def test_a1111():
     found, unknown = metadata.from_a1111(A1111, NOWHERE)
     assert found == {
@@ -180,6 +183,7 @@ def test_a1111():
         "seed": "3715684121",
         "width": "64",
         "height": "72",
+        "rng": "torch-cuda",
     }
     assert unknown == ["Model hash", "Model", "Clip skip", "Lora hashes", "Version"]
 
@@ -192,6 +196,8 @@ def test_a1111():
         ("Sampler: DPM++ 2M, Schedule type: Karras", "dpm++2m-karras"),
         ("Sampler: DPM++ 2M, Schedule type: Automatic", "dpm++2m-karras"),
         ("Sampler: DPM++ 2M", "dpm++2m"),
+        ("Sampler: DPM++ 2M SDE", "dpm++2m-sde"),
+        ("Sampler: DPM++ 2M SDE, Schedule type: Automatic", "DPM++ 2M SDE Exponential"),
         ("Sampler: DDIM, Schedule type: Uniform", "ddim"),
         ("Sampler: UniPC", "unipc"),
         ("Sampler: PLMS", "pndm"),
@@ -200,24 +206,150 @@ def test_a1111():
     ],
 )
 def test_a1111_samplers(line, scheduler):
-    assert metadata.from_a1111(f"x\nSteps: 2, {line}", NOWHERE) == (
-        {"prompt": "x", "steps": "2", "scheduler": scheduler},
+    assert metadata.from_a1111(f"x\nSteps: 2, {line}, RNG: CPU", NOWHERE) == (
+        {"prompt": "x", "steps": "2", "scheduler": scheduler, "rng": "torch"},
         [],
     )
 
 
-@pytest.mark.parametrize(("name", "rng"), [("CPU", "torch"), ("NV", "torch-cuda"), ("MLX", "mlx")])
-def test_a1111_random_numbers(name, rng):
-    found, unknown = metadata.from_a1111(f"x\nSteps: 2, RNG: {name}", NOWHERE)
-    assert (found["rng"], unknown) == (rng, [])
+@pytest.mark.parametrize(
+    ("line", "rng", "assumed"),
+    [
+        ("RNG: CPU", "torch", False),
+        ("RNG: NV", "torch-cuda", False),
+        ("RNG: GPU", "torch-cuda", False),
+        ("RNG: cuda", "torch-cuda", False),
+        ("RNG: MLX", "mlx", False),
+        ("Seed: 4", "torch-cuda", True),
+        ("Version: f2.0.1v1.10.1", "torch-cuda", True),
+        ("Version: ComfyUI", "torch", False),
+    ],
+)
+def test_a1111_random_numbers(line, rng, assumed):
+    """A1111 and Forge leave out what is their default, which is the GPU's."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found, _ = metadata.from_a1111(f"x\nSteps: 2, {line}", NOWHERE)
+    assert found["rng"] == rng
+    assert [" --rng torch-cuda" in str(note.message) for note in told] == [True] * assumed
+
+
+FORGE = """
+Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 5, Seed: 1, Size: 832x1216, Model hash: 67ab2fd8ec, \
+Model: pony, Denoising strength: 0.3, Hires upscale: 1.5, ADetailer prompt: "a face, \\"big\\": eyes", \
+Hashes: {"vae": "235745af8d", "lora:ink": "0a1b", "model": "67ab"}, Civitai resources: [{"type":"lora","weight":0.8, \
+"modelName":"Seed: 5, Steps: 3"}], Beta schedule alpha: 0.6, Version: f2.0.1v1.10.1-previous-313-g8a04293
+Template: a {red|green} apple"""
+
+
+@pytest.mark.filterwarnings("ignore:it does not say whose random numbers")
+def test_forge():
+    """Nothing but settings and a line after them; JSON among the pairs, and values with commas."""
+    found, unknown = metadata.from_a1111(FORGE, NOWHERE)
+    assert found == {
+        "prompt": "",
+        "steps": "20",
+        "scheduler": "dpm++2m-karras",
+        "guidance_scale": "5",
+        "seed": "1",
+        "width": "832",
+        "height": "1216",
+        "rng": "torch-cuda",
+    }
+    others = ["Denoising strength", "Hires upscale", "ADetailer prompt", "Hashes", "Civitai resources"]
+    assert unknown == ["Model hash", "Model", *others, "Beta schedule alpha", "Version", "Template"]
+
+
+@pytest.mark.parametrize(
+    ("line", "pairs"),
+    [
+        ('A: "x, y: z", B: 1', {"A": "x, y: z", "B": "1"}),
+        ("A: 1, B: {, C: [1, 2]", {"A": "1", "B": "{", "C": "[1, 2]"}),
+        ('A: "x, B: 2', {"A": '"x', "B": "2"}),
+        (", ,A:1,,B:", {"A": "1", "B": ""}),
+        ("words only", {}),
+        ("", {}),
+        ("A: " + "[" * 20_000, {"A": "[" * 20_000}),
+    ],
+)
+def test_pairs(line, pairs):
+    assert metadata._pairs(line) == pairs
+
+
+LORA = "mid_block_attentions_0_proj_in"
+
+
+@pytest.fixture
+def ink():
+    """A LoRA here, for the tiny SD 1.5."""
+    shapes = {"down": (2, 48, 1, 1), "up": (48, 2, 1, 1)}
+    rng = np.random.default_rng(0)
+    tensors = {f"lora_unet_{LORA}.lora_{k}.weight": rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+    save_file(tensors, "ink.safetensors", {"ss_output_name": "ink"})
+
+
+def test_a1111_loras(draw, checkpoint, capfd, ink, tmp_path):
+    """Named in a prompt; taken out of it, and used if such a file is here or beside the picture."""
+    Path("ink.safetensors").rename(tmp_path / "ink.safetensors")
+    prompt = "a cat <lora:ink:0.5>\nin rain <lora:gone:1> <hypernet:old:0.2><lora:../../ink:0.5:1>"
+    text = (
+        f"{prompt}\nNegative prompt: dogs <lora:x>\nSteps: 2, Sampler: DDIM, Size: 64x64, RNG: CPU, Lora hashes: i: 0"
+    )
+    write(tmp_path / "a.png", parameters=text)
+    model = ["--model", checkpoint("sd15")]
+    assert main_generate(["--from-image", str(tmp_path / "a.png"), *map(str, model)]) == 0
+    told = "LoRA gone (1), hypernetwork old (0.2), LoRA ../../ink (0.5:1), LoRA x (1)\n"
+    assert f"a.png: not used: {told}" in capfd.readouterr().err
+    assert settings("out.png")["prompt"] == "a cat \nin rain"
+    flags = ["--steps", 2, "--scheduler", "ddim", "--height", 64, "--width", 64, "--negative-prompt", "dogs"]
+    for name, lora in (("b", ["--lora", f"{tmp_path / 'ink.safetensors'}:0.5"]), ("c", [])):
+        assert draw(*model, "--prompt", "a cat \nin rain", *flags, *lora, "--output", f"{name}.png") == 0
+    assert np.array_equal(pixels("out.png"), pixels("b.png"))
+    assert not np.array_equal(pixels("out.png"), pixels("c.png"))
+
+
+def test_our_loras_are_told_as_a1111_does(draw, checkpoint, ink):
+    """By name and scale behind the prompt, and by the hash that it has for them; which is also read back."""
+    flags = ["--model", checkpoint("sd15"), "--steps", 1, "--height", 64, "--width", 64]
+    assert draw(*flags, "--prompt", "a cat", "--lora", "ink.safetensors:0.5", "--negative-prompt", "a dog") == 0
+    text = Image.open("out.png").text["parameters"]
+    content = Path("ink.safetensors").read_bytes()
+    digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    assert text.startswith("a cat <lora:ink:0.5>\nNegative prompt: a dog\nSteps: 1, ")
+    assert f', Lora hashes: "ink: {digest[:12]}", Version: ' in text
+    found, unknown = metadata.from_a1111(text, NOWHERE)
+    assert (found["prompt"], found["lora"]) == ("a cat", ["ink.safetensors:0.5"])
+    assert "Lora hashes" not in unknown
+    assert draw("--from-image", "out.png", "--output", "b.png") == 0
+    assert np.array_equal(pixels("out.png"), pixels("b.png"))
+    assert Image.open("b.png").text["parameters"] == text
+    tensors = load_file("ink.safetensors")
+    save_file(tensors, "ink.safetensors", {"sshs_model_hash": "ab" * 32})
+    metadata.lora_hash.cache_clear()
+    assert metadata.lora_hash(Path("ink.safetensors")) == "ab" * 6
 
 
 def test_a1111_picture(draw, capfd):
     """Drawn as by these flags; what is not used is told in one line."""
     write(parameters="a rocket\nSteps: 2, Sampler: Euler, CFG scale: 4, Seed: 9, Size: 64x64, Model: toon, ENSD: 3")
     assert main_generate(["--from-image", "a.png"]) == 0
-    assert "note: a.png: not used: Model, ENSD\n" in capfd.readouterr().err
-    flags = ["--scheduler", "euler", "--guidance-scale", 4, "--seed", 9, "--height", 64, "--width", 64]
+    notes = capfd.readouterr().err
+    assert "note: a.png: not used: Model, ENSD\n" in notes
+    assert "note: a.png: it does not say whose random numbers it was drawn with (RNG)" in notes
+    flags = [
+        "--rng",
+        "torch-cuda",
+        "--scheduler",
+        "euler",
+        "--guidance-scale",
+        4,
+        "--seed",
+        9,
+        "--height",
+        64,
+        "--width",
+        64,
+    ]
     assert draw("--prompt", "a rocket", "--steps", 2, *flags, "--output", "b.png") == 0
     assert np.array_equal(pixels("out.png"), pixels("b.png"))
 

@@ -61,6 +61,21 @@ def test_inpainting_with_a_net_made_for_it(checkpoint, pipeline, kind, scheduler
     compare_from_picture(checkpoint, pipeline, kind, MASK, interval=2, branch=1, **options)
 
 
+@pytest.mark.parametrize(
+    ("kind", "mask", "strength"), [("sd15", None, 0.6), ("sd15", MASK, 0.6), ("inpaint", MASK, 1.0)]
+)
+def test_taesd_draws_no_noise(checkpoint, taesd, tmp_path, kind, mask, strength):
+    """Its encoder gives latents, and not their distribution; what is drawn later comes that much earlier."""
+    folder = shutil.copytree(checkpoint(kind), tmp_path / "model")
+    shutil.rmtree(folder / "vae")
+    shutil.copytree(taesd, folder / "vae")
+    index = json.loads((folder / "model_index.json").read_text()) | {"vae": ["diffusers", "AutoencoderTiny"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    ours = StableDiffusion.from_pretrained(str(checkpoint(kind)), "float32", vae=str(taesd))
+    options = {"steps": 4, "guidance_scale": 2.0, "scheduler": "euler-a", "strength": strength}
+    compare_from_picture(lambda kind: folder, lambda kind: ours, kind, mask, **options)
+
+
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 @pytest.mark.parametrize("mask", [None, MASK])
 def test_default_strength(checkpoint, pipeline, kind, mask):

@@ -1,12 +1,14 @@
 """LoRA and its relatives: small changes to a checkpoint's weights, fused into them as they are loaded.
 
-Read are the names of diffusers and PEFT, of kohya's scripts (which for SDXL has the original U-Net's names) and of
-LyCORIS (LoCon, LoHa, LoKr, full differences), and DoRA in each. What a change is, W' = W + scale * delta:
+Read are the names of diffusers and PEFT, of kohya's scripts (which for SDXL has the original U-Net's names), of ComfyUI
+and of LyCORIS (LoCon, LoHa, LoKr, full differences), and DoRA in each. What a change is, W' = W + scale * delta:
 
 LoRA (Hu et al. 2022)         delta = alpha / rank * up @ down, with a third factor between them in some convolutions
 LoHa (Hyeon-Woo et al. 2022)  delta = alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b)
 LoKr (Yeh et al. 2024)        delta = alpha / rank * kron(w1, w2), of which each may be a product
-DoRA (Liu et al. 2024)        W' = magnitude * (W + scale * delta) / its norm
+DoRA (Liu et al. 2024)        delta = magnitude * (W + delta) / its norm - W, so that a scale of 0 leaves W as it is
+
+The alpha of PEFT stands not beside the weights but in adapter_config.json, or in the metadata that diffusers writes.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,13 +26,15 @@ import mlx.nn as nn
 from ...errors import CheckpointError, UsageError
 from ...nets.unet_parts import UNetConfig
 from ..families import SDXL, family_by
+from ..folder import read_json
 from ..original import names as ldm
-from ..weights import read_tensors, some
+from ..weights import PICKLES, read_tensors, some
 
 # How a tensor's name ends, and what it is of its layer
 _PARTS = {
     r"lora_down\.weight|lora_A(\.\w+)?\.weight|lora(_linear_layer)?\.down\.weight": "down",
     r"lora_up\.weight|lora_B(\.\w+)?\.weight|lora(_linear_layer)?\.up\.weight": "up",
+    r"lora_B(\.\w+)?\.bias": "up_bias",
     r"lora_mid\.weight": "mid",
     r"lora_magnitude_vector(\.\w+)*": "magnitude",
     r"diff|w_norm": "diff",
@@ -38,16 +42,50 @@ _PARTS = {
     r"alpha|dora_scale|hada_(w[12]_[ab]|t[12])|lokr_(w[12](_[ab])?|t2)": "",  # named as it is
 }
 
+# Of which kind of change a part is; other kinds are named in their parts, and these go with several
+_KINDS = {"down": "lora", "up": "lora", "mid": "lora", "up_bias": "lora"}
+_KINDS |= dict.fromkeys(("alpha", "bias", "magnitude", "dora_scale"), "")
+
 _ENDING = re.compile("(.+?)[._](?:" + "|".join(f"({pattern})" for pattern in _PARTS) + ")")
+
+_UNSUPPORTED = {
+    "OFT": r"oft_(blocks|diag|R)\b",
+    "(IA)^3": r"\bon_input$|ia3_l",
+    "GLoRA": r"\b[ab][12]\.weight$",
+    "T-LoRA": r"\blambda_layer$",
+    "AdaLoRA": r"\blora_E\b",
+    "VeRA": r"\bvera_",
+}
+
+_BOTH = "base_model.model."  # PEFT's, of whatever net it wraps
 
 # What a layer's name may start with, for each component
 _PREFIXES = {
-    "unet": ("unet.", "lora_unet.", "", "base_model.model.", "unet.base_model.model.", "diffusion_model."),
-    "text_encoder": ("text_encoder.", "lora_te.", "lora_te1."),
-    "text_encoder_2": ("text_encoder_2.", "lora_te2."),
+    "unet": ("unet.", "lora_unet.", "lycoris.", "", _BOTH, f"unet.{_BOTH}", "diffusion_model."),
+    "text_encoder": (
+        *("text_encoder.", "lora_te.", "lora_te1.", _BOTH, f"text_encoder.{_BOTH}"),
+        *("text_encoders.clip_l.transformer.", "text_encoders.clip_h.transformer."),
+    ),
+    "text_encoder_2": (
+        *("text_encoder_2.", "lora_te2.", f"text_encoder_2.{_BOTH}", "text_encoders.clip_g.transformer."),
+    ),
 }
 
-_ADAPTER = "lora_adapter_metadata"
+_METADATA = "lora_adapter_metadata"  # where diffusers writes PEFT's settings
+_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # PEFT's, and diffusers'
+
+# PEFT's settings, and the values of each with which a LoRA is what its factors say
+_PLAIN = {
+    "peft_type": ("LORA", "LOHA", "LOKR", None),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),  # others change the model too
+    "alora_invocation_tokens": (None, []),
+    "layer_replication": (None, []),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "arrow_config": (None,),
+}
 
 
 @dataclass(frozen=True)
@@ -93,15 +131,23 @@ def places(modules: dict[str, nn.Module], config: UNetConfig) -> dict[str, Place
 
 
 def read(file: Path, scale: float, known: dict[str, Place]) -> Lora:
-    """A LoRA for a checkpoint; known: see `places`.
+    """A LoRA for a checkpoint. file: itself, or the folder that it is in, as PEFT and diffusers write it; known: see
+    `places`.
 
     Raises:
         UsageError: the scale is no finite number.
-        CheckpointError: the file is damaged or no LoRA, or it changes layers that the checkpoint does not have.
+        CheckpointError: the file is damaged or no LoRA, or of a kind or with settings that are not supported, or it
+            changes layers that the checkpoint does not have.
     """
     if not math.isfinite(scale):
         raise UsageError(f"a LoRA's scale should be a finite number, got {scale}")
+    file = _file_in(file) if file.is_dir() else file
     tensors, metadata = read_tensors(file)
+    settings = _settings(file, metadata, tensors)
+    if settings.get("", {}).get("base_model_class") == "CLIPTextModelWithProjection":
+        components = {place.component for place in known.values()}
+        second = "text_encoder_2." if "text_encoder_2" in components else ""
+        tensors = {name.replace(_BOTH, second, 1) if second else name: tensor for name, tensor in tensors.items()}
     layers: dict[str, dict[str, mx.array]] = {}
     odd = []
     for name, tensor in tensors.items():
@@ -111,6 +157,12 @@ def read(file: Path, scale: float, known: dict[str, Place]) -> Lora:
         layer = match[1]
         layers.setdefault(layer, {})[_part(name.removeprefix(layer)[1:])] = tensor
     if odd:
+        for kind, pattern in _UNSUPPORTED.items():
+            if found := [name for name in odd if re.search(pattern, name)]:
+                raise CheckpointError(
+                    f"{file} is of kind {kind} ({found[0]}), which is not supported, only LoRA, LoCon, LoHa, LoKr, "
+                    "full differences and DoRA"
+                )
         what = "holds" if layers else "is no LoRA: it holds"
         raise CheckpointError(f"{file} {what} {some(odd)}, which is no part of any known kind of LoRA")
     if not layers:
@@ -127,10 +179,16 @@ def read(file: Path, scale: float, known: dict[str, Place]) -> Lora:
         if place.layer in of_component:
             raise CheckpointError(f"{file} changes {place.component}.{place.layer} twice, the second time as {name}")
         of_component[place.layer] = parts
+        if bad := [part for part, tensor in parts.items() if not _possible(part, tensor)]:
+            raise CheckpointError(f"{file}: {name}'s {bad[0]} should not have shape {tuple(parts[bad[0]].shape)}")
         if "alpha" not in parts:
-            parts |= _alpha(metadata, place, parts)
+            parts |= _told(settings, file, place, name, parts)
         try:
+            if len(kinds := {_KINDS.get(part, part.partition("_")[0]) for part in parts} - {""}) > 1:
+                raise CheckpointError(f"{file}: {name} is changed in several ways at once ({', '.join(sorted(kinds))})")
             changed(mx.zeros(place.shape), parts, scale)  # not computed, but its shapes are
+            for bias in parts.keys() & {"bias", "up_bias"}:
+                parts[bias].reshape(place.shape[:1])
         except (KeyError, ValueError) as error:
             if isinstance(error, KeyError):
                 raise CheckpointError(f"{file} is not whole: {name} lacks its {error.args[0]}") from None
@@ -149,7 +207,7 @@ def fuse(module: nn.Module, component: str, loras: Sequence[Lora]) -> nn.Module:
     layers = dict(module.named_modules())
     wanted: dict[str, list[tuple[dict[str, mx.array], float]]] = {}
     for lora in loras:
-        for name, parts in lora.changes.get(component, {}).items():
+        for name, parts in lora.changes.get(component, {}).items() if lora.scale else ():
             wanted.setdefault(name, []).append((parts, lora.scale))
     for name, changes in wanted.items():
         layer = layers[name]
@@ -159,10 +217,11 @@ def fuse(module: nn.Module, component: str, loras: Sequence[Lora]) -> nn.Module:
         weight = _torch_layout(old.astype(mx.float32))
         for parts, scale in changes:
             weight = changed(weight, parts, scale)
-            if "bias" in parts:
-                if "bias" not in layer:
-                    raise CheckpointError(f"a LoRA changes the bias of {component}.{name}, which has none")
-                layer.bias = (layer.bias.astype(mx.float32) + scale * parts["bias"]).astype(layer.bias.dtype)
+            if (bias := _bias(parts)) is not None:
+                if isinstance(layer, nn.Embedding):
+                    raise CheckpointError(f"a LoRA changes the bias of {component}.{name}, which can have none")
+                old_bias = layer.bias if "bias" in layer else mx.zeros(bias.shape, old.dtype)
+                layer.bias = (old_bias.astype(mx.float32) + scale * bias).astype(old_bias.dtype)
         weight = (weight.transpose(0, 2, 3, 1) if weight.ndim == 4 else weight).astype(old.dtype)
         if quantized:
             layer.weight, layer.scales, layer.biases = mx.quantize(weight, **how)
@@ -173,25 +232,40 @@ def fuse(module: nn.Module, component: str, loras: Sequence[Lora]) -> nn.Module:
 
 
 # One layer
+def _possible(part: str, tensor: mx.array) -> bool:
+    """Whether a part may have such a shape in any layer."""
+    return tensor.size == 1 if part == "alpha" else tensor.ndim > 0 < tensor.size
+
+
 def changed(weight: mx.array, parts: dict[str, mx.array], scale: float) -> mx.array:
     """weight: (out, in) or (out, in, height, width), float32 -> the same with one change made."""
     parts = {name: part.astype(mx.float32) for name, part in parts.items()}
-    if "diff" in parts:
-        return weight + scale * parts["diff"].reshape(weight.shape)
     if parts.keys() <= {"bias", "alpha"}:
         return weight
-    changed = weight + scale * _delta(parts).reshape(weight.shape)
+    delta = _delta(parts).reshape(weight.shape)
     magnitude = parts.get("magnitude", parts.get("dora_scale"))
     if magnitude is None:
-        return changed
+        return weight + scale * delta
+    changed = weight + delta
     of_inputs = "dora_scale" in parts and magnitude.shape[0] == 1 != weight.shape[0]  # as LyCORIS had it at first
     axes = [axis for axis in range(weight.ndim) if axis != int(of_inputs)]
     norm = mx.sqrt((changed * changed).sum(axis=axes, keepdims=True))
-    return changed * (magnitude.reshape(norm.shape) / norm)
+    changed = changed * (magnitude.reshape(norm.shape) / norm)
+    return changed if scale == 1 else weight + scale * (changed - weight)
+
+
+def _bias(parts: dict[str, mx.array]) -> mx.array | None:
+    """What is added to the bias at scale 1."""
+    if "up_bias" not in parts:
+        return parts.get("bias")
+    factor = parts["alpha"].astype(mx.float32) / len(parts["down"]) if "alpha" in parts else 1.0
+    return parts["up_bias"].astype(mx.float32) * factor + parts.get("bias", 0.0)
 
 
 def _delta(parts: dict[str, mx.array]) -> mx.array:
     """What is added at scale 1, with the elements in the order of PyTorch's layout."""
+    if "diff" in parts:
+        return parts["diff"]
     if any(name.startswith("hada") for name in parts):
         rank = parts["hada_w1_b"].shape[0]
         one, two = (_product(parts, f"hada_w{i}_a", f"hada_w{i}_b", f"hada_t{i}") for i in (1, 2))
@@ -260,20 +334,76 @@ def _hint(layers: dict[str, dict[str, mx.array]], widths: set[int]) -> str:
     return f"; it seems made for {family.name}" + (f", and this model is {own}" if own else "")
 
 
-def _alpha(metadata: dict[str, str], place: Place, parts: dict[str, mx.array]) -> dict[str, mx.array]:
-    """PEFT's alpha, which diffusers writes not beside the weights but into the metadata, if anywhere."""
-    rank = next((len(parts[name]) for name in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b") if name in parts), None)
-    if rank is None or _ADAPTER not in metadata:
+# What PEFT says beside the weights
+def _file_in(folder: Path) -> Path:
+    """The LoRA in a folder."""
+    names = sorted(path.name for path in folder.iterdir())
+    files = [name for name in names if name.endswith(".safetensors")]
+    known = [name for name in _FILES if name in files] or files
+    if len(known) < 1 or (len(known) > 1 and known[0] not in _FILES):
+        got = some(files) if files else some([name for name in names if name.endswith(PICKLES)]) or "none"
+        raise CheckpointError(f"{folder} should hold one LoRA, such as {' or '.join(_FILES)}, got {got}")
+    return folder / known[0]
+
+
+def _settings(file: Path, metadata: dict[str, str], names: Iterable[str]) -> dict[str, dict]:
+    """PEFT's settings by component, "" for whichever it is.
+
+    Raises:
+        CheckpointError: they cannot be read or honoured, or lack where the weights do not say how strong they are.
+    """
+    beside, wrapped = file.with_name("adapter_config.json"), any(name.startswith(_BOTH) for name in names)
+    if _METADATA in metadata:
+        try:
+            said = json.loads(metadata[_METADATA])
+            settings = {name: _starting(said, f"{name}.") for name in _PREFIXES if _starting(said, f"{name}.")}
+            settings[""] = {key: value for key, value in said.items() if key.partition(".")[0] not in _PREFIXES}
+        except (ValueError, AttributeError, RecursionError):
+            got = repr(metadata[_METADATA][:60])
+            raise CheckpointError(f"{file}: its metadata {_METADATA} cannot be read: {got}") from None
+    elif beside.is_file() and (wrapped or file.name == _FILES[0]):
+        settings = {"": read_json(beside)}
+        mapping = settings[""].get("auto_mapping")
+        settings[""] |= {"base_model_class": mapping.get("base_model_class")} if isinstance(mapping, dict) else {}
+    elif wrapped and not any(name.endswith(".alpha") for name in names):
+        raise CheckpointError(
+            f"{file} was written by PEFT, and how strong it is stands in {beside.name}; put that beside it"
+        )
+    else:
         return {}
+    for said in settings.values():
+        for key, allowed in _PLAIN.items():
+            if key in said and said[key] not in allowed:
+                raise CheckpointError(f"{file}: a LoRA with {key} = {said[key]!r} is not supported")
+    return settings
+
+
+def _starting(said: dict, prefix: str) -> dict:
+    return {key.removeprefix(prefix): value for key, value in said.items() if key.startswith(prefix)}
+
+
+def _told(settings: dict[str, dict], file: Path, place: Place, name: str, parts: dict[str, mx.array]) -> dict:
+    """What is to be put beside a layer's parts so that they are as strong as PEFT has them."""
+    said = settings.get(place.component, settings.get(""))
+    factors = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+    own = next((len(parts[factor]) for factor in factors if factor in parts), None)
+    if not said or (own is None and "lokr_w1" not in parts):
+        return {}
+    layer = name.removeprefix(f"{place.component}.").removeprefix(_BOTH)
     try:
-        said = json.loads(metadata[_ADAPTER])
-        prefix = f"{place.component}." if any(key.startswith(f"{place.component}.") for key in said) else ""
-        alpha = said.get(f"{prefix}lora_alpha", said.get(f"{prefix}alpha", rank))
-        for pattern, value in (said.get(f"{prefix}alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", place.layer):
-                alpha = value
-        if said.get(f"{prefix}use_rslora"):  # Kalajdzievski 2023: alpha / sqrt(rank)
-            alpha = alpha * rank**0.5
-        return {"alpha": mx.array(float(alpha))}
-    except (ValueError, TypeError, AttributeError, re.error):
-        raise CheckpointError(f"the LoRA's metadata {_ADAPTER} cannot be read: {metadata[_ADAPTER][:60]!r}") from None
+        rank = own or _of_layer(said, "rank_pattern", layer, said.get("r", 8))
+        alpha = _of_layer(said, "alpha_pattern", layer, said.get("lora_alpha", said.get("alpha", rank)))
+        strength = float(alpha) / (rank**0.5 if said.get("use_rslora") else rank)  # Kalajdzievski 2023
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError, OverflowError, re.error):
+        raise CheckpointError(
+            f"{file}: PEFT's settings for {layer} should give a rank and an alpha, as numbers"
+        ) from None
+    if own is None:  # two whole factors, which PEFT scales and LyCORIS does not
+        return {"lokr_w1": parts["lokr_w1"] * strength}
+    return {"alpha": mx.array(strength * rank)}
+
+
+def _of_layer(said: dict, patterns: str, layer: str, usual: float) -> float:
+    """The first that fits counts."""
+    fitting = (value for key, value in (said.get(patterns) or {}).items() if re.fullmatch(rf"(.*\.)?({key})", layer))
+    return next(fitting, usual)

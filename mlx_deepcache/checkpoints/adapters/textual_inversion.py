@@ -1,7 +1,8 @@
 """Textual inversion (Gal et al. 2022): a new word, with vectors of its own in the text encoders' tables.
 
-Read are diffusers' files (the word is the tensor's name), A1111's (`emb_params`), and SDXL's with a tensor for each
-encoder (`clip_l`, `clip_g`); in the last two the word is the file's stem.
+Read are diffusers' files (the word is the tensor's name), A1111's (`emb_params`), and those with a tensor for each
+encoder (`clip_l` and `clip_g`, or, from the first trainers for SDXL, `text_encoders_0` and `text_encoders_1`); in the
+last two the word is the file's stem.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from ...errors import CheckpointError, UsageError
 from ...nets.clip import CLIPTextModel
 from ..families import FAMILIES
 from ..weights import read_tensors, some
+
+_ENCODERS = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ def read(file: Path, word: str | None, widths: dict[str, int]) -> Embedding:
         CheckpointError: the file is damaged or no embedding, or is for other text encoders.
     """
     tensors, _ = read_tensors(file)
+    tensors = {_ENCODERS.get(name, name): tensor for name, tensor in tensors.items()}
     if "clip_g" in tensors:
         tensors = {name: tensors[name] for name in ("clip_l", "clip_g") if name in tensors}
         found, own = list(tensors.values()), file.stem

@@ -83,6 +83,16 @@ def unet_places(config: UNetConfig) -> dict[str, str]:
     return places
 
 
+def controlnet_places(config: UNetConfig, last: int) -> dict[str, str]:
+    """Original place -> diffusers' place, for all of a ControlNet's layers; config: of the U-Net that it steers; last:
+    the number of the last layer that reads its picture."""
+    places, hints = unet_places(config), "controlnet_cond_embedding"
+    places |= {f"zero_convs.{i}.0": f"controlnet_down_blocks.{i}" for i in range(len(config.skip_channels))}
+    places |= {"input_hint_block.0": f"{hints}.conv_in", f"input_hint_block.{last}": f"{hints}.conv_out"}
+    places |= {f"input_hint_block.{i}": f"{hints}.blocks.{i // 2 - 1}" for i in range(2, last, 2)}  # with SiLU between
+    return places | {"middle_block_out.0": "controlnet_mid_block"}
+
+
 def vae_places(config: VAEConfig) -> dict[str, str]:
     """Original place -> diffusers' place, for all of a VAE's layers. The original counts decoder levels outwards in."""
     places = {name: name for name in ("quant_conv", "post_quant_conv")}

@@ -27,10 +27,12 @@ class Shapes:
         return self.prefix + name in self.all
 
     def __getitem__(self, name: str) -> tuple[int, ...]:
-        """Raises CheckpointError if there is no such tensor."""
+        """Of a matrix, or a convolution; raises CheckpointError if there is no such tensor."""
         if name not in self:
             raise CheckpointError(f"{self.file} lacks {self.prefix}{name}, so its architecture cannot be told")
-        return self.all[self.prefix + name]
+        if len(shape := self.all[self.prefix + name]) < 2:
+            raise CheckpointError(f"{self.file}: {self.prefix}{name} should have two axes or more, got shape {shape}")
+        return shape
 
     def count(self, pattern: str) -> int:
         """How many blocks there are, from the highest number that the pattern's group takes at a name's start."""
@@ -39,7 +41,8 @@ class Shapes:
 
     def first(self, ending: str) -> tuple[int, ...] | None:
         """The shape of some tensor whose name ends so."""
-        return next((s for n, s in self.all.items() if n.startswith(self.prefix) and n.endswith(ending)), None)
+        found = (n for n in self.all if n.startswith(self.prefix) and n.endswith(ending))
+        return next((self[name.removeprefix(self.prefix)] for name in found), None)
 
 
 def unet(shapes: Shapes, *, head_size: int | None, linear: bool) -> dict:
@@ -91,19 +94,37 @@ def unet(shapes: Shapes, *, head_size: int | None, linear: bool) -> dict:
 
 
 def vae(shapes: Shapes) -> dict:
-    """A VAE's config."""
-    levels = shapes.count(r"decoder\.up\.(\d+)\.")
+    """A VAE's config, from its original names or diffusers'."""
+    ours = "decoder.up_blocks.0.resnets.0.conv1.weight" in shapes
+    levels = shapes.count(r"decoder\.up(?:_blocks)?\.(\d+)\.")
+    ups = [f"up_blocks.{levels - 1 - i}.resnets" if ours else f"up.{i}.block" for i in range(levels)]
+    query = ("mid_block.attentions.0.to_q", "mid_block.attentions.0.query", "mid.attn_1.q")
     return {
         "_class_name": "AutoencoderKL",
         "in_channels": shapes["encoder.conv_in.weight"][1],
         "out_channels": shapes["decoder.conv_out.weight"][0],
         "latent_channels": shapes["decoder.conv_in.weight"][1],
-        "block_out_channels": [shapes[f"decoder.up.{i}.block.0.conv1.weight"][0] for i in range(levels)],
-        "layers_per_block": shapes.count(r"encoder\.down\.0\.block\.(\d+)\."),
+        "block_out_channels": [shapes[f"decoder.{up}.0.conv1.weight"][0] for up in ups],
+        "layers_per_block": shapes.count(r"encoder\.down(?:_blocks)?\.0\.(?:block|resnets)\.(\d+)\."),
         "use_quant_conv": "quant_conv.weight" in shapes,
         "use_post_quant_conv": "post_quant_conv.weight" in shapes,
-        "mid_block_add_attention": "decoder.mid.attn_1.q.weight" in shapes,
+        "mid_block_add_attention": any(f"decoder.{name}.weight" in shapes for name in query),
     }
+
+
+def taesd(shapes: Shapes) -> dict:
+    """An AutoencoderTiny's config, from diffusers' names: blocks stand behind the convolution that they belong to."""
+    config = {"_class_name": "AutoencoderTiny", "scaling_factor": 1.0}
+    for side in ("encoder", "decoder"):
+        counts = []
+        for i in range(shapes.count(rf"{side}\.layers\.(\d+)\.")):
+            if f"{side}.layers.{i}.weight" in shapes:
+                counts.append(0)
+            elif f"{side}.layers.{i}.conv.0.weight" in shapes and counts:
+                counts[-1] += 1
+        config[f"num_{side}_blocks"] = counts[:-1]
+        config[f"{side}_block_out_channels"] = [shapes[f"{side}.layers.0.weight"][0]] * len(counts[:-1])
+    return config | {"latent_channels": shapes["decoder.layers.0.weight"][1]}
 
 
 def clip(shapes: Shapes) -> dict:

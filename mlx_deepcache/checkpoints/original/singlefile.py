@@ -20,7 +20,7 @@ from ...nets.unet_parts import UNetConfig
 from .. import tokenizer as vocabulary
 from ..families import CLIP, EPSILON, Family, V, family_of
 from ..folder import Part
-from ..weights import read_tensors
+from ..weights import read_header, read_tensors
 from . import names as ldm
 from . import shapes as architecture
 from .shapes import Shapes
@@ -50,12 +50,17 @@ class ModelWarning(UserWarning):
 # What a file may be that is no checkpoint: (a pattern in its tensors' names, what it is and what to do)
 _NO_CHECKPOINT = (
     (r"lora_(down|up|A|B)\b|lora[._](down|up)\.|hada_w1|lokr_w", "is a LoRA; give it to --lora, and a checkpoint here"),
-    (r"^control_model\.|^controlnet_", "is a ControlNet, which steers a checkpoint and draws nothing by itself"),
+    (r"^control_model\.|^controlnet_", "is a ControlNet; give it to --controlnet, and a checkpoint here"),
     (r"^(emb_params|clip_[lg]|string_to_param)$", "is a textual inversion; give it to --embedding"),
     (r"joint_blocks|double_blocks|double_stream|^transformer_blocks", "is of another family than Stable Diffusion's"),
     (r"^(down_blocks|text_model|encoder\.layers|embeddings)\.", "is one part of a checkpoint; name its whole folder"),
-    (r"^(encoder|decoder)\.", "is a VAE alone"),
+    (r"^(taesd_)?(encoder|decoder)\.", "is a VAE alone; give it to --vae, and a checkpoint here"),
 )
+
+
+def is_checkpoint(file: Path) -> bool:
+    """Whether a file holds a U-Net, as a whole checkpoint does; raises CheckpointError if it cannot be read."""
+    return f"{UNET}input_blocks.0.0.weight" in read_header(file)[0]
 
 
 class SingleFile:
@@ -68,10 +73,9 @@ class SingleFile:
             CheckpointError: the file is damaged, or no checkpoint, or of an unknown kind.
         """
         self.path = path
-        tensors, self._metadata = read_tensors(path)
-        self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self._shapes, _, self._metadata = read_header(path)
         self._family = self._told_apart()
-        self._inpaints = self._shapes[f"{UNET}input_blocks.0.0.weight"][1] == 9
+        self._inpaints = self._shapes_of("unet")["input_blocks.0.0.weight"][1] == 9
         variants = self._family.variants
         said = prediction_type or _prediction_type(self._metadata, self._shapes)
         if said is None and len(variants) > 1 and not self._inpaints:
@@ -159,6 +163,7 @@ class SingleFile:
             raise CheckpointError(
                 f"{self.path} is no whole checkpoint: it has the U-Net of {self._family.name}, but lacks the {name} "
                 f"({' or '.join(f'{prefix}*' for prefix in prefixes)}); get a file with all parts in it"
+                + (", or name a VAE with --vae" if name == "vae" else "")
             )
         return prefix
 
@@ -202,7 +207,7 @@ class SingleFile:
     def _tensors(self, name: str, config: dict) -> tuple[dict[str, mx.array], dict[str, str]]:
         """A component's tensors by diffusers' names, in PyTorch's layout, read when first used; and no metadata."""
         prefix = self._prefix(name)
-        found = {n.removeprefix(prefix): t for n, t in read_tensors(self.path)[0].items() if n.startswith(prefix)}
+        found = {n.removeprefix(prefix): t for n, t in read_tensors(self.path, prefix)[0].items()}
         if name == "unet":
             places = ldm.unet_places(UNetConfig.from_dict(config))
             return {ldm.rename(n, places): t for n, t in found.items()}, {}
