@@ -22,7 +22,6 @@ def run(
     """A command's exit code: 0, 1 for a failure, 2 for a usage error, 130 for Ctrl-C; errors take one line.
 
     cancelled: what to say after Ctrl-C."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a file's name need not be text
     warnings.showwarning = lambda message, *rest, **kw: print(f"warning: {message}", file=sys.stderr)

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import CheckpointError
-from .tokenizer import load_tokenizer
+from .tokenizer import CLIPTokenizer, load_tokenizer
 from .weights import fill, read_component
 
 
@@ -79,8 +79,8 @@ class Source(Protocol):
     def scheduler(self) -> dict:
         """The scheduler's config."""
 
-    def tokenizer(self, name: str):
-        """transformers' CLIPTokenizer."""
+    def tokenizer(self, name: str) -> CLIPTokenizer:
+        """A text encoder's tokenizer, by its folder's name."""
 
     def write_tokenizer(self, name: str, folder: Path) -> None:
         """Write a tokenizer's files to a folder that exists."""
@@ -112,7 +112,7 @@ class Folder:
         config = read_json(self.path / "scheduler" / "scheduler_config.json")
         return config if self.prediction_type is None else config | {"prediction_type": self.prediction_type}
 
-    def tokenizer(self, name: str):
+    def tokenizer(self, name: str) -> CLIPTokenizer:
         return load_tokenizer(self.path / name)
 
     def write_tokenizer(self, name: str, folder: Path) -> None:

@@ -228,7 +228,7 @@ class Generation(Iterator[Progress]):
         checkpoint, names = components.checkpoint, components.checkpoint.family.encoders
         with self.clock.phase("load"):
             for name in () if self.pipe.low_memory else (*names, "unet") if components.keep else names:
-                components.start(name)  # files are read while transformers, slow to import, makes the tokenizers
+                components.start(name)  # files are read while the tokenizers are made
             tokenizers = [components.tokenizer(name) for name in names.values()]
         with self.clock.phase("encode"):
             cond = encode(

@@ -71,7 +71,7 @@ def tokenize(tokenizer, text: str, *, weighted: bool = False, long: bool = False
     is lost."""
     room = _room(tokenizer)
     pieces = parse(text) if weighted else [(text, 1.0)]
-    tokens = [(token, weight) for piece, weight in pieces for token in tokenizer(piece)["input_ids"][1:-1]]
+    tokens = [(token, weight) for piece, weight in pieces for token in tokenizer.encode(piece)]
     if len(tokens) <= room or long:
         return tokens
     lost = tokenizer.decode([token for token, _ in tokens[room:]])
@@ -90,9 +90,8 @@ def chunks_needed(tokenizer, texts: Sequence[Tokens]) -> int:
 
 def chunked(tokenizer, texts: Sequence[Tokens], chunks: int) -> tuple[mx.array, mx.array]:
     """Ids and weights, (N, chunks, 77) each: each chunk begins, ends and is padded as a text of its own."""
-    room, end = _room(tokenizer), tokenizer.eos_token_id
-    pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    first, last, pad = ((token, 1.0) for token in (tokenizer.bos_token_id, end, pad))
+    room = _room(tokenizer)
+    first, last, pad = ((token, 1.0) for token in (tokenizer.start, tokenizer.end, tokenizer.pad))
     rows = []
     for tokens in texts:
         parts = (tokens[room * i : room * (i + 1)] for i in range(chunks))
@@ -103,7 +102,7 @@ def chunked(tokenizer, texts: Sequence[Tokens], chunks: int) -> tuple[mx.array, 
 
 def _room(tokenizer) -> int:
     """Tokens in a chunk beside those that begin and end it."""
-    return tokenizer.model_max_length - 2
+    return tokenizer.length - 2
 
 
 def emphasise(hidden: mx.array, weights: mx.array, *, restore_mean: bool) -> mx.array:

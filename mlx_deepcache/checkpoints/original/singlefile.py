@@ -119,8 +119,8 @@ class SingleFile:
                 config["_class_name"] = "DDIMScheduler"
         return config
 
-    def tokenizer(self, name: str):
-        """transformers' CLIPTokenizer."""
+    def tokenizer(self, name: str) -> vocabulary.CLIPTokenizer:
+        """CLIP's own."""
         return vocabulary.tokenizer(self._pad(name))
 
     def write_tokenizer(self, name: str, folder: Path) -> None:
