@@ -8,8 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from .. import FAST_BLAS
-from ..backend.host import HINT
+from .. import SLOW
 from ..errors import Failure, UsageError
 
 
@@ -25,8 +24,8 @@ def run(
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a file's name need not be text
     warnings.showwarning = lambda message, *rest, **kw: print(f"warning: {message}", file=sys.stderr)
-    if not FAST_BLAS:
-        print(f"note: {HINT}", file=sys.stderr)
+    if SLOW is not None:
+        print(f"note: {SLOW}", file=sys.stderr)
     try:
         command(flags(sys.argv[1:] if argv is None else argv))
         if sys.stdout is not None:
