@@ -7,6 +7,10 @@ class UsageError(ValueError):
     """A setting that cannot work, whatever the files hold (exit code 2)."""
 
 
+class UnknownOption(UsageError, TypeError):
+    """A keyword that no option has."""
+
+
 class Failure(RuntimeError):
     """Something that could not be done (exit code 1)."""
 

@@ -18,6 +18,14 @@ def suggest(text: object, known: Iterable[object]) -> str:
     return f"; did you mean {names[near[0]]}?" if near else ""
 
 
+def shown(value: object) -> str:
+    """A value in a message: on one line, and not long; of an array, what it is."""
+    if isinstance(shape := getattr(value, "shape", None), tuple) and shape:
+        return f"an array {shape} of {getattr(value, 'dtype', 'objects')}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def unicode_text(text: str) -> str:
     text.encode()
     return text

@@ -7,9 +7,9 @@ read back, and its name in A1111's text. Whoever shows options asks `options_of`
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
 from numbers import Real
 from pathlib import Path
@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..diffusion.noise import GENERATORS
 from ..diffusion.schedulers import SCHEDULERS
-from ..errors import UsageError
-from ..fields import file_and_scale, file_and_word, finite, suggest, unicode_text
-from ..media.pictures import FITS
+from ..errors import UnknownOption, UsageError
+from ..fields import file_and_scale, file_and_word, finite, shown, suggest, unicode_text
+from ..media.pictures import FITS, is_picture
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from ..cache.composition import Policy as CachingPolicy
 
     File = Path | str
-    Picture = File | Image | np.ndarray
-    Latents = File | mx.array
+    Model = File
+    Picture = File | Image | np.ndarray | bytes
+    Latents = File | mx.array | np.ndarray
     Lora = File | tuple[File, float]
     Embedding = File | tuple[File, str | None]
     Policy = CachingPolicy | str
@@ -72,6 +73,7 @@ def at_least(least: int) -> Check:
 
 
 SHARE = Check("above 0 and at most 1", lambda value: 0 < value <= 1)
+SEED = Check("a whole number from -2^63 to 2^64 - 1", lambda value: -(2**63) <= value < 2**64)  # as PyTorch's are
 BETWEEN = Check("between 0 and 1", lambda value: 0 < value < 1)
 DECIBELS = Check("a number of dB above 0, such as 30", lambda value: value > 0)
 
@@ -79,19 +81,22 @@ DECIBELS = Check("a number of dB above 0, such as 30", lambda value: value > 0)
 @dataclass(frozen=True)
 class Kind:
     """A kind of value: in words, and as the help of a flag shows it; read from a flag's text, or taken from a caller in
-    Python (ValueError if it is none); and as JSON has it."""
+    Python (ValueError if it is none); and as JSON has it; one: whether what a caller gives for several is one."""
 
     words: str
     metavar: str | None
     read: Callable[[str], Any]
     take: Callable[[Any], Any] = lambda value: value
     record: Callable[[Any], Any] = lambda value: value
+    one: Callable[[Any], bool] = lambda value: False
 
 
 def _exactly(kind: type, make: Callable) -> Callable[[Any], Any]:
-    """Takes what equals a number of this kind: 2.0 steps are 2, and True is none."""
+    """Takes what equals a number of this kind: 2.0 steps are 2, and True is none; an array's, if it has but one."""
 
     def take(value: Any) -> Any:
+        if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+            value = value.item()
         if isinstance(value, bool) or not isinstance(value, kind) or make(value) != value:
             raise ValueError
         return make(value)
@@ -100,15 +105,55 @@ def _exactly(kind: type, make: Callable) -> Callable[[Any], Any]:
 
 
 def _bool(value: Any) -> bool:
-    if not isinstance(value, bool):
+    if type(value).__name__ not in ("bool", "bool_"):  # Python's or NumPy's
         raise ValueError
-    return value
+    return bool(value)
 
 
 def _str(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError
-    return value
+    return unicode_text(value)
+
+
+def _that(holds: Callable[[Any], bool]) -> Callable[[Any], Any]:
+    """Takes a value of which this is true, as it is."""
+
+    def take(value: Any) -> Any:
+        if not holds(value):
+            raise ValueError
+        return value
+
+    return take
+
+
+def _is_file(value: Any) -> bool:
+    return isinstance(value, os.PathLike) or (isinstance(value, str) and value != "")
+
+
+def _is_latents(value: Any) -> bool:
+    """A file, or an array of any library."""
+    return _is_file(value) or isinstance(getattr(value, "shape", None), tuple)
+
+
+def _is_policy(value: Any) -> bool:
+    return isinstance(value, str) or (is_dataclass(value) and not isinstance(value, type))
+
+
+def _file_and(read: Callable[[str], tuple], take: Callable[[Any], Any]) -> Callable[[Any], tuple]:
+    """Takes a file, or one and its second half."""
+
+    def pair(value: Any) -> tuple:
+        file, *second = value if isinstance(value, (tuple, list)) else (value,)
+        if not _is_file(file) or len(second) > 1:
+            raise ValueError
+        return (file, take(second[0])) if second else read(os.fspath(file))
+
+    return pair
+
+
+def _is_file_and_number(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2 and isinstance(value[1], Real)
 
 
 def _name(file: Any) -> str | None:
@@ -131,13 +176,43 @@ KINDS = {
     "int": Kind("a whole number", "N", int, _exactly(Real, int)),
     "float": Kind("a number", "X", finite, _exactly(Real, finite)),
     "bool": Kind("True or False", None, str, _bool),
-    "Picture": Kind("a picture", "FILE", Path, record=_name),
-    "Latents": Kind("latents", "FILE", Path, record=_name),
-    "Lora": Kind("FILE or FILE:SCALE with a finite number", "FILE[:SCALE]", file_and_scale, record=_tagged),
-    "Embedding": Kind("FILE or FILE:WORD", "FILE[:WORD]", file_and_word, record=_tagged),
-    "Policy": Kind("a caching policy", "NAME[:key=value,...]", str, record=str),
+    "Model": Kind("a folder or file, or a name", "M", unicode_text, lambda value: _str(os.fspath(value))),
+    "Picture": Kind(
+        "a picture: a file or its bytes, Pillow's, or an array (H, W, 3) of uint8",
+        "FILE",
+        Path,
+        _that(is_picture),
+        _name,
+    ),
+    "Latents": Kind("a file, or an array (N, height, width, channels)", "FILE", Path, _that(_is_latents), _name),
+    "Lora": Kind(
+        "FILE or FILE:SCALE with a finite number",
+        "FILE[:SCALE]",
+        file_and_scale,
+        _file_and(file_and_scale, _exactly(Real, finite)),
+        _tagged,
+        _is_file_and_number,
+    ),
+    "Embedding": Kind(
+        "FILE or FILE:WORD",
+        "FILE[:WORD]",
+        file_and_word,
+        _file_and(file_and_word, lambda word: None if word is None else _str(word)),
+        _tagged,
+    ),
+    "Policy": Kind(
+        "one of the policies, such as DeepCache(interval=3), or its text",
+        "NAME[:key=value,...]",
+        str,
+        _that(_is_policy),
+        str,
+    ),
     "Control": Kind(
-        "a Control", None, str, record=lambda control: {o.name: o.record(control) for o in options_of(Control)}
+        "a Control",
+        None,
+        str,
+        _that(lambda value: isinstance(value, Control)),
+        lambda control: {o.name: o.record(control) for o in options_of(Control)},
     ),
 }
 
@@ -197,11 +272,11 @@ class Option:
         Raises:
             UsageError: it cannot be.
         """
-        if value is None and (self.optional or not self.default):
+        if value is None and (self.optional or (self.default is not None and not self.default)):
             return self.default
         if self.many:
-            several = value if isinstance(value, Iterable) and not isinstance(value, str) else [value]
-            return tuple(self._take(item) for item in several)
+            one = isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable) or self.kind.one(value)
+            return tuple(map(self._take, [value] if one or getattr(value, "ndim", 1) == 0 else value))
         return self._take(value)
 
     def _take(self, value: Any) -> Any:
@@ -212,7 +287,7 @@ class Option:
             if self.check is not None and not self.check.holds(value):
                 raise ValueError
         except (ValueError, TypeError, OverflowError):
-            raise UsageError(f"{self.name} should be {self.words}, got {value!r}") from None
+            raise UsageError(f"{self.name} should be {self.words}, got {shown(value)}") from None
         return value
 
     def record(self, owner: Any) -> Any:
@@ -255,13 +330,17 @@ def taken(cls: type, values: dict[str, Any]):
     """`cls` from keywords, each checked.
 
     Raises:
-        TypeError: there is no such option.
-        UsageError: a value cannot be, or has no meaning without another; says which.
+        UsageError: there is no such option, a value cannot be, or has no meaning without another; says which.
     """
     known = {o.name: o for o in options_of(cls)}
+    for o in known.values():
+        if o.key in values and o.key not in known:  # one seed, one LoRA, by the flag's name
+            if o.name in values:
+                raise UsageError(f"{o.key} and {o.name} are the same; give one of them")
+            values = {o.name if name == o.key else name: value for name, value in values.items()}
     for name in values:
         if name not in known:
-            raise TypeError(f"there is no option {name!r}{suggest(name, known)}")
+            raise UnknownOption(f"there is no option {name!r}{_elsewhere(name) or suggest(name, known)}")
     made = cls(**{name: known[name].take(value) for name, value in values.items()})
     for o in known.values():
         if not set(o.needs) & known.keys():  # what a model has is checked with it
@@ -274,13 +353,27 @@ def taken(cls: type, values: dict[str, Any]):
     return made
 
 
+_THEIRS = {
+    "num_inference_steps": "steps",
+    "generator": "seeds",
+    "num_images_per_prompt": "seeds",
+    "mask_image": "mask",
+    "control_image": "controls",
+}
+
+
+def _elsewhere(name: str) -> str:
+    """What another library's keyword is called here."""
+    return f"; here it is {_THEIRS[name]}" if name in _THEIRS else ""
+
+
 @dataclass(frozen=True)
 class Control:
     """A ControlNet and what it is to do. model: a folder or hub id; image: what it follows (a file or Pillow's; in
     complete settings (H, W, 3) uint8); scale: the factor on what it adds; start, end: the share of the steps that it
     takes part in."""
 
-    model: str = option(
+    model: Model = option(
         MISSING, "a ControlNet in the diffusers layout: a folder or a hub id", CONTROL, flag="--controlnet", metavar="M"
     )
     image: Picture = option(MISSING, "the edges, pose, ... to follow", CONTROL, flag="--control-image")
@@ -289,8 +382,8 @@ class Control:
     end: float = option(1.0, "the share after which it stops (1)", CONTROL, flag="--control-end")
 
     def __post_init__(self):
-        if not abs(self.scale) < math.inf:
-            raise UsageError(f"a ControlNet's scale should be a number, got {self.scale}")
+        for o in options_of(Control):
+            object.__setattr__(self, o.name, o.take(getattr(self, o.name)))
         if not 0 <= self.start < self.end <= 1:
             raise UsageError(
                 f"a ControlNet should start before it ends, both in [0, 1], got {self.start} and {self.end}"
@@ -301,7 +394,7 @@ class Control:
 class ModelOptions:
     """What a pipeline is made of: see `StableDiffusion.from_pretrained`."""
 
-    model: str | None = option(
+    model: Model | None = option(
         None,
         "a folder from convert.py or in the diffusers layout, a single .safetensors file in the original layout, a hub "
         "id (owner/name[@revision]), or sd15, sd21, sdxl, sdxl-refiner, sdxl-turbo, sd-turbo; default: the small model "
@@ -310,7 +403,7 @@ class ModelOptions:
         metavar="M",
         a1111="Model",
     )
-    vae: str | None = option(
+    vae: Model | None = option(
         None,
         "decode with another VAE: a folder or hub id of one (AutoencoderKL or AutoencoderTiny, that is TAESD), or of a "
         "model that has one",
@@ -335,7 +428,7 @@ class ModelOptions:
         MODEL,
         choices=("epsilon", "v_prediction"),
     )
-    refiner: str | None = option(
+    refiner: Model | None = option(
         None, "the model that draws the last steps, such as sdxl-refiner", REFINER, metavar="M"
     )
     dtype: str = option("auto", "auto: float16 on a GPU, else float32", MACHINE, choices=("auto", *DTYPES))
@@ -387,7 +480,14 @@ class Options:
     plain_prompt: bool = option(False, "brackets are only brackets", PICTURE)
     long_prompt: bool = option(False, "use all of a prompt of more than 75 tokens", PICTURE)
     seeds: tuple[int, ...] = option(
-        (0,), "one or several; default 0", PICTURE, flag="--seed", metavar="S", nargs="+", a1111="Seed"
+        (0,),
+        "one or several; default 0",
+        PICTURE,
+        flag="--seed",
+        metavar="S",
+        nargs="+",
+        check=SEED,
+        a1111="Seed",
     )
     height: int | None = option(
         None, "default: the model's native size", PICTURE, metavar="PX", check=at_least(1), model="native_height"

@@ -25,6 +25,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.part import OtherVAE, find_controlnet
 from ..diffusion.noise import BatchNoise
 from ..errors import Failure, UsageError
+from ..fields import shown
 from ..media.pictures import Given, to_uint8
 from ..nets.controlnet import Controls
 from ..nets.tiling import decode_tiled, tiled
@@ -35,7 +36,7 @@ from .conditioning import encode
 from .options import ModelOptions, taken
 from .report import Clock, dtype_name, stats
 from .settings import Leg, Settings, settings_for
-from .starts import Started
+from .starts import Started, take_latents
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class StableDiffusion:
             UsageError: `latents` have another shape.
             Failure: the final latents are not finite.
         """
-        return Generation(self, settings if latents is None else replace(settings, noise=latents))
+        return Generation(self, settings if latents is None else replace(settings, noise=take_latents(latents)))
 
     def decode(self, latents: mx.array, vae_tiling: str = "auto", given: Given | None = None) -> np.ndarray:
         """latents: (N, h, w, C) -> pictures (N, H, W, 3) in 0-255, decoded one by one; vae_tiling: see `tiled`; with a
@@ -144,6 +145,9 @@ class StableDiffusion:
         Raises:
             Failure: a picture holds values that are not finite.
         """
+        latents, channels = take_latents(latents), self.checkpoint.vae_config.latent_channels
+        if latents.shape[-1] != channels:
+            raise UsageError(f"latents should have shape (N, height, width, {channels}), got {latents.shape}")
         images = self._decode(latents, vae_tiling, Clock())
         return images if given is None else given.paste(images)
 
@@ -175,6 +179,8 @@ class StableDiffusion:
         **options,
     ) -> Result:
         """Draw. options: see `Options`; on_step: called after every step."""
+        if on_step is not None and not callable(on_step):
+            raise UsageError(f"on_step should be a function, called after every step, got {shown(on_step)}")
         run = self.denoise(self.settings(prompt, **options))
         for progress in run:
             if on_step is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +40,40 @@ class Given:
         return images if self.mask is None else np.where(self.mask[..., None], images, self.image)
 
 
-def read_picture(picture: Path | str | Image.Image) -> Image.Image:
-    """A file or a Pillow picture, upright, in RGB: turned as its EXIF data say, transparency over white, 16-bit grey in
-    8 bits, the first frame of an animation.
+def is_picture(value: object) -> bool:
+    """Whether `read_picture` takes it: a file or its contents, Pillow's, or an array (H, W), (H, W, 1), (H, W, 3) or
+    (H, W, 4) of uint8 in 0-255, of floating point in [0, 1], or of bool."""
+    if isinstance(value, (str, os.PathLike)):
+        return str(value) != ""
+    shape = getattr(value, "shape", None)
+    if not isinstance(shape, tuple):
+        return isinstance(value, (bytes, bytearray, Image.Image)) or hasattr(value, "read")
+    pixels = _array(value)
+    if len(shape) not in (2, 3) or 0 in shape or shape[2:] not in ((), (1,), (3,), (4,)) or pixels is None:
+        return False
+    return pixels.dtype in (np.uint8, np.bool_) or bool(np.all((pixels >= 0) & (pixels <= 1)))
+
+
+def _array(value: object) -> np.ndarray | None:
+    """Any library's array as uint8, bool or float32, or None if it is none of these."""
+    try:
+        pixels = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if pixels.dtype.kind == "f":
+        return pixels.astype(np.float32)
+    return pixels if pixels.dtype in (np.uint8, np.bool_) else None
+
+
+def _from_array(pixels: np.ndarray) -> Image.Image:
+    if pixels.dtype != np.uint8:
+        pixels = (pixels.astype(np.float32) * 255).round().astype(np.uint8)
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
+
+
+def read_picture(picture: Path | str | Image.Image | np.ndarray | bytes) -> Image.Image:
+    """What `is_picture` takes, upright, in RGB: turned as its EXIF data say, transparency over white, 16-bit grey in 8
+    bits, the first frame of an animation.
 
     Raises:
         Failure: it is missing, damaged, no picture, or suspiciously large.
@@ -48,7 +81,7 @@ def read_picture(picture: Path | str | Image.Image) -> Image.Image:
     return _flatten(_open(picture), "white").convert("RGB")
 
 
-def read_mask(picture: Path | str | Image.Image) -> Image.Image:
+def read_mask(picture: Path | str | Image.Image | np.ndarray | bytes) -> Image.Image:
     """The same in shades of grey (white: draw here), but where it is transparent a mask is black."""
     image = _flatten(_open(picture), "black")
     return image if image.mode == "RGB" else image.convert("L")
@@ -103,8 +136,13 @@ def source(picture: Image.Image, mask: Image.Image | None, height: int, width: i
     return Given(np.asarray(fit(picture, height, width, how)), mask)
 
 
-def _open(picture: Path | str | Image.Image) -> Image.Image:
+def _open(picture: Path | str | Image.Image | np.ndarray | bytes) -> Image.Image:
     """Decoded and upright, in whatever mode it has."""
+    if hasattr(picture, "shape"):
+        return _from_array(_array(picture))
+    what = picture if isinstance(picture, (str, os.PathLike)) else "what was given"
+    if isinstance(picture, (bytes, bytearray)):
+        picture = BytesIO(picture)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -115,14 +153,14 @@ def _open(picture: Path | str | Image.Image) -> Image.Image:
             picture.load()
             return ImageOps.exif_transpose(picture)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise Failure(f"{picture} has more than {MOST_PIXELS:,} pixels; make it smaller first") from None
+        raise Failure(f"{what} has more than {MOST_PIXELS:,} pixels; make it smaller first") from None
     except FileNotFoundError:
         raise Failure(f"there is no picture {picture}") from None
     except Image.UnidentifiedImageError:
-        raise Failure(f"{picture} is no picture of a kind that can be read, such as PNG or JPEG") from None
+        raise Failure(f"{what} is no picture of a kind that can be read, such as PNG or JPEG") from None
     except Exception as error:  # decoders raise whatever the broken file led to
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise Failure(f"the picture {picture} cannot be read: {reason.splitlines()[0]}") from None
+        raise Failure(f"{what} cannot be read: {reason.splitlines()[0]}") from None
 
 
 def _flatten(image: Image.Image, behind: str) -> Image.Image:

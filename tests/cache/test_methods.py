@@ -445,7 +445,7 @@ def test_settings(pipeline):
         ({"cache": ["tgate:step=21"]}, "from 1 to the 20 steps there are, got 21"),
         ({"cache": ["deepcache:steps=0+20"]}, "there are 20, from 0 to 19"),
         ({"cache": ["guidance:end=0.5"], "guidance_scale": 1}, "no meaning where guidance is off"),
-        ({"cache": [3]}, "a cache should be one of the policies"),
+        ({"cache": [3]}, "cache should be one of the policies"),
     ]:
         with pytest.raises(UsageError, match=message):
             caches(**options)
