@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import warnings
 from collections.abc import Callable
 
 from .. import SLOW
+from ..backend.host import hold_standard_streams
 from ..errors import Failure, UsageError
 
 
@@ -21,6 +23,8 @@ def run(
     """A command's exit code: 0, 1 for a failure, 2 for a usage error, 130 for Ctrl-C; errors take one line.
 
     cancelled: what to say after Ctrl-C."""
+    hold_standard_streams()
+    sys.stdout, sys.stderr = (stream or io.StringIO() for stream in (sys.stdout, sys.stderr))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a file's name need not be text
     warnings.showwarning = lambda message, *rest, **kw: print(f"warning: {message}", file=sys.stderr)

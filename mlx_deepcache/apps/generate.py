@@ -6,12 +6,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, Failure, UsageError
 from ..generation.options import Control, ModelOptions, Options, options_of
-from ..media.files import check_writable, write_text
+from ..media.files import check_writable, read_text, write_text
 from .command import run
 from .flags import complete, generate_parser, given
 
@@ -209,13 +208,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     """The prompt, or those of a file."""
     if args.prompt_file is None:
         return [args.prompt]
-    try:
-        text = sys.stdin.read() if args.prompt_file == "-" else Path(args.prompt_file).read_text(encoding="utf-8")
-    except OSError as error:
-        raise Failure(f"cannot read {args.prompt_file}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise Failure(f"cannot read {args.prompt_file}: expected text in UTF-8") from None
-    if not (lines := [line.strip() for line in text.splitlines() if line.strip()]):
+    if not (lines := [line.strip() for line in read_text(args.prompt_file).splitlines() if line.strip()]):
         raise Failure(f"{args.prompt_file} has no prompts; expected one a line")
     return lines
 

@@ -75,6 +75,16 @@ def _load_gfortran() -> None:
                 ctypes.CDLL(f"/proc/self/fd/{memory}")
 
 
+def hold_standard_streams() -> None:
+    """Where standard input, output or errors are closed, the next files that are opened get their numbers: what is
+    printed would go into them, and MLX takes number 0 for a failure."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
 def _keep_memory() -> None:
     """Every MLX operation allocates its output. glibc gives large blocks back to the system at once and gets them
     anew, page by page, which takes several times as long as a simple operation itself; let it keep them."""

@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
+from ..backend.host import hold_standard_streams
 from ..backend.ops import DTYPES
 from ..errors import CheckpointError
 
@@ -22,6 +23,7 @@ LAYOUT = "channels_last"
 CONVERTED = "weights.safetensors"
 GROUP_SIZE = 64
 _STEMS = ("diffusion_pytorch_model", "model")
+_MOST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
@@ -65,6 +67,7 @@ def read_tensors(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     if file.suffix in PICKLES:
         raise CheckpointError(f"{file} is a pickle file, which could run code when read; only safetensors are read")
     try:
+        hold_standard_streams()
         with safe_open(file, framework="numpy") as header:  # checks the header against the file's length
             metadata = header.metadata() or {}
         return mx.load(str(file), format="safetensors"), metadata
@@ -77,13 +80,15 @@ def read_tensors(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 
 
 def _looks_pickled(file: Path) -> bool:
-    """Whether a file starts as PyTorch's do: a zip archive, or a bare pickle."""
+    """Whether a file starts as PyTorch's do: a zip archive, or a bare pickle of protocol 2 to 5; the length that a
+    safetensors file starts with may have the same first bytes, but then its others are 0."""
     try:
         with file.open("rb") as opened:
-            start = opened.read(4)
+            start = opened.read(8)
     except OSError:
         return False
-    return start == b"PK\x03\x04" or start[:1] == b"\x80"
+    pickled = start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5" and int.from_bytes(start, "little") > _MOST_HEADER
+    return start[:4] == b"PK\x03\x04" or pickled
 
 
 def read_component(folder: Path) -> tuple[dict[str, mx.array], dict[str, str]]:

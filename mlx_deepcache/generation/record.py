@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from .._version import __version__
 from ..errors import Failure, UsageError
+from ..media.pictures import FORMATS
 from ..media.png import write_image
 from .options import KINDS, Control, ModelOptions, Option, Options, options_of
 
@@ -81,7 +82,7 @@ def read(file: Path) -> tuple[dict, list[str]]:
         Failure: it is missing, no PNG, or carries no settings that can be read.
     """
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             if image.format != "PNG":
                 raise Failure(f"{file} is a {image.format} picture; settings are read from PNG files only")
             texts = dict(image.text)

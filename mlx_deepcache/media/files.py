@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +33,31 @@ def write_text(file: Path, text: str) -> None:
     """Raises Failure if the file cannot be written."""
     with whole(file) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def read_text(file: Path | str) -> str:
+    """The text of a file in UTF-8, or in UTF-16 with a byte order mark; "-" is standard input.
+
+    Raises:
+        Failure: it cannot be read, or is no text.
+    """
+    name = "standard input" if file == "-" else str(file)
+    try:
+        if file != "-":
+            data = Path(file).read_bytes()
+        elif sys.stdin is None:
+            raise Failure("cannot read standard input: it is closed")
+        else:
+            data = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
+        marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = data.decode("utf-16" if marked else "utf-8-sig")
+        if "\0" in text:
+            raise ValueError
+    except OSError as error:
+        raise Failure(f"cannot read {name}: {error.strerror or error}") from None
+    except ValueError:
+        raise Failure(f"cannot read {name}: expected text in UTF-8") from None
+    return text
 
 
 def check_writable(file: Path) -> None:

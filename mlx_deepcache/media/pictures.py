@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from io import BytesIO
@@ -18,6 +19,18 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     """(N, H, W, 3) in [-1, 1] -> the same in 0-255, rounded as diffusers does."""
     return (np.clip(images / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8)
 
+
+# Kinds of files that are opened: Pillow knows others, some of which start other programs
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "AVIF", "JPEG2000", "PPM", "TGA", "QOI", "ICO")
+# Where a file of another kind says so: (the byte, what is there, its name)
+_OTHERS = (
+    (4, rb"ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)", "HEIC"),
+    (4, rb"ftypavi[fs]", "AVIF"),
+    (0, rb"%!PS|\xc5\xd0\xd3\xc6", "EPS"),
+    (0, rb"%PDF", "PDF"),
+    (0, rb"\s*<(\?xml|svg)", "SVG"),
+    (0, rb"8BPS", "Photoshop"),
+)
 
 FITS = ("stretch", "crop", "pad")
 
@@ -147,29 +160,61 @@ def _open(picture: Path | str | Image.Image | np.ndarray | bytes) -> Image.Image
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if not isinstance(picture, Image.Image):
-                with Image.open(picture) as file:
+                with Image.open(picture, formats=FORMATS) as file:
                     file.load()
-                    return ImageOps.exif_transpose(file)
+                    return ImageOps.exif_transpose(_in_8_bits(file))
             picture.load()
-            return ImageOps.exif_transpose(picture)
+            return ImageOps.exif_transpose(_in_8_bits(picture))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise Failure(f"{what} has more than {MOST_PIXELS:,} pixels; make it smaller first") from None
     except FileNotFoundError:
         raise Failure(f"there is no picture {picture}") from None
     except Image.UnidentifiedImageError:
+        if (kind := _other_kind(picture)) is not None:
+            raise Failure(f"{what} is a file of the kind {kind}, which is not read; save it as PNG or JPEG") from None
         raise Failure(f"{what} is no picture of a kind that can be read, such as PNG or JPEG") from None
+    except Failure:
+        raise
     except Exception as error:  # decoders raise whatever the broken file led to
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise Failure(f"{what} cannot be read: {reason.splitlines()[0]}") from None
 
 
+def _other_kind(picture: object) -> str | None:
+    """What a file is that Pillow was not let open, if its first bytes say so."""
+    if hasattr(picture, "seek"):
+        picture.seek(0)
+        start = picture.read(32)
+    else:
+        with open(picture, "rb") as file:
+            start = file.read(32)
+    return next((name for at, pattern, name in _OTHERS if re.match(pattern, start[at:])), None)
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Grey of more bits in 8, by what its file says is white; other pictures as they are."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values, tags = np.asarray(image).astype(np.float64), getattr(image, "tag_v2", {})
+    if image.mode == "F":
+        white = 1
+        if not ((values >= 0) & (values <= 1)).all():
+            raise Failure("a picture of floating point numbers has no known white outside [0, 1]; save it with 16 bits")
+    else:
+        bits = tags.get(_BITS, (16 if values.max(initial=0) < 2**16 else 32,))[0]
+        signed = tags.get(_SAMPLES, (1 if bits == 16 else 2,))[0] == 2
+        white = 2 ** (bits - signed) - 1
+        values = values if signed else values % 2**bits  # Pillow's whole numbers have a sign
+    grey = Image.fromarray((np.clip(values / white, 0, 1) * 255).round().astype(np.uint8))
+    grey.info = {"exif": image.getexif().tobytes()}
+    return grey
+
+
+_BITS, _SAMPLES = 258, 339  # TIFF's tags BitsPerSample and SampleFormat (2: with a sign)
+
+
 def _flatten(image: Image.Image, behind: str) -> Image.Image:
     """8 bits a channel and nothing transparent: L or RGB."""
-    if image.mode.startswith("I"):
-        grey = np.clip(np.asarray(image).astype(np.float32) / 257, 0, 255)
-        return Image.fromarray(grey.round().astype(np.uint8))
-    if image.mode == "F":
-        raise Failure("a picture of floating point numbers has no known white; save it with 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, behind), image).convert("RGB")

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import warnings
 import weakref
 
 import diffusers
@@ -26,6 +27,7 @@ from mlx_deepcache import (
 )
 from mlx_deepcache.apps.generate import main_generate
 from mlx_deepcache.cache.composition import KINDS, CacheRun, Caches
+from mlx_deepcache.cache.deepcache import CacheWarning
 from mlx_deepcache.cache.text import explain, parse, write
 from mlx_deepcache.errors import UsageError
 from mlx_deepcache.nets import blocks
@@ -422,6 +424,32 @@ def test_combinations_without_meaning(texts, message):
     with pytest.raises(UsageError) as error:
         Caches.of(map(parse, texts))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("policy", "steps", "last"),
+    [
+        ("deepcache:steps=0-9+12+15", 50, 15),
+        ("deepcache:steps=F..F..", 20, 3),
+        ("deepcache:interval=40", 50, 40),
+        ("deepcache:interval=50", 50, 0),
+        ("deepcache:steps=0-9+33", 50, None),
+        ("deepcache:interval=5,center=15,power=1.4", 50, None),
+        ("deepcache:interval=10", 50, None),
+        ("deepcache:interval=50,end=0.5", 50, None),
+        ("deepcache:interval=3", 10, None),
+    ],
+)
+def test_no_full_step_in_the_last_third(policy, steps, last):
+    """Counted by hand: of 50 steps, one of 33 to 49 is full."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        parse(policy).check(steps, True)
+    if last is None or 3 * last >= 2 * steps:
+        assert not caught
+    else:
+        assert [w.category for w in caught] == [CacheWarning]
+        assert f"last full step is {last}, " in str(caught[0].message)
 
 
 def test_settings(pipeline):

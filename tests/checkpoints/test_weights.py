@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tiny import Hub, files, write_controlnet
 from mlx_deepcache import Control, StableDiffusion
 from mlx_deepcache.apps.convert import main_convert
 from mlx_deepcache.checkpoints import hub
+from mlx_deepcache.checkpoints.weights import read_tensors
 from mlx_deepcache.errors import CheckpointError
 
 COMPONENTS = {"sd15": ("text_encoder", "unet", "vae"), "sdxl": ("text_encoder", "text_encoder_2", "unet", "vae")}
@@ -555,3 +557,23 @@ def test_no_repository_name(fake_hub, name):
     with pytest.raises(CheckpointError, match="model"):
         hub.find(name)
     assert fake_hub.calls == []
+
+
+@pytest.mark.parametrize(
+    ("start", "pickled"),
+    [
+        (b"\x80\x02\0\0\0\0\0\0{", False),  # a header of 640 bytes, cut short
+        (b"\x80\x02", False),
+        (b"\x80\0\0\0\0\0\0\0{", False),
+        (b"\x80\x04\x15\0\0\0\0\0{", False),
+        (pickle.dumps({"a": 1}, 2), True),
+        (pickle.dumps({"a": 1}, 4), True),
+        (pickle.dumps(list(range(9999)), 5), True),
+        (b"PK\x03\x04\x14\0\0\0", True),
+    ],
+)
+def test_pickles_are_told_from_files_cut_short(tmp_path, start, pickled):
+    (tmp_path / "a.safetensors").write_bytes(start)
+    words = "pickle file by another name" if pickled else "damaged or no safetensors"
+    with pytest.raises(CheckpointError, match=words):
+        read_tensors(tmp_path / "a.safetensors")
