@@ -3,6 +3,7 @@ reads text raises ValueError for what is none."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -16,6 +17,14 @@ def suggest(text: object, known: Iterable[object]) -> str:
     wanted = str(text).lower().replace("_", "-")
     near = get_close_matches(wanted, names, n=1, cutoff=0.6) or [n for n in names if len(wanted) > 2 and wanted in n]
     return f"; did you mean {names[near[0]]}?" if near else ""
+
+
+def parse_json(text: str) -> Any:
+    """Raises ValueError for what is no JSON, or is nested too deeply to be meant."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def shown(value: object) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, Failure, UsageError
 from ..generation.options import Control, ModelOptions, Options, options_of
-from ..media.files import check_writable, read_text, write_text
+from ..media.files import check_writable, read_text, real_path, write_text
 from .command import run
 from .flags import complete, generate_parser, given
 
@@ -124,7 +124,7 @@ class Outputs:
         for flag in ("--output", "--save-latents", "--stats", "--preview"):
             if (file := getattr(args, flag[2:].replace("-", "_"))) is not None:
                 check_writable(file)
-                if (other := written.setdefault(file.resolve(), flag)) != flag:
+                if (other := written.setdefault(real_path(file), flag)) != flag:
                     raise UsageError(f"{flag} and {other} name the same file, {file}")
 
     def number(self, n: int) -> None:
@@ -217,6 +217,8 @@ def _controls(args: argparse.Namespace) -> list[Control]:
     """The ControlNets that repeated flags describe; a scale, start or end given once is every net's."""
     given = {part.name: (part.flag, getattr(args, part.key, None)) for part in options_of(Control)}
     nets = given["model"][1] or []
+    if not nets and (alone := next((flag for flag, values in given.values() if values is not None), None)) is not None:
+        raise UsageError(f"{alone} has no meaning without a --controlnet")
     if len(given["image"][1] or []) != len(nets):
         found = len(given["image"][1] or [])
         raise UsageError(f"each --controlnet needs a --control-image, got {len(nets)} and {found}")
@@ -224,7 +226,7 @@ def _controls(args: argparse.Namespace) -> list[Control]:
     for name, (flag, values) in given.items():
         if values is None:
             continue
-        if len(values) not in (1, len(nets)) or not nets:
+        if len(values) not in (1, len(nets)):
             raise UsageError(f"{flag} should be given once, or once a --controlnet ({len(nets)}), got {len(values)}")
         columns[name] = values * len(nets) if len(values) == 1 else values
     return [Control(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import CheckpointError
+from ..fields import parse_json
 from .tokenizer import CLIPTokenizer, load_tokenizer
 from .weights import fill, read_component
 
@@ -27,7 +27,7 @@ def read_json(path: Path) -> dict:
         CheckpointError: the file is missing or is not a JSON object.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = parse_json(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; expected a checkpoint in the diffusers layout") from None
     except (OSError, ValueError) as error:

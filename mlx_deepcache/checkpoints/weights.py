@@ -6,7 +6,6 @@ channels-last; any other file has PyTorch's layout, with convolutions as (out, i
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from ..backend.host import hold_standard_streams
 from ..backend.ops import DTYPES
 from ..errors import CheckpointError
+from ..fields import parse_json
 
 LAYOUT = "channels_last"
 CONVERTED = "weights.safetensors"
@@ -101,10 +101,14 @@ def read_component(folder: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     if not first.endswith(".json"):
         return read_tensors(folder / first)
     try:
-        index = json.loads((folder / first).read_text())["weight_map"]
+        index = parse_json((folder / first).read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(index.values()))
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise CheckpointError(f"{folder / first} is no index of shards: it lacks a weight_map") from None
+        if not shards or not all(isinstance(shard, str) for shard in shards):
+            raise TypeError
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        raise CheckpointError(
+            f"{folder / first} is no index of shards: it lacks a weight_map that names a file for each tensor"
+        ) from None
     if any(Path(shard).name != shard for shard in shards):
         raise CheckpointError(f"{folder / first} names files outside its folder")
     tensors, metadata = {}, {}

@@ -74,6 +74,7 @@ def at_least(least: int) -> Check:
 
 SHARE = Check("above 0 and at most 1", lambda value: 0 < value <= 1)
 SEED = Check("a whole number from -2^63 to 2^64 - 1", lambda value: -(2**63) <= value < 2**64)  # as PyTorch's are
+PART = Check("a share of the steps, from 0 to 1", lambda value: 0 <= value <= 1)
 BETWEEN = Check("between 0 and 1", lambda value: 0 < value < 1)
 DECIBELS = Check("a number of dB above 0, such as 30", lambda value: value > 0)
 
@@ -378,16 +379,16 @@ class Control:
     )
     image: Picture = option(MISSING, "the edges, pose, ... to follow", CONTROL, flag="--control-image")
     scale: float = option(1.0, "how strictly it is followed (1)", CONTROL, flag="--control-scale")
-    start: float = option(0.0, "the share of the steps before it starts (0)", CONTROL, flag="--control-start")
-    end: float = option(1.0, "the share after which it stops (1)", CONTROL, flag="--control-end")
+    start: float = option(
+        0.0, "the share of the steps before it starts (0)", CONTROL, flag="--control-start", check=PART
+    )
+    end: float = option(1.0, "the share after which it stops (1)", CONTROL, flag="--control-end", check=PART)
 
     def __post_init__(self):
         for o in options_of(Control):
             object.__setattr__(self, o.name, o.take(getattr(self, o.name)))
-        if not 0 <= self.start < self.end <= 1:
-            raise UsageError(
-                f"a ControlNet should start before it ends, both in [0, 1], got {self.start} and {self.end}"
-            )
+        if not self.start < self.end:
+            raise UsageError(f"a ControlNet should start before it ends, got {self.start} and {self.end}")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from .._version import __version__
 from ..errors import Failure, UsageError
+from ..fields import parse_json
 from ..media.pictures import FORMATS
 from ..media.png import write_image
 from .options import KINDS, Control, ModelOptions, Option, Options, options_of
@@ -92,7 +93,7 @@ def read(file: Path) -> tuple[dict, list[str]]:
         raise Failure(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
     if JSON_KEY in texts:
         try:
-            settings = json.loads(texts[JSON_KEY])
+            settings = parse_json(texts[JSON_KEY])
         except ValueError:
             settings = None
         if not isinstance(settings, dict):

@@ -6,7 +6,7 @@ import codecs
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import Failure
@@ -60,9 +60,22 @@ def read_text(file: Path | str) -> str:
     return text
 
 
+def real_path(file: Path) -> Path:
+    """Where a path leads, also if nothing is there yet.
+
+    Raises:
+        OSError: nowhere, as with links in a circle or a name that is too long.
+    """
+    with suppress(FileNotFoundError):
+        file.stat()
+    return Path(os.path.realpath(file))
+
+
 def check_writable(file: Path) -> None:
     """Raises Failure before the work rather than after it, if the file cannot be written."""
     try:
+        if "\0" not in str(file):
+            real_path(file)
         if file.is_dir():
             raise Failure(f"cannot write {file}: it is a folder")
         if not file.parent.is_dir():

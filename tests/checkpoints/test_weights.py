@@ -18,7 +18,7 @@ from tiny import Hub, files, write_controlnet
 from mlx_deepcache import Control, StableDiffusion
 from mlx_deepcache.apps.convert import main_convert
 from mlx_deepcache.checkpoints import hub
-from mlx_deepcache.checkpoints.weights import read_tensors
+from mlx_deepcache.checkpoints.weights import read_component, read_tensors
 from mlx_deepcache.errors import CheckpointError
 
 COMPONENTS = {"sd15": ("text_encoder", "unet", "vae"), "sdxl": ("text_encoder", "text_encoder_2", "unet", "vae")}
@@ -577,3 +577,24 @@ def test_pickles_are_told_from_files_cut_short(tmp_path, start, pickled):
     words = "pickle file by another name" if pickled else "damaged or no safetensors"
     with pytest.raises(CheckpointError, match=words):
         read_tensors(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["null", "[" * 100_000, '{"weight_map":' + "[" * 100_000, '{"weight_map": {}}']
+    + [f'{{"weight_map": {{"a": {value}}}}}' for value in ("null", "3", "[]", '["x"]', "{}")],
+    ids=lambda text: text[:25],
+)
+def test_an_index_that_names_no_files(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match="is no index of shards"):
+        read_component(tmp_path)
+
+
+def test_an_output_whose_links_run_in_a_circle(copy, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    model = str(copy())
+    for output in ("loop", "loop/x"):
+        assert main_convert(["--model", model, "--output", output, "--force"]) == 1
+        assert f"error: cannot write {output}: Too many levels of symbolic links" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from mlx_deepcache.errors import Failure
-from mlx_deepcache.media.files import read_text
+from mlx_deepcache.media.files import check_writable, read_text
 
 TEXT = "ein Märchenwald\n猫\n"
 
@@ -30,3 +30,11 @@ def test_standard_input_that_is_closed(monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(Failure, match="cannot read standard input: it is closed"):
         read_text("-")
+
+
+def test_links_in_a_circle(tmp_path):
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "new.png").symlink_to("later.png")
+    with pytest.raises(Failure, match="cannot write .*loop.png: Too many levels of symbolic links"):
+        check_writable(tmp_path / "loop.png")
+    check_writable(tmp_path / "new.png")

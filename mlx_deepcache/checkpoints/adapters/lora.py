@@ -11,7 +11,6 @@ DoRA (Liu et al. 2024)        W' = magnitude * (W + scale * delta) / its norm
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...errors import CheckpointError, UsageError
+from ...fields import parse_json
 from ...nets.unet_parts import UNetConfig
 from ..families import SDXL, family_by
 from ..original import names as ldm
@@ -266,7 +266,7 @@ def _alpha(metadata: dict[str, str], place: Place, parts: dict[str, mx.array]) -
     if rank is None or _ADAPTER not in metadata:
         return {}
     try:
-        said = json.loads(metadata[_ADAPTER])
+        said = parse_json(metadata[_ADAPTER])
         prefix = f"{place.component}." if any(key.startswith(f"{place.component}.") for key in said) else ""
         alpha = said.get(f"{prefix}lora_alpha", said.get(f"{prefix}alpha", rank))
         for pattern, value in (said.get(f"{prefix}alpha_pattern") or {}).items():
