@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 from .. import SLOW
 from ..backend.host import hold_standard_streams
-from ..errors import Failure, UsageError
+from ..errors import Failure, UsageError, named_as
+from ..generation.options import ModelOptions, Options, options_of
 
 
 def run(
@@ -31,7 +32,11 @@ def run(
     if SLOW is not None:
         print(f"note: {SLOW}", file=sys.stderr)
     try:
-        command(flags(sys.argv[1:] if argv is None else argv))
+        with named_as(
+            {o.name: o.flag for kind in (ModelOptions, Options) for o in options_of(kind)}
+            | {"controls": "--controlnet"}
+        ):
+            command(flags(sys.argv[1:] if argv is None else argv))
         if sys.stdout is not None:
             sys.stdout.flush()
     except UsageError as error:

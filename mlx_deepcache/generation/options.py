@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..diffusion.noise import GENERATORS
 from ..diffusion.schedulers import SCHEDULERS
-from ..errors import UnknownOption, UsageError
+from ..errors import UnknownOption, UsageError, called
 from ..fields import file_and_scale, file_and_word, finite, shown, suggest, unicode_text
 from ..media.pictures import FITS, is_picture
 
@@ -288,7 +288,7 @@ class Option:
             if self.check is not None and not self.check.holds(value):
                 raise ValueError
         except (ValueError, TypeError, OverflowError):
-            raise UsageError(f"{self.name} should be {self.words}, got {shown(value)}") from None
+            raise UsageError(f"{called(self.name)} should be {self.words}, got {shown(value)}") from None
         return value
 
     def record(self, owner: Any) -> Any:
@@ -350,7 +350,9 @@ def taken(cls: type, values: dict[str, Any]):
             continue  # an array is never compared
         if all(getattr(made, other) is known[other].default for other in o.needs):
             article = "an" if o.needs[0][0] in "aeio" else "a"
-            raise UsageError(f"{o.name} has no meaning without {article} {o.needs[0].removesuffix('s')}")
+            raise UsageError(
+                f"{called(o.name)} has no meaning without {article} {called(o.needs[0]).removesuffix('s')}"
+            )
     return made
 
 
@@ -416,6 +418,13 @@ class ModelOptions:
         "change the model by a LoRA (safetensors), SCALE times as strongly as it was trained; repeatable",
         MODEL,
         flag="--lora",
+    )
+    lora_dir: Model | None = option(
+        None,
+        "a folder of LoRAs, for prompts that name them: <lora:name:0.8>",
+        MODEL,
+        metavar="FOLDER",
+        recorded=False,
     )
     embeddings: tuple[Embedding, ...] = option(
         (),

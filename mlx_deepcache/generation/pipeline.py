@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,7 +25,7 @@ from ..checkpoints.adapters.applied import Addons
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.part import OtherVAE, find_controlnet
 from ..diffusion.noise import BatchNoise
-from ..errors import Failure, UsageError
+from ..errors import Failure, UsageError, called
 from ..fields import shown
 from ..media.pictures import Given, to_uint8
 from ..nets.controlnet import Controls
@@ -37,6 +38,7 @@ from .options import ModelOptions, taken
 from .report import Clock, dtype_name, stats
 from .settings import Leg, Settings, settings_for
 from .starts import Started, take_latents
+from .tags import NamedLoras, note_only_text, take_loras
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,13 @@ class StableDiffusion:
             raise UsageError("a refiner goes with SDXL only; both models should be of that family")
         self.options, self.dtype, self.low_memory = o, dtype_of(o.dtype), o.low_memory
         self.budget = limit_memory(o.memory_limit)
-        shared = {"keep": keep and not o.low_memory, "compile": o.compile, "bits": o.quantize}
-        addons = Addons(checkpoint, o.loras, o.embeddings)
-        self.models = [Components(checkpoint, self.dtype, addons=addons, **shared)]
+        if o.lora_dir is not None and not Path(o.lora_dir).is_dir():
+            raise UsageError(f"{called('lora_dir')} should be a folder, got {o.lora_dir!r}")
+        self._held_as = {"keep": keep and not o.low_memory, "compile": o.compile, "bits": o.quantize}
+        self.models, self._named = [], None
+        self.use_loras(checkpoint, ())
         if refiner is not None:
-            self.models.append(Components(refiner, self.dtype, **shared))
+            self.models.append(Components(refiner, self.dtype, **self._held_as))
 
     @classmethod
     def from_pretrained(
@@ -98,6 +102,13 @@ class StableDiffusion:
         first = Checkpoint.open(o.model, half=half, prediction_type=o.prediction_type, vae=o.vae)
         return cls(first, dtype, keep=keep, **options | {"refiner": second})
 
+    def use_loras(self, checkpoint: Checkpoint, named: NamedLoras) -> None:
+        """Have these LoRAs in the model beside its own; where they change, its networks are read anew."""
+        if named != self._named:
+            addons = Addons(checkpoint, [*self.options.loras, *named], self.options.embeddings)
+            self.models[:1] = [Components(checkpoint, self.dtype, addons=addons, **self._held_as)]
+            self._named = named
+
     @property
     def checkpoint(self) -> Checkpoint:
         return self.models[0].checkpoint
@@ -115,6 +126,7 @@ class StableDiffusion:
         """What to draw and how, complete and checked: see `settings_for`, which takes the same options."""
         refiner = self.checkpoints[1] if len(self.models) > 1 else None
         settings = settings_for(self.checkpoint, prompt, refiner=refiner, **options)
+        take_loras(settings.prompts, self.options.lora_dir)
         unet, vae = self.checkpoint.unet_config, self.checkpoint.vae_config
         for control in settings.legs[0].controls:
             find_controlnet(control.model, unet, vae.factor, self.dtype)  # better known now than once a bar is shown
@@ -197,7 +209,10 @@ class Generation(Iterator[Progress]):
     """
 
     def __init__(self, pipe: StableDiffusion, settings: Settings):
-        self.pipe, self.settings, self.clock = pipe, settings, Clock()
+        prompts, self._loras = take_loras(settings.prompts, pipe.options.lora_dir)
+        told = (*dict.fromkeys(prompts), settings.prompt_2, settings.negative_prompt, settings.negative_prompt_2)
+        note_only_text(told, weighted=not settings.plain_prompt)
+        self.pipe, self.settings, self.clock = pipe, replace(settings, prompts=prompts), Clock()
         self.steps: list[Progress] = []
         self._noise = BatchNoise(settings.rng, list(settings.seeds))
         self._legs = self._run()
@@ -290,6 +305,7 @@ class Generation(Iterator[Progress]):
         return stats(self.settings, self.pipe.models, self.steps, self.clock)
 
     def _run(self) -> Iterator[Progress]:
+        self.pipe.use_loras(self.pipe.checkpoint, self._loras)
         started, progress = self.prepare_latents(), None
         for number, (leg, components) in enumerate(zip(self.settings.legs, self.pipe.models, strict=True)):
             first = 0 if progress is None else progress.index + 1

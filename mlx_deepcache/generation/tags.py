@@ -1,0 +1,59 @@
+"""What other programs read in a prompt beside its words: LoRAs by name, and syntax that is only text here."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import UsageError, called
+from ..fields import finite, suggest
+from .prompts import PromptWarning
+
+_LORA = re.compile(r"<lora:([^<>:]+)((?::[^<>:]*)*)>")
+# A1111's, apart from weights: chunks by hand, several prompts, one that changes on the way, one that alternates
+_ONLY_TEXT = r"<(?:lora|lyco|hypernet):[^<>]*>|\bBREAK\b|\bAND\b"
+_IN_BRACKETS = r"(?<!\\)\[[^\[\]]*:\s*\d*\.?\d+\s*\]|(?<!\\)\[[^\[\]]*\|[^\[\]]*\]"
+
+NamedLoras = tuple[tuple[Path, float], ...]
+
+
+def take_loras(prompts: Sequence[str], folder: str | None) -> tuple[tuple[str, ...], NamedLoras]:
+    """Prompts without their `<lora:name:scale>`, and the LoRAs in the folder, or below it, that they name; with no
+    folder they stay as they are.
+
+    Raises:
+        UsageError: there is no such LoRA, or its scale cannot be, or the prompts name different ones.
+    """
+    if folder is None:
+        return tuple(prompts), ()
+    known = {file.stem: file for file in sorted(Path(folder).rglob("*.safetensors"), reverse=True)}
+    named = [tuple(_lora(match, known, folder) for match in _LORA.finditer(text)) for text in prompts]
+    if len(set(named)) > 1:
+        raise UsageError("prompts of pictures that are drawn together should name the same LoRAs")
+    return tuple(_LORA.sub("", text) for text in prompts), named[0]
+
+
+def _lora(match: re.Match, known: dict[str, Path], folder: str) -> tuple[Path, float]:
+    name, scales = match[1].strip().removesuffix(".safetensors"), match[2].split(":")[1:]
+    if name not in known:
+        raise UsageError(f"there is no LoRA {name!r} in {folder}{suggest(name, known)}")
+    try:
+        values = {finite(scale) for scale in scales} or {1.0}
+    except ValueError:
+        raise UsageError(f"{match[0]} should be <lora:name> or <lora:name:scale> with a finite number") from None
+    if len(values) > 1:
+        raise UsageError(f"{match[0]} has a scale for text and one for pictures; here a LoRA has one, for both")
+    return known[name], values.pop()
+
+
+def note_only_text(texts: Sequence[str | None], *, weighted: bool) -> None:
+    """Warn of what means something elsewhere; weighted: whether brackets mean anything."""
+    pattern = f"{_ONLY_TEXT}|{_IN_BRACKETS}" if weighted else _ONLY_TEXT
+    found = list(dict.fromkeys(part for text in texts if text for part in re.findall(pattern, text)))
+    if found:
+        lora = any(part.startswith("<lora:") for part in found)
+        cure = f"; {called('lora_dir')} names the folder that LoRAs are looked for in" if lora else ""
+        shown = ", ".join(found[:3]) + (" and others" if len(found) > 3 else "")
+        warnings.warn(f"read as plain text here: {shown}{cure}", PromptWarning, stacklevel=3)
