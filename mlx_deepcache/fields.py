@@ -15,7 +15,8 @@ def suggest(text: object, known: Iterable[object]) -> str:
     """ "; did you mean X?" for the nearest of what is known, or nothing if none is near."""
     names = {str(name).lower(): str(name) for name in known}
     wanted = str(text).lower().replace("_", "-")
-    near = get_close_matches(wanted, names, n=1, cutoff=0.6) or [n for n in names if len(wanted) > 2 and wanted in n]
+    near = get_close_matches(wanted, names, n=3, cutoff=0.6) or [n for n in names if len(wanted) > 2 and wanted in n]
+    near.sort(key=lambda name: sorted(name) != sorted(wanted))  # two letters exchanged come first
     return f"; did you mean {names[near[0]]}?" if near else ""
 
 

@@ -121,6 +121,9 @@ def generate_parser() -> Parser:
     )
     prompts.add_argument("--prompt-file", metavar="FILE", help="draw every line of a text file; -: of standard input")
     what.add_argument(
+        "--list-prompts", action="store_true", help="say what the model draws, if that is a list, as of the bundled one"
+    )
+    what.add_argument(
         "--from-image",
         type=Path,
         metavar="FILE.png",

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, Failure, UsageError
@@ -32,7 +33,7 @@ def _flags(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.model_named_by = None
     if args.from_image is None:
-        if args.prompt is None and args.prompt_file is None:
+        if args.prompt is None and not args.list_prompts and args.prompt_file is None:
             parser.error("expected --prompt TEXT, what to draw, or --prompt-file or --from-image")
         return args
     from ..generation import record
@@ -60,13 +61,16 @@ def _generate(args: argparse.Namespace) -> None:
     from ..generation.report import dtype_name
     from ..media.latents import write_latents
     from ..media.png import write_image
-    from ..media.sheets import grid
+    from ..media.sheets import grid, psnr
     from .compare import check_comparable, comparison, without_cache
 
     def say(text: str) -> None:
         if not args.quiet:
             print(text)
 
+    if args.list_prompts:
+        print("\n".join(_listed(getattr(args, "model", None))))
+        return
     files = Outputs(args)
     model = ModelOptions(**given(args, ModelOptions))
     if model.model is None:
@@ -101,6 +105,8 @@ def _generate(args: argparse.Namespace) -> None:
         say(_cost(stats[-1]))
         if args.compare:
             uncached.append(without_cache(pipe, batch))
+            near = ", ".join(f"{psnr(*pair):.1f}" for pair in zip(pictures, uncached[-1][0], strict=True))
+            say(f"PSNR to the uncached picture: {near} dB")
     if args.grid:
         write_image(files.grid, grid(images))
         say(f"wrote {files.grid}")
@@ -202,6 +208,17 @@ def _cost(stats: dict) -> str:
         f"{stats['device']}, {stats['dtype']}\n"
         f"{phases}, peak memory {stats['peak_memory_bytes'] / 2**20:,.0f} MiB"
     )
+
+
+def _listed(model: str | None) -> list[str]:
+    """What a model draws, a thing a line."""
+    from ..checkpoints.checkpoint import BUNDLED
+    from ..checkpoints.folder import read_prompts
+
+    folder = BUNDLED if model in (None, BUNDLED.name) else Path(model)
+    if not (things := read_prompts(folder)):
+        raise UsageError(f"--list-prompts: {model} has no list of what it draws; a prompt may be anything")
+    return [name if not others else f"{name} (also: {', '.join(others)})" for name, *others in things]
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

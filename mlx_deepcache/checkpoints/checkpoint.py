@@ -39,7 +39,7 @@ class Checkpoint:
     def open(
         cls, model: str | None, *, half: bool = False, prediction_type: str | None = None, vae: str | None = None
     ) -> Checkpoint:
-        """Find a model (see `hub.find`; None is the bundled one) and read what it is, without its weights.
+        """Find a model (see `hub.find`; None and "emoji" are the bundled one) and read what it is, without its weights.
 
         prediction_type: `epsilon` or `v_prediction`, if not what the model says of itself; vae: see `OtherVAE.open`.
 
@@ -49,7 +49,7 @@ class Checkpoint:
         """
         if prediction_type not in (None, *PREDICTION_TYPES):
             raise UsageError(f"prediction type should be {' or '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
-        if model is not None:
+        if model not in (None, BUNDLED.name):
             source = find_source(model, half=half, prediction_type=prediction_type)
         elif (BUNDLED / "model_index.json").is_file():
             source = Folder(BUNDLED, prediction_type)

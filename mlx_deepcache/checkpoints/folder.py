@@ -16,6 +16,7 @@ import mlx.nn as nn
 
 from ..errors import CheckpointError
 from ..fields import parse_json
+from ..media.files import read_text
 from .tokenizer import CLIPTokenizer, load_tokenizer
 from .weights import fill, read_component
 
@@ -124,6 +125,21 @@ class Folder:
         if not (self.path / name).is_dir():
             raise CheckpointError(f"{self.path} is no whole checkpoint: it lacks the folder {name}")
         return self.path / name
+
+
+PROMPTS = "prompts.txt"  # what a model draws, if that is a short list: a thing a line, its names separated by commas
+
+
+def read_prompts(model: Path) -> list[list[str]]:
+    """The names of each thing that a model draws, the plain one first; none where a prompt may be anything.
+
+    Raises:
+        Failure: the file cannot be read.
+    """
+    if not (model / PROMPTS).is_file():
+        return []
+    lines = [line for line in read_text(model / PROMPTS).splitlines() if line.strip() and not line.startswith("#")]
+    return [[name.strip() for name in line.split(",")] for line in lines]
 
 
 PRICES = "cache_front.json"  # what caches cost a model in picture, where that was measured; see `cache.prices`

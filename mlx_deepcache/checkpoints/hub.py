@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..fields import suggest
 from .families import FAMILIES
 from .folder import Folder, Source
 from .original.singlefile import SingleFile
@@ -59,7 +60,7 @@ def find(model: str, *, half: bool = False, alone: bool = False) -> Path:
             f"no model {model!r}: expected a folder or a hub id like owner/name"
             if alone
             else f"no model {model!r}: expected a folder, a .safetensors file, a hub id like owner/name, or one of "
-            f"{', '.join(names)}"
+            f"{', '.join(names)}{suggest(model, names)}"
         )
     return _download(*match.groups(), half, ("",) if alone else COMPONENTS)
 

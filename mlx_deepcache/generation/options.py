@@ -505,6 +505,15 @@ class Options:
     width: int | None = option(None, "likewise", PICTURE, metavar="PX", check=at_least(1), model="native_width")
     image: Picture | None = option(None, "start from this picture; its size is the default", START)
     mask: Picture | None = option(None, "change it only where this one is white", START, needs=("image",))
+    mask_blur: float = option(
+        0.0,
+        "soften the mask's edge over about so many pixels (0)",
+        START,
+        metavar="PX",
+        check=Check("a number of pixels from 0 to 256", lambda value: 0 <= value <= 256),
+        needs=("mask",),
+        a1111="Mask blur",
+    )
     strength: float | None = option(
         None,
         "how much to change, in (0, 1]: the share of the steps that is run. Default 0.8, SDXL 0.3; with a mask 1",

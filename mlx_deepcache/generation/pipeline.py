@@ -23,6 +23,7 @@ from ..backend.memory import limit_memory
 from ..backend.ops import dtype_of
 from ..checkpoints.adapters.applied import Addons
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.folder import read_prompts
 from ..checkpoints.part import OtherVAE, find_controlnet
 from ..diffusion.noise import BatchNoise
 from ..errors import Failure, UsageError, called
@@ -38,7 +39,7 @@ from .options import ModelOptions, taken
 from .report import Clock, dtype_name, stats
 from .settings import Leg, Settings, settings_for
 from .starts import Started, take_latents
-from .tags import NamedLoras, note_only_text, take_loras
+from .tags import NamedLoras, note_only_text, note_unknown, take_loras
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,7 @@ class Generation(Iterator[Progress]):
     def __init__(self, pipe: StableDiffusion, settings: Settings):
         prompts, self._loras = take_loras(settings.prompts, pipe.options.lora_dir)
         told = (*dict.fromkeys(prompts), settings.prompt_2, settings.negative_prompt, settings.negative_prompt_2)
+        note_unknown(list(dict.fromkeys(prompts)), read_prompts(pipe.checkpoint.source.path))
         note_only_text(told, weighted=not settings.plain_prompt)
         self.pipe, self.settings, self.clock = pipe, replace(settings, prompts=prompts), Clock()
         self.steps: list[Progress] = []

@@ -130,7 +130,7 @@ def settings_for(
     start = FromNoise()
     if picture is not None:
         mask = None if asked.mask is None else read_mask(asked.mask)
-        start = FromPicture(source(picture, mask, height, width, fit), strength, checkpoint.inpainting)
+        start = FromPicture(source(picture, mask, height, width, fit, asked.mask_blur), strength, checkpoint.inpainting)
     controls = tuple(
         replace(control, image=source(image, None, height, width, fit).image)
         for control, image in zip(asked.controls, followed, strict=True)

@@ -5,16 +5,22 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
+from difflib import SequenceMatcher
+from functools import partial
 from pathlib import Path
 
 from ..errors import UsageError, called
 from ..fields import finite, suggest
-from .prompts import PromptWarning
+from .prompts import PromptWarning, parse
 
 _LORA = re.compile(r"<lora:([^<>:]+)((?::[^<>:]*)*)>")
 # A1111's, apart from weights: chunks by hand, several prompts, one that changes on the way, one that alternates
 _ONLY_TEXT = r"<(?:lora|lyco|hypernet):[^<>]*>|\bBREAK\b|\bAND\b"
 _IN_BRACKETS = r"(?<!\\)\[[^\[\]]*:\s*\d*\.?\d+\s*\]|(?<!\\)\[[^\[\]]*\|[^\[\]]*\]"
+
+_AROUND_A_NAME = set(
+    "a an the of on in with and draw drawing picture image photo photograph painting cartoon emoji icon sticker".split()
+)
 
 NamedLoras = tuple[tuple[Path, float], ...]
 
@@ -46,6 +52,33 @@ def _lora(match: re.Match, known: dict[str, Path], folder: str) -> tuple[Path, f
     if len(values) > 1:
         raise UsageError(f"{match[0]} has a scale for text and one for pictures; here a LoRA has one, for both")
     return known[name], values.pop()
+
+
+def note_unknown(prompts: Sequence[str], things: Sequence[Sequence[str]]) -> None:
+    """Warn of prompts that name nothing that a model draws, which then draws some other thing.
+
+    things: see `folder.read_prompts`; none where a prompt may be anything."""
+    if not things:
+        return
+    plain = {name: names[0] for names in things for name in names}
+    for prompt in prompts:
+        said = " ".join("".join(piece for piece, _ in parse(prompt)).lower().split())
+        if not said or any(re.search(rf"(?<!\w){re.escape(name)}(?:s|es)?(?!\w)", said) for name in plain):
+            continue
+        words = [word for word in re.findall(r"\w+", said) if word not in _AROUND_A_NAME][:20]
+        words = [" ".join(words), *words]
+        near = sorted(plain, key=partial(_unlike, words))
+        nearest = ", ".join(list(dict.fromkeys(plain[name] for name in near))[:3])
+        warnings.warn(
+            f"{said[:60]!r} is not one of the {len(things)} things this model draws; nearest: {nearest}",
+            PromptWarning,
+            stacklevel=3,
+        )
+
+
+def _unlike(words: Sequence[str], name: str) -> float:
+    """How little a name has of the nearest of these words."""
+    return -max(SequenceMatcher(None, name, word).ratio() for word in words)
 
 
 def note_only_text(texts: Sequence[str | None], *, weighted: bool) -> None:

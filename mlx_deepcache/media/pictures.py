@@ -10,7 +10,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
 from ..errors import Failure, UsageError
 
@@ -42,14 +42,20 @@ MOST_PIXELS = Image.MAX_IMAGE_PIXELS  # above this, Pillow takes a file for a de
 class Given:
     """A picture to start from, at the size that is drawn.
 
-    image: (H, W, 3) uint8; mask: (H, W) bool, True where something new should be drawn, or None for everywhere.
+    image: (H, W, 3) uint8; mask: (H, W) bool, True where something new should be drawn, or None for everywhere; soft:
+    (H, W) in [0, 1], how much of the new is seen at last, if that is not all of it inside the mask.
     """
 
     image: np.ndarray
     mask: np.ndarray | None = None
+    soft: np.ndarray | None = None
 
     def paste(self, images: np.ndarray) -> np.ndarray:
         """images: (N, H, W, 3) uint8 -> the same, with this picture's own pixels wherever the mask is not."""
+        if self.soft is not None:
+            return (
+                (self.image + self.soft[..., None] * (images - self.image.astype(np.float32))).round().astype(np.uint8)
+            )
         return images if self.mask is None else np.where(self.mask[..., None], images, self.image)
 
 
@@ -138,15 +144,22 @@ def fit(picture: Image.Image, height: int, width: int, how: str = "stretch") -> 
     return Image.fromarray(np.pad(pixels, edges + [(0, 0)] * (pixels.ndim - 2), mode="edge"))
 
 
-def source(picture: Image.Image, mask: Image.Image | None, height: int, width: int, how: str) -> Given:
+def source(picture: Image.Image, mask: Image.Image | None, height: int, width: int, how: str, blur: float = 0) -> Given:
     """What `read_picture` and `read_mask` gave, at the size to be drawn; a mask of another size is fitted to the
-    picture's first, so that both are resized alike, and is then black or white (128 and above: draw here)."""
+    picture's first, so that both are resized alike, and is then black or white (128 and above: draw here).
+
+    blur: the deviation, in pixels, of a Gaussian that softens the mask (VaeImageProcessor.blur); what is seen of the new
+    fades with it."""
+    soft = None
     if mask is not None:
         if mask.size != picture.size and how != "stretch":
             mask = mask.resize(picture.size, Image.Resampling.LANCZOS)
-        grey = np.asarray(fit(mask, height, width, how).convert("L"))
-        mask = grey.astype(np.float32) / 255 >= 0.5
-    return Given(np.asarray(fit(picture, height, width, how)), mask)
+        grey = fit(mask, height, width, how).convert("L")
+        if blur:
+            grey = grey.filter(ImageFilter.GaussianBlur(blur))
+            soft = np.asarray(grey).astype(np.float32) / 255
+        mask = np.asarray(grey).astype(np.float32) / 255 >= 0.5
+    return Given(np.asarray(fit(picture, height, width, how)), mask, soft)
 
 
 def _open(picture: Path | str | Image.Image | np.ndarray | bytes) -> Image.Image:

@@ -5,9 +5,10 @@ import json
 import shutil
 
 import numpy as np
+import oracle
 import pytest
 from diffusers.image_processor import VaeImageProcessor
-from helpers import MASK, PICTURE, compare_from_picture, error, smooth
+from helpers import MASK, PICTURE, compare_from_picture, error, smooth, to_torch_layout
 from oracle import SCHEDULERS
 from PIL import EpsImagePlugin, Image
 
@@ -59,6 +60,24 @@ def test_inpainting_by_blending(checkpoint, pipeline, scheduler):
 def test_inpainting_with_a_net_made_for_it(checkpoint, pipeline, kind, scheduler, strength):
     options = {"steps": 4, "guidance_scale": 2.0, "scheduler": scheduler, "strength": strength}
     compare_from_picture(checkpoint, pipeline, kind, MASK, interval=2, branch=1, **options)
+
+
+def test_a_soft_mask(checkpoint, pipeline):
+    """diffusers' blur before, and its overlay after; its latents know black and white only, and so do ours."""
+    options = {"steps": 4, "guidance_scale": 2.0, "scheduler": "ddim", "strength": 0.7}
+    soft = VaeImageProcessor.blur(MASK, 5)
+    expected = oracle.from_picture(
+        checkpoint("sd15"), "a small red cat", PICTURE, soft, seed=[3], height=72, width=104, **options
+    )
+    pipe = pipeline("sd15")
+    result = pipe("a small red cat", image=PICTURE, mask=MASK, mask_blur=5, seeds=3, cache_interval=1, **options)
+    assert error(to_torch_layout(result.latents), expected["latents"]) < 1e-4
+    drawn = Image.fromarray(pipe.decode(result.latents)[0])
+    overlaid = np.asarray(VaeImageProcessor().apply_overlay(soft, PICTURE, drawn).convert("RGB")).astype(int)
+    ours, alpha = np.asarray(result.images[0]).astype(int), np.asarray(soft)
+    assert np.abs(ours - overlaid).max() <= 2
+    assert len(np.unique(alpha)) > 50
+    assert np.array_equal(ours[alpha == 0], np.asarray(PICTURE)[alpha == 0])
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])

@@ -1,5 +1,6 @@
 """LoRAs that a prompt names, and what other programs read in a prompt."""
 
+import re
 import warnings
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.bundled.emoji_data import concepts
 from mlx_deepcache import StableDiffusion
 from mlx_deepcache.apps.generate import main_generate
 from mlx_deepcache.errors import UsageError
@@ -109,3 +111,25 @@ def test_what_is_only_text_here(pipeline, prompt, options, note):
     if note is not None:
         with pytest.warns(PromptWarning, match=note):
             pipeline("sd15").denoise(pipeline("sd15").settings(prompt, **options))
+
+
+def test_what_the_bundled_model_draws(capsys):
+    """Its list is that of its training; a prompt without any of it gets a note, and others none."""
+    assert main_generate(["--model", "emoji", "--list-prompts"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [re.split(r" \(also: |, ", line.rstrip(")")) for line in listed] == [list(c.names) for c in concepts()]
+    assert main_generate(["--list-prompts"]) == 0
+    assert capsys.readouterr().out.splitlines() == listed
+    pipe = StableDiffusion.from_pretrained("emoji")
+    for prompt in ("a red apple", "(two foxes:1.3), nice", "", "i want to see a KITTEN today"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            pipe.denoise(pipe.settings(prompt))
+    with pytest.warns(PromptWarning, match="'a fops' is not one of the 129 things this model draws; nearest: fox,"):
+        pipe.denoise(pipe.settings("a fops"))
+
+
+def test_a_model_without_a_list(checkpoint, capsys):
+    for model in (str(checkpoint("sd15")), "sd15"):
+        assert main_generate(["--model", model, "--list-prompts"]) == 2
+        assert "has no list of what it draws" in capsys.readouterr().err
