@@ -148,8 +148,8 @@ def source(picture: Image.Image, mask: Image.Image | None, height: int, width: i
     """What `read_picture` and `read_mask` gave, at the size to be drawn; a mask of another size is fitted to the
     picture's first, so that both are resized alike, and is then black or white (128 and above: draw here).
 
-    blur: the deviation, in pixels, of a Gaussian that softens the mask (VaeImageProcessor.blur); what is seen of the new
-    fades with it."""
+    blur: the deviation, in pixels, of a Gaussian that softens the mask (VaeImageProcessor.blur), with which the new
+    fades."""
     soft = None
     if mask is not None:
         if mask.size != picture.size and how != "stretch":
