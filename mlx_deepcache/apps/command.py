@@ -34,7 +34,7 @@ def run(
     try:
         with named_as(
             {o.name: o.flag for kind in (ModelOptions, Options) for o in options_of(kind)}
-            | {"controls": "--controlnet"}
+            | {"controls": "--controlnet", "preview_vae": "--preview-vae"}
         ):
             command(flags(sys.argv[1:] if argv is None else argv))
         if sys.stdout is not None:

@@ -6,7 +6,7 @@ import os
 
 import mlx.core as mx
 
-from ..errors import UsageError
+from ..errors import UsageError, called
 from .ops import on_gpu
 
 CACHE_SHARE = 1 / 4  # of the memory, for freed buffers that MLX keeps for the next use; its own default is all of it
@@ -29,7 +29,7 @@ def limit_memory(gigabytes: float | None = None) -> int:
         UsageError: the limit is too small to be meant.
     """
     if gigabytes is not None and not gigabytes >= _LEAST_GB:
-        raise UsageError(f"the memory limit should be at least {_LEAST_GB} GB, got {gigabytes:g}")
+        raise UsageError(f"{called('memory_limit')} should be at least {_LEAST_GB} GB, got {gigabytes:g}")
     budget = machine_memory() if gigabytes is None else min(int(gigabytes * 1e9), machine_memory())
     if gigabytes is not None:
         mx.set_memory_limit(budget)

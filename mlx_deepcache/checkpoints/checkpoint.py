@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from ..diffusion.schedule import NoiseSchedule
 from ..diffusion.schedulers import schedule
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError, UsageError, called
 from ..nets.autoencoder import VAEConfig
 from ..nets.clip import CLIPConfig, CLIPTextModel
 from ..nets.tiny import TinyVAEConfig
@@ -48,13 +48,17 @@ class Checkpoint:
             UsageError: no such prediction type.
         """
         if prediction_type not in (None, *PREDICTION_TYPES):
-            raise UsageError(f"prediction type should be {' or '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
+            raise UsageError(
+                f"{called('prediction_type')} should be {' or '.join(PREDICTION_TYPES)}, got {prediction_type!r}"
+            )
         if model not in (None, BUNDLED.name):
             source = find_source(model, half=half, prediction_type=prediction_type)
         elif (BUNDLED / "model_index.json").is_file():
             source = Folder(BUNDLED, prediction_type)
         else:
-            raise CheckpointError("the bundled model is not installed; name another with --model, such as sd15")
+            raise CheckpointError(
+                f"the bundled model is not installed; name another as {called('model')}, such as sd15"
+            )
         kind = source.index.get("_class_name", PIPELINES[0])
         if kind not in PIPELINES:
             raise CheckpointError(f"{source.path} holds a {kind}, which is not supported, only {', '.join(PIPELINES)}")

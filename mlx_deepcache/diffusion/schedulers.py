@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError, UsageError, called
 from .levels import CLEAN, Level, Step
 from .schedule import NoiseSchedule, Scheduler
 from .solvers import ddim, ddpm, dpm_2m, euler_ancestral, heun, lcm, plms, unipc
@@ -308,7 +308,7 @@ def _by_class(diffusers_class: str | None) -> str:
     known = ", ".join(row.diffusers_class for row in SCHEDULERS.values() if row.diffusers_class)
     raise CheckpointError(
         f"the checkpoint's scheduler is {diffusers_class!r}, which is not supported, only {known}; "
-        f"--scheduler picks one of {', '.join(SCHEDULERS)}"
+        f"{called('scheduler')} picks one of {', '.join(SCHEDULERS)}"
     )
 
 

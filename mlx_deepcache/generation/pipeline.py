@@ -177,7 +177,8 @@ class StableDiffusion:
                 image = decode_tiled(vae, z) if in_tiles else np.array(vae.decode(z).astype(mx.float32))
                 if not np.isfinite(image).all():
                     raise Failure(
-                        f"the VAE's picture holds NaN or infinite values in {dtype_name(dtype)}; try --dtype float32"
+                        f"the VAE's picture holds NaN or infinite values in {dtype_name(dtype)}; try "
+                        + called("dtype", "float32")
                     )
                 images.append(image)
         del vae
@@ -319,8 +320,9 @@ class Generation(Iterator[Progress]):
                 yield progress
         if not mx.isfinite(progress.latents).all():
             raise Failure(
-                f"the final latents hold NaN or infinite values in {dtype_name(self.pipe.dtype)}; try --dtype float32, "
-                "a lower --guidance-scale or another --scheduler, and check the checkpoint"
+                f"the final latents hold NaN or infinite values in {dtype_name(self.pipe.dtype)}; try "
+                f"{called('dtype', 'float32')}, a lower {called('guidance_scale')} or another {called('scheduler')}, "
+                "and check the checkpoint"
             )
 
     def _run_encoder(self, components: Components, name: str, ids: mx.array, **options) -> tuple[mx.array, mx.array]:
@@ -341,6 +343,7 @@ class Generation(Iterator[Progress]):
             latents = vae.encode(picture.astype(dtype), noise.astype(dtype)).astype(mx.float32)
             if not mx.isfinite(latents).all():
                 raise Failure(
-                    f"the VAE's latents hold NaN or infinite values in {dtype_name(dtype)}; try --dtype float32"
+                    f"the VAE's latents hold NaN or infinite values in {dtype_name(dtype)}; try "
+                    + called("dtype", "float32")
                 )
         return latents

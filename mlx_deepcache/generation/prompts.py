@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
+from ..errors import called
+
 ROUND, SQUARE = 1.1, 1 / 1.1
 _TOKEN = re.compile(r"\\[\\()\[\]]|\(|\[|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|\)|\]|[^\\()\[\]:]+|[\\:]")
 
@@ -76,7 +78,7 @@ def tokenize(tokenizer, text: str, *, weighted: bool = False, long: bool = False
         return tokens
     lost = tokenizer.decode([token for token, _ in tokens[room:]])
     warnings.warn(
-        f"the prompt is longer than {room} tokens; not used: {lost!r}; --long-prompt uses all of it",
+        f"the prompt is longer than {room} tokens; not used: {lost!r}; {called('long_prompt')} uses all of it",
         PromptWarning,
         stacklevel=3,
     )

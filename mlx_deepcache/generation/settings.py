@@ -17,7 +17,7 @@ from ..cache.text import parse, write
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.folder import find_prices
 from ..diffusion.schedule import NoiseSchedule, Plan
-from ..errors import UsageError
+from ..errors import UsageError, called
 from ..fields import shown, unicode_text
 from ..media.pictures import FITS, read_mask, read_picture, size_for, source
 from .options import Control, Options, option_of, taken
@@ -120,7 +120,7 @@ def settings_for(
         handover = DEFAULT_HANDOVER if asked.refiner_start is None else asked.refiner_start
         stop, second = _handover(schedule, refiner, steps, left_out, handover, asked)
     elif asked.refiner_start is not None:
-        raise UsageError("refiner_start has no meaning without a refiner")
+        raise UsageError(f"{called('refiner_start')} has no meaning without a {called('refiner')}")
 
     picture, followed = asked.image, [read_picture(control.image) for control in asked.controls]
     fit = None if picture is None and not followed else asked.fit or FITS[0]
@@ -222,7 +222,9 @@ def _size(checkpoint: Checkpoint, asked: Options, *pictures) -> tuple[int, int]:
     for name, value in (("height", height), ("width", width)):
         if value % factor:
             near = max(factor, round(value / factor) * factor)
-            raise UsageError(f"{name} should be a positive multiple of {factor} pixels, got {value}; try {near}")
+            raise UsageError(
+                f"{called(name)} should be a positive multiple of {factor} pixels, got {value}; try {near}"
+            )
     return height, width
 
 
@@ -231,13 +233,17 @@ def _handover(
 ) -> tuple[int, Plan]:
     """The step at which the base model stops, and the refiner's plan."""
     if asked.mask is not None:
-        raise UsageError("a mask and a refiner do not go together; refine the result with --image")
+        raise UsageError(f"a mask and a refiner do not go together; refine the result as another's {called('image')}")
     its = refiner.schedule(asked.scheduler)
     stop, first = schedule.handover(steps, share), its.handover(steps, share)
     if stop <= start:
-        raise UsageError(f"refiner_start = {share} leaves the base model no steps; make it larger, or use more steps")
+        raise UsageError(
+            f"{called('refiner_start')} = {share} leaves the base model no steps; make it larger, or use more steps"
+        )
     if first >= len(its.plan(steps).steps):
-        raise UsageError(f"refiner_start = {share} leaves the refiner no steps; make it smaller, or use more steps")
+        raise UsageError(
+            f"{called('refiner_start')} = {share} leaves the refiner no steps; make it smaller, or use more steps"
+        )
     return stop, its.plan(steps, first)
 
 
@@ -264,7 +270,10 @@ def _cache(
     if interval is not None:
         policies.append(DeepCache(interval, asked.cache_branch))
     elif asked.cache_branch:
-        raise UsageError("a cache branch belongs to a cache interval: give that too, or write branch= into the policy")
+        raise UsageError(
+            f"a cache branch belongs to a cache interval: give {called('cache_interval')} too, or write branch= into "
+            "the policy"
+        )
     caches = Caches.of(policies)
     check(caches)
     return caches, choice

@@ -149,6 +149,31 @@ def test_pictures_in_memory_are_those_of_files(tmp_path):
         assert np.array_equal(np.asarray(read_mask(taken)) > 0, pixels[..., 0] > 99)
 
 
+@pytest.mark.parametrize(
+    ("flags", "keywords", "words"),
+    [
+        (["--height", "60"], {"height": 60}, "{height} should be a positive multiple of 8 pixels, got 60; try 64"),
+        (["--strength", "0.5"], {"strength": 0.5}, "{strength} has no meaning without an {image}"),
+        (
+            ["--control-every-step"],
+            {"control_every_step": True},
+            "{control_every_step} has no meaning without a {control}",
+        ),
+        (["--min-psnr", "30"], {"min_psnr": 30}, "{min_psnr} is for picking a cache"),
+        (["--refiner-start", "0.5"], {"refiner_start": 0.5}, "{refiner_start} has no meaning without a {refiner}"),
+    ],
+)
+def test_messages_name_options_as_their_reader_does(pipeline, checkpoint, capsys, flags, keywords, words):
+    names = {name: name for name in ("height", "strength", "image", "min_psnr", "refiner_start", "refiner", "control")}
+    names["control_every_step"] = "control_every_step"
+    with pytest.raises(UsageError) as caught:
+        pipeline("sd15").settings("a cat", **keywords)
+    assert str(caught.value).startswith(words.format(**names))
+    assert main_generate(["--model", str(checkpoint("sd15")), "--prompt", "a cat", *flags]) == 2
+    named = {name: "--" + name.replace("_", "-") for name in names} | {"control": "--controlnet"}
+    assert f"error: {words.format(**named)}" in capsys.readouterr().err
+
+
 def test_keywords_that_are_none():
     for kind in (TypeError, UsageError):  # Python's own kind of error, and the package's
         with pytest.raises(kind, match="there is no option 'guidence_scale'; did you mean guidance_scale"):
