@@ -19,12 +19,12 @@ setup(
     install_requires=[
         "mlx>=0.30; sys_platform == 'darwin'",
         "mlx[cpu]>=0.30; sys_platform == 'linux'",
-        # MLX's Linux wheel comes with a BLAS that is 100 times slower; see mlx_deepcache/backend/host.py
-        "mkl; sys_platform == 'linux' and platform_machine == 'x86_64'",
+        # MLX's Linux wheel comes with a BLAS that is 30 times slower; see mlx_deepcache/backend/host.py
+        "cmeel-openblas; sys_platform == 'linux'",
         "numpy",
         "huggingface_hub",
         "safetensors",
-        "transformers",
+        "tokenizers",
         "pillow",
         "tqdm",
     ],
@@ -37,11 +37,13 @@ setup(
     },
     extras_require={
         "completion": ["argcomplete"],
+        "mkl": ["mkl"],
         "cuda": ["mlx[cuda]>=0.30; sys_platform == 'linux'"],
         "test": [
             "torch==2.13.0",
             "diffusers",
             "DeepCache",
+            "transformers",
             "peft",
             "argcomplete",
             "openai-clip",

@@ -2,9 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_flags: dict[str, str] = {}
+
+
+@contextmanager
+def named_as(flags: dict[str, str]) -> Iterator[None]:
+    """While a command runs, messages name options by these flags, and not as Python's keywords."""
+    global _flags
+    before, _flags = _flags, flags
+    try:
+        yield
+    finally:
+        _flags = before
+
+
+def called(option: str, value: object = None) -> str:
+    """What the one who reads a message calls an option, perhaps with a value: `seeds=3`, or `--seed 3`."""
+    flag = _flags.get(option)
+    if value is None:
+        return flag or option
+    return f"{option}={value!r}" if flag is None else f"{flag} {value}"
+
 
 class UsageError(ValueError):
     """A setting that cannot work, whatever the files hold (exit code 2)."""
+
+
+class UnknownOption(UsageError, TypeError):
+    """A keyword that no option has."""
 
 
 class Failure(RuntimeError):

@@ -3,6 +3,7 @@ reads text raises ValueError for what is none."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -14,7 +15,8 @@ def suggest(text: object, known: Iterable[object]) -> str:
     """ "; did you mean X?" for the nearest of what is known, or nothing if none is near."""
     names = {str(name).lower(): str(name) for name in known}
     wanted = str(text).lower().replace("_", "-")
-    near = get_close_matches(wanted, names, n=1, cutoff=0.6) or [n for n in names if len(wanted) > 2 and wanted in n]
+    near = get_close_matches(wanted, names, n=3, cutoff=0.6) or [n for n in names if len(wanted) > 2 and wanted in n]
+    near.sort(key=lambda name: sorted(name) != sorted(wanted))  # two letters exchanged come first
     return f"; did you mean {names[near[0]]}?" if near else ""
 
 
@@ -24,6 +26,22 @@ def shown(text: object, most: int = 1000) -> str:
     cut = f" ... ({len(text):,} characters)" if len(text) > most else ""
     escaped = (c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text[:most])
     return "".join(escaped) + cut
+
+
+def parse_json(text: str) -> Any:
+    """Raises ValueError for what is no JSON, or is nested too deeply to be meant."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def valued(value: object) -> str:
+    """A value in a message: on one line, and not long; of an array, what it is."""
+    if isinstance(shape := getattr(value, "shape", None), tuple) and shape:
+        return f"an array {shape} of {getattr(value, 'dtype', 'objects')}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def unicode_text(text: str) -> str:

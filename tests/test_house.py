@@ -30,19 +30,19 @@ def test_imports_run_downhill():
                 assert name == module[0] or height.get(name, -len(floors)) < own, (file.name, name)
 
 
-def test_no_torch_or_diffusers_at_run_time():
+def test_no_torch_diffusers_or_transformers_at_run_time():
     for path in [*HOUSE.rglob("*.py"), HOUSE.parent / "generate.py", HOUSE.parent / "convert.py"]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {n.split(".")[0] for n in names} & {"torch", "diffusers", "DeepCache"}, path
+            assert not {n.split(".")[0] for n in names} & {"torch", "diffusers", "transformers", "DeepCache"}, path
 
 
 def test_importing_is_light():
-    """MLX comes with the first use, transformers with the first prompt."""
+    """MLX comes with the first use, the tokenizer with the first prompt; transformers is for tests only."""
     check = (
-        "import sys, mlx_deepcache; assert not {'mlx.core', 'transformers', 'PIL'} & set(sys.modules); "
+        "import sys, mlx_deepcache; assert not {'mlx.core', 'tokenizers', 'PIL'} & set(sys.modules); "
         "pipe = mlx_deepcache.StableDiffusion.from_pretrained(None, 'float32'); pipe.settings('a cat'); "
-        "assert 'transformers' not in sys.modules and 'mlx.core' in sys.modules"
+        "assert 'tokenizers' not in sys.modules and 'mlx.core' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", check], check=True, cwd=HOUSE.parent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ def family(row: dict) -> str:
 
 
 def plot(report: dict, file: Path) -> None:
-    """PSNR against multiply-adds; the front is drawn through, numbered, and told beside the axes."""
+    """PSNR against multiply-adds; the front is drawn through, and named at its points."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -55,16 +56,14 @@ def plot(report: dict, file: Path) -> None:
             axes.plot(x, [row["psnr_own"] for row in some], ":", marker=marker, color=colour, lw=1, label=told)
     front = sorted((row for row in rows if row.get("front")), key=_macs)
     axes.plot([r["macs"] for r in front], [r["psnr"] for r in front], color="gold", lw=5, zorder=1, label="the front")
-    for number, row in enumerate(front, 1):
-        above = (-3, 8) if number % 2 else (3, -15)
-        axes.annotate(str(number), (row["macs"], row["psnr"]), above, textcoords="offset points", fontsize=8, zorder=4)
-    key = [f"{n}  {_short(r['name'])}  {r['macs']:.3f}, {r['psnr']:.1f} dB" for n, r in enumerate(front, 1)]
-    axes.text(1.02, 1, "the front\n" + "\n".join(key), transform=axes.transAxes, fontsize=7.5, va="top")
+    for row in front:  # of which nothing else is above or left of them
+        at, place = (row["macs"], row["psnr"]), {"xytext": (-7, 2), "textcoords": "offset points", "ha": "right"}
+        axes.annotate(_short(row["name"]), at, **place, fontsize=7, zorder=4)
     axes.set_xlabel(f"multiply-adds in the U-Net, as a share of the uncached run's {report['steps']} steps")
     axes.set_ylabel(f"mean PSNR to the uncached {own} picture, dB")
-    axes.set_xlim(0, 1.02)
+    axes.set_xlim(-0.05, 1.02)  # room for the names at the left
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.01, 0.6), frameon=False)
+    axes.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     axes.set_title(f"{report['model']} model, {report['pictures']} pictures, {report['date']}", fontsize=10)
     figure.tight_layout()
     figure.savefig(file)
@@ -109,6 +108,7 @@ def _macs(row: dict) -> float:
 
 
 def _short(name: str) -> str:
+    name = re.sub(r"steps=[\d+-]{20,}", "steps=...", name)  # longer than there is room for
     words = {"interval=": "", "threshold=": "", "max_": "max ", "branch=": "branch ", ":": " ", ",": ", ", ",  ": ", "}
     for long, brief in words.items():
         name = name.replace(long, brief)

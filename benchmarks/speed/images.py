@@ -60,11 +60,11 @@ def parse(argv=None) -> argparse.Namespace:
 class RandomIds:
     """Stands in for a tokenizer: random token ids between those that begin and end a text."""
 
-    model_max_length = 77
-    bos_token_id, eos_token_id, pad_token_id = 49406, 49407, 49407
+    length = 77
+    start, end, pad = 49406, 49407, 49407
 
-    def __call__(self, text: str) -> dict:
-        return {"input_ids": random_ids(text)}
+    def encode(self, text: str) -> list[int]:
+        return random_ids(text)[1:-1]
 
 
 def random_ids(text: str, vocabulary: int = 49408) -> list[int]:

@@ -26,7 +26,7 @@ from .._version import __version__
 from ..errors import Failure, UsageError
 from ..fields import positive
 from ..generation.options import KINDS, ModelOptions, Options, option_of
-from ..media.files import whole, write_text
+from ..media.files import read_text, whole, write_text
 from .command import run
 from .flags import Named, Parser, add_option, complete, given, reader
 from .outputs import check
@@ -183,11 +183,8 @@ def read_lines(file: Path) -> list[str]:
     Raises:
         Failure: it cannot be read, or there are none.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Failure(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    lines = [line.strip() for line in read_text(file).splitlines()]
+    lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
         raise Failure(f"{file} has no lines but empty ones and comments")
     return lines

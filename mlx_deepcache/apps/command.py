@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -10,10 +11,11 @@ import threading
 import warnings
 from collections.abc import Callable
 
-from .. import FAST_BLAS
-from ..backend.host import HINT
-from ..errors import Failure, UsageError
+from .. import SLOW
+from ..backend.host import hold_standard_streams
+from ..errors import Failure, UsageError, named_as
 from ..fields import shown
+from ..generation.options import ModelOptions, Options, options_of
 from . import leave
 
 
@@ -28,15 +30,20 @@ def run(
     that ends a program; errors take one line.
 
     cancelled: what to say when it is told to end; memory: what to do if that is not enough."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    hold_standard_streams()
+    sys.stdout, sys.stderr = (stream or io.StringIO() for stream in (sys.stdout, sys.stderr))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a file's name need not be text
     warnings.showwarning = lambda message, *rest, **kw: print(f"warning: {shown(message)}", file=sys.stderr)
-    if not FAST_BLAS:
-        print(f"note: {HINT}", file=sys.stderr)
+    if SLOW is not None:
+        print(f"note: {SLOW}", file=sys.stderr)
     before = _clean_up_when_told_to_end()
     try:
-        command(flags(sys.argv[1:] if argv is None else argv))
+        with named_as(
+            {o.name: o.flag for kind in (ModelOptions, Options) for o in options_of(kind)}
+            | {"controls": "--controlnet", "preview_vae": "--preview-vae"}
+        ):
+            command(flags(sys.argv[1:] if argv is None else argv))
         if sys.stdout is not None:
             sys.stdout.flush()
     except UsageError as error:

@@ -13,7 +13,7 @@ from ..cache.deepcache import DeepCache
 from ..cache.text import write
 from ..errors import UsageError
 from ..generation.settings import Settings
-from ..media.sheets import captioned, psnr, side_by_side
+from ..media.sheets import captioned, psnr, side_by_side, stacked
 
 if TYPE_CHECKING:
     from ..generation.pipeline import StableDiffusion
@@ -39,17 +39,17 @@ def comparison(
     seconds: float,
     uncached: Sequence[tuple[Sequence[np.ndarray], float]],
 ) -> np.ndarray:
-    """Each picture drawn with a cache beside the one without; under them what was cached, both times and each PSNR.
+    """Each picture drawn with a cache beside the one without, over their PSNR; last what was cached, and both times.
 
     uncached: batches, from `without_cache`; together they have as many pictures as `images`.
     """
-    pairs = list(zip(images, [image for batch, _ in uncached for image in batch], strict=True))
+    pairs = zip(images, [image for batch, _ in uncached for image in batch], strict=True)
+    shown = [captioned(side_by_side(pair), [f"PSNR {psnr(*pair):.1f} dB"]) for pair in pairs]
     lines = [
         f"left: {', '.join(write(policy) for policy in cache.policies)}, {seconds:.2f} s",
         f"right: no cache, {sum(time for _, time in uncached):.2f} s",
-        "PSNR " + ", ".join(f"{psnr(*pair):.1f}" for pair in pairs) + " dB",
     ]
-    return captioned(side_by_side([image for pair in pairs for image in pair], columns=2), lines)
+    return captioned(stacked(shown), lines)
 
 
 def _uncached() -> Caches:

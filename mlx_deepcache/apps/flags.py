@@ -71,6 +71,29 @@ def complete(parser: argparse.ArgumentParser) -> None:
     argcomplete.autocomplete(parser)
 
 
+def _models(prefix: str, **_) -> list[str]:
+    """What `--model` may be: a short name, or a folder or file here."""
+    from argcomplete.completers import FilesCompleter
+
+    from ..checkpoints.hub import SHORT_NAMES
+
+    return ["emoji", *SHORT_NAMES, *FilesCompleter(["safetensors"])(prefix)]
+
+
+def _caches(prefix: str, **_) -> list[str]:
+    """What `--cache` may be: a policy's name, or one with a setting's after the last colon or comma."""
+    from ..cache.text import NAMES, keys_of
+
+    name, colon, rest = prefix.partition(":")
+    if not colon:
+        return ["auto", "list", *NAMES]
+    done = prefix[: len(prefix) - len(rest.rpartition(",")[2])]
+    return [f"{done}{key}=" for key in keys_of(name)]
+
+
+_COMPLETED = {"--model": _models, "--refiner": _models, "--cache": _caches}
+
+
 def reader(read: Callable[[str], object]) -> Callable[[str], object]:
     """A flag's `type`, of which argparse shows the message."""
 
@@ -93,7 +116,7 @@ def add_option(group, option: Option) -> None:
         return
     if option.many and option.nargs is None:
         about["action"] = _Cache if option.flag == "--cache" else "append"
-    group.add_argument(
+    action = group.add_argument(
         option.flag,
         type=reader(option.read) if option.kind.file is None else Named(option.read, option.kind.file),
         choices=option.choices,
@@ -101,6 +124,8 @@ def add_option(group, option: Option) -> None:
         nargs=option.nargs,
         **about,
     )
+    if option.flag in _COMPLETED:
+        action.completer = _COMPLETED[option.flag]
 
 
 def given(args: argparse.Namespace, cls: type) -> dict:
@@ -137,6 +162,9 @@ def generate_parser() -> Parser:
     )
     prompts.add_argument(
         "--prompt-file", type=Named(str), metavar="FILE", help="draw every line of a text file; -: of standard input"
+    )
+    what.add_argument(
+        "--list-prompts", action="store_true", help="say what the model draws, if that is a list, as of the bundled one"
     )
     what.add_argument(
         "--from-image",

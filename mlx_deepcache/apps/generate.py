@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..errors import Failure, UsageError
 from ..fields import shown
 from ..generation.options import MOST, Control, ModelOptions, Options, option_of, options_of
-from ..media.files import write_text
+from ..media.files import read_text, write_text
 from .command import run
 from .flags import Parser, complete, generate_parser, given
 from .outputs import Pictures, check, to_stdout
@@ -39,7 +39,7 @@ def _flags(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.from_image is not None:
         args = _as_drawn(parser, args, argv)
-    elif args.prompt is None and args.prompt_file is None:
+    elif args.prompt is None and args.prompt_file is None and not args.list_prompts:
         parser.error("expected --prompt TEXT, what to draw, or --prompt-file or --from-image")
     named = check(parser, args)
     args.files = Pictures(args, named)
@@ -75,9 +75,12 @@ def _generate(args: argparse.Namespace) -> None:
     from ..generation.report import dtype_name
     from ..media.latents import write_latents
     from ..media.png import write_image
-    from ..media.sheets import grid
+    from ..media.sheets import grid, psnr
     from .compare import check_comparable, comparison, without_cache
 
+    if args.list_prompts:
+        print("\n".join(_listed(getattr(args, "model", None))))
+        return
     say, files = args.say, args.files
     model = ModelOptions(**given(args, ModelOptions))
     if model.model is None:
@@ -119,6 +122,8 @@ def _generate(args: argparse.Namespace) -> None:
                 pictures.append(image)
             if args.compare:
                 uncached.append(without_cache(pipe, batch))
+                near = ", ".join(f"{psnr(*pair):.1f}" for pair in zip(pictures, uncached[-1][0], strict=True))
+                say(f"PSNR to the uncached picture: {near} dB")
         except (UsageError, Failure) as error:
             if len(prompts) == 1:
                 raise
@@ -212,17 +217,22 @@ def _cost(stats: dict) -> str:
     )
 
 
+def _listed(model: str | None) -> list[str]:
+    """What a model draws, a thing a line."""
+    from ..checkpoints.checkpoint import BUNDLED
+    from ..checkpoints.folder import read_prompts
+
+    folder = BUNDLED if model in (None, BUNDLED.name) else Path(model)
+    if not (things := read_prompts(folder)):
+        raise UsageError(f"--list-prompts: {model} has no list of what it draws; a prompt may be anything")
+    return [name if not others else f"{name} (also: {', '.join(others)})" for name, *others in things]
+
+
 def _prompts(args: argparse.Namespace) -> list[str]:
     """The prompt, or those of a file."""
     if args.prompt_file is None:
         return [args.prompt]
-    try:
-        text = sys.stdin.read() if args.prompt_file == "-" else Path(args.prompt_file).read_text(encoding="utf-8")
-    except OSError as error:
-        raise Failure(f"cannot read {args.prompt_file}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise Failure(f"cannot read {args.prompt_file}: expected text in UTF-8") from None
-    if not (lines := [line.strip() for line in text.splitlines() if line.strip()]):
+    if not (lines := [line.strip() for line in read_text(args.prompt_file).splitlines() if line.strip()]):
         raise Failure(f"{args.prompt_file} has no prompts; expected one a line")
     return lines
 
@@ -231,6 +241,8 @@ def _controls(args: argparse.Namespace) -> list[Control]:
     """The ControlNets that repeated flags describe; a scale, start or end given once is every net's."""
     given = {part.name: (part.flag, getattr(args, part.key, None)) for part in options_of(Control)}
     nets = given["model"][1] or []
+    if not nets and (alone := next((flag for flag, values in given.values() if values is not None), None)) is not None:
+        raise UsageError(f"{alone} has no meaning without a --controlnet")
     if len(given["image"][1] or []) != len(nets):
         found = len(given["image"][1] or [])
         raise UsageError(f"each --controlnet needs a --control-image, got {len(nets)} and {found}")
@@ -238,7 +250,7 @@ def _controls(args: argparse.Namespace) -> list[Control]:
     for name, (flag, values) in given.items():
         if values is None:
             continue
-        if len(values) not in (1, len(nets)) or not nets:
+        if len(values) not in (1, len(nets)):
             raise UsageError(f"{flag} should be given once, or once a --controlnet ({len(nets)}), got {len(values)}")
         columns[name] = values * len(nets) if len(values) == 1 else values
     return [Control(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]

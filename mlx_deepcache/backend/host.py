@@ -6,40 +6,83 @@ import ctypes
 import glob
 import os
 import sys
+from collections.abc import Iterator
 
-HINT = (
-    "no fast BLAS found, so matrix products will be about 100 times slower: "
-    "`pip install mkl` (x86-64) or `apt install libopenblas0-pthread`"
-)
-
+SLOW = "matrix products will be about 30 times slower than need be: "
+TOO_LATE = SLOW + "mlx.core was imported before mlx_deepcache, which brings it a fast BLAS; import mlx_deepcache first"
+NO_BLAS = SLOW + "no fast BLAS was found; `pip install cmeel-openblas` or `apt install libopenblas0-pthread`"
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
-def prepare() -> bool:
+def prepare() -> str | None:
     """Make MLX's CPU backend fast, before it is first imported; does nothing elsewhere than on Linux without a GPU.
 
-    Returns whether matrix products will be fast, as far as can be told.
+    Returns what to tell the user if matrix products will be slow, as far as can be told.
     """
     if not sys.platform.startswith("linux") or glob.glob("/dev/nvidia[0-9]*"):
-        return True
+        return None
     _keep_memory()
     return _load_blas()
 
 
-def _load_blas() -> bool:
-    """MLX's Linux wheel links the reference BLAS (1.5 GFLOP/s); one loaded globally before it takes precedence."""
+def _load_blas() -> str | None:
+    """MLX's Linux wheel links the reference BLAS (7 GFLOP/s a core); one loaded globally before it takes precedence."""
+    if hasattr(ctypes.CDLL(None), "cblas_sgemm"):  # somebody did that
+        return None
     if "mlx.core" in sys.modules:
-        return _LOADED in os.environ
-    in_environment = sorted(glob.glob(os.path.join(sys.prefix, "lib", "libmkl_rt.so.*")))
-    for library in ("libopenblas.so.0", *in_environment, "libmkl_rt.so.2", "libmkl_rt.so.3"):
+        with open("/proc/self/maps") as maps:
+            return TOO_LATE if "mlx_cpu.libs/libblas" in maps.read() else None
+    for library in _libraries():
         try:
+            if "cmeel" in library:
+                _load_gfortran()
             ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
         except OSError:
             continue
-        os.environ[_LOADED] = library
-        return True
-    return False
+        return None
+    return NO_BLAS
+
+
+def _libraries() -> Iterator[str]:
+    """Where a fast BLAS may be, first what somebody chose to install: MKL, OpenBLAS, and the system's own."""
+    yield from sorted(glob.glob(os.path.join(sys.prefix, "lib", "libmkl_rt.so.*")))
+    yield from _beside_mlx("cmeel.prefix/lib/libopenblas.so.0")
+    yield from ("libopenblas.so.0", "libmkl_rt.so.2", "libmkl_rt.so.3")
+
+
+def _beside_mlx(pattern: str) -> list[str]:
+    """Files of installed packages."""
+    return [file for folder in sys.path if folder for file in sorted(glob.glob(os.path.join(folder, pattern)))]
+
+
+def _load_gfortran() -> None:
+    """PyPI's OpenBLAS needs the system's libgfortran.so.5, which a bare machine lacks. MLX's wheel has one, by a name
+    with a hash in it; the loader goes by the name that a library gives itself, so load a copy with the usual one."""
+    usual = b"libgfortran.so.5"
+    try:
+        ctypes.CDLL(usual.decode())
+    except OSError:
+        for file in _beside_mlx("mlx_cpu.libs/libgfortran-*.so.5*")[:1]:
+            own = os.path.basename(file).encode()
+            ctypes.CDLL(file)  # which loads what it needs from beside it
+            with open(file, "rb") as opened:
+                copy = opened.read().replace(own + b"\0", usual.ljust(len(own) + 1, b"\0"))
+            memory = os.memfd_create(usual.decode())
+            with open(memory, "wb") as opened:
+                opened.write(copy)
+                opened.flush()
+                ctypes.CDLL(f"/proc/self/fd/{memory}")
+
+
+def hold_standard_streams() -> None:
+    """Where standard input, output or errors are closed, the next files that are opened get their numbers: what is
+    printed would go into them, and MLX takes number 0 for a failure."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
 
 
 def _keep_memory() -> None:
@@ -49,6 +92,3 @@ def _keep_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
-
-
-_LOADED = "_MLX_DEEPCACHE_BLAS"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..errors import UsageError
+from ..errors import UsageError, called
 from .ops import on_gpu
 
 CACHE_SHARE = 1 / 4  # of the memory, for freed buffers that MLX keeps for the next use; its own default is all of it
@@ -49,7 +49,7 @@ def limit_memory(gigabytes: float | None = None) -> int:
         UsageError: the limit is too small to be meant.
     """
     if gigabytes is not None and not gigabytes >= _LEAST_GB:
-        raise UsageError(f"the memory limit should be at least {_LEAST_GB} GB, got {gigabytes:g}")
+        raise UsageError(f"{called('memory_limit')} should be at least {_LEAST_GB} GB, got {gigabytes:g}")
     budget = max(machine_memory() - _BESIDE, 0)
     if gigabytes is not None:
         budget = min(int(gigabytes * 1e9), budget)

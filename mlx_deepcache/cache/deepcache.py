@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +11,12 @@ import numpy as np
 from ..diffusion.schedule import Plan
 from ..errors import UsageError
 from .policy import WHEN, Memory, Policy, check_cut, check_window, require
+
+FEWEST_TO_JUDGE = 10  # in fewer steps a third is a step or two
+
+
+class CacheWarning(UserWarning):
+    """A cache that will cost more picture than need be."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class DeepCache(Policy):
     slots: ClassVar[dict[str, str]] = WHEN
     about: ClassVar[str] = (
         "every interval-th step is full; the others reuse its deep features. center=15,power=1.4 packs full steps "
-        "around step 15, steps=0-9+12 or steps=F..F. names them"
+        "around step 15, steps=0-9+15+25+40 or steps=F..F. names them"
     )
 
     interval: int | None = None
@@ -87,7 +94,16 @@ class DeepCache(Policy):
         return [i == 0 or full[i] or not inside[i] for i in range(n)]
 
     def check(self, plan: Plan, guided: bool) -> None:
-        self.full_steps(len(plan.steps), plan.repeated)
+        """Warns where the last third of the steps has no full one: what they reuse is too old for a clean picture."""
+        n, full = len(plan.steps), self.full_steps(len(plan.steps), plan.repeated)
+        last = n - 1 - full[::-1].index(True)
+        if self.interval != 1 and n >= FEWEST_TO_JUDGE and n - 1 - last >= n / 3:
+            warnings.warn(
+                f"deepcache's last full step is {last}, and steps {last + 1} to {n - 1} reuse it, which mottles the "
+                "picture; let a full step fall into the last third",
+                CacheWarning,
+                stacklevel=2,
+            )
 
     def memory(self, plan: Plan, pictures: int, guided: bool) -> Memory:
         return Planned(self.full_steps(len(plan.steps), plan.repeated))

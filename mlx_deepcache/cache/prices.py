@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError, UsageError, called
 from .composition import Caches
 from .text import parse
 
@@ -91,7 +91,9 @@ class Front:
         """
         known = [price for price in self.policies if _passes(check, caches_of(price))]
         if not known:
-            raise UsageError("none of the calibrated caches can be had with these settings; choose one with --cache")
+            raise UsageError(
+                f"none of the calibrated caches can be had with these settings; choose one with {called('cache')}"
+            )
         cheap = [price for price in known if max_macs is None or price.macs <= max_macs]
         if not cheap:
             least = min(known, key=lambda price: price.macs)
@@ -110,7 +112,7 @@ class Front:
                 within = "" if max_macs is None else f" within {max_macs:.3g} of the multiply-adds"
                 raise UsageError(
                     f"no calibrated cache{within} keeps {KEPT:.0%} of pictures at {min_psnr:g} dB to the uncached one; "
-                    f"the best, {best}, at {promises[best]:.1f} dB; --cache-interval 1 draws without"
+                    f"the best, {best}, at {promises[best]:.1f} dB; {called('cache_interval', 1)} draws without"
                 )
             price = min(near, key=lambda price: (price.macs, -price.psnr))
             why = f"cheapest of {len(near)} that keep {KEPT:.0%} of pictures at {min_psnr:g} dB or nearer"
@@ -192,16 +194,21 @@ def wanted(cache: Any, interval: int | None, branch: int, min_psnr: float | None
     promises = {name: value for name, value in (("min_psnr", min_psnr), ("max_macs", max_macs)) if value is not None}
     if AUTO not in given:
         if promises:
-            raise UsageError(f"{' and '.join(promises)} is for picking a cache: it needs cache auto")
+            raise UsageError(f"{' and '.join(map(called, promises))} is for picking a cache: it needs cache auto")
         return False
     if len(given) > 1 or interval is not None or branch:
         raise UsageError("cache auto picks all caches by their price; it goes with no other cache, interval or branch")
     if not promises:
-        raise UsageError("cache auto needs min_psnr, the least dB to the uncached picture (30), or max_macs (0.4)")
+        raise UsageError(
+            f"cache auto needs {called('min_psnr')}, the least dB to the uncached picture (30), or "
+            f"{called('max_macs')} (0.4)"
+        )
     if min_psnr is not None and not 0 < min_psnr < math.inf:
-        raise UsageError(f"min_psnr should be a number of dB above 0, such as 30, got {min_psnr}")
+        raise UsageError(f"{called('min_psnr')} should be a number of dB above 0, such as 30, got {min_psnr}")
     if max_macs is not None and not 0 < max_macs <= 1:
-        raise UsageError(f"max_macs should be a share of the multiply-adds, above 0 and at most 1, got {max_macs}")
+        raise UsageError(
+            f"{called('max_macs')} should be a share of the multiply-adds, above 0 and at most 1, got {max_macs}"
+        )
     return True
 
 

@@ -62,6 +62,11 @@ def explain() -> Iterable[str]:
         yield f"    {kind.about}"
 
 
+def keys_of(name: str) -> list[str]:
+    """What can be set of the policy of this name, if there is one."""
+    return [_key(item) for item in fields(NAMES[name])] if name in NAMES else []
+
+
 def _key(item: Field) -> str:
     return item.metadata.get("key", item.name)
 

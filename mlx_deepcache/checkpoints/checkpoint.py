@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from ..diffusion.schedule import NoiseSchedule
 from ..diffusion.schedulers import schedule
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError, UsageError, called
 from ..nets.autoencoder import VAEConfig
 from ..nets.clip import CLIPConfig, CLIPTextModel
 from ..nets.tiny import TinyVAEConfig
@@ -45,7 +45,7 @@ class Checkpoint:
     def open(
         cls, model: str | None, *, half: bool = False, prediction_type: str | None = None, vae: str | None = None
     ) -> Checkpoint:
-        """Find a model (see `hub.find`; None is the bundled one) and read what it is, without its weights.
+        """Find a model (see `hub.find`; None and "emoji" are the bundled one) and read what it is, without its weights.
 
         prediction_type: `epsilon` or `v_prediction`, if not what the model says of itself; vae: see `OtherVAE.open`.
 
@@ -54,13 +54,17 @@ class Checkpoint:
             UsageError: no such prediction type.
         """
         if prediction_type not in (None, *PREDICTION_TYPES):
-            raise UsageError(f"prediction type should be {' or '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
+            raise UsageError(
+                f"{called('prediction_type')} should be {' or '.join(PREDICTION_TYPES)}, got {prediction_type!r}"
+            )
         if model not in (None, BUNDLED_NAME):  # a folder of that name is ./emoji
             source = find_source(model, half=half, prediction_type=prediction_type)
         elif (BUNDLED / "model_index.json").is_file():
             source = Folder(BUNDLED, prediction_type)
         else:
-            raise CheckpointError("the bundled model is not installed; name another with --model, such as sd15")
+            raise CheckpointError(
+                f"the bundled model is not installed; name another as {called('model')}, such as sd15"
+            )
         check_pipeline(source.index, source.path)
         try:
             latents = vae_config(source.part("vae").config)

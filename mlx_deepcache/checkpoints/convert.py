@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import CheckpointError, Failure, UsageError
-from ..media.files import why
+from ..media.files import real_path, why
 from . import weights
 from .checkpoint import Checkpoint
 from .families import COMPONENTS, ENCODERS
@@ -66,9 +66,8 @@ def convert(
         Failure: `output` cannot be written.
     """
     try:
-        output = output.resolve()  # "." and links would not survive being renamed
-        output.exists()
-    except OSError as error:  # a name that is too long
+        output = real_path(output)  # "." and links would not survive being renamed
+    except OSError as error:  # links in a circle, or a name that is too long
         raise Failure(f"cannot write {output}: {error.strerror or error}") from None
     if output.exists() and not force:
         raise UsageError(f"{output} exists; pass --force to replace it")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -16,7 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import CheckpointError
-from .tokenizer import load_tokenizer
+from ..fields import parse_json
+from ..media.files import read_text
+from .tokenizer import CLIPTokenizer, load_tokenizer
 from .weights import fill, read_component
 
 
@@ -27,7 +28,7 @@ def read_json(path: Path) -> dict:
         CheckpointError: the file is missing or is not a JSON object.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = parse_json(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; expected a checkpoint in the diffusers layout") from None
     except (OSError, ValueError) as error:
@@ -79,8 +80,8 @@ class Source(Protocol):
     def scheduler(self) -> dict:
         """The scheduler's config."""
 
-    def tokenizer(self, name: str):
-        """transformers' CLIPTokenizer."""
+    def tokenizer(self, name: str) -> CLIPTokenizer:
+        """A text encoder's tokenizer, by its folder's name."""
 
     def write_tokenizer(self, name: str, folder: Path) -> None:
         """Write a tokenizer's files to a folder that exists."""
@@ -112,7 +113,7 @@ class Folder:
         config = read_json(self.path / "scheduler" / "scheduler_config.json")
         return config if self.prediction_type is None else config | {"prediction_type": self.prediction_type}
 
-    def tokenizer(self, name: str):
+    def tokenizer(self, name: str) -> CLIPTokenizer:
         return load_tokenizer(self.path / name)
 
     def write_tokenizer(self, name: str, folder: Path) -> None:
@@ -124,6 +125,21 @@ class Folder:
         if not (self.path / name).is_dir():
             raise CheckpointError(f"{self.path} is no whole checkpoint: it lacks the folder {name}")
         return self.path / name
+
+
+PROMPTS = "prompts.txt"  # what a model draws, if that is a short list: a thing a line, its names separated by commas
+
+
+def read_prompts(model: Path) -> list[list[str]]:
+    """The names of each thing that a model draws, the plain one first; none where a prompt may be anything.
+
+    Raises:
+        Failure: the file cannot be read.
+    """
+    if not (model / PROMPTS).is_file():
+        return []
+    lines = [line for line in read_text(model / PROMPTS).splitlines() if line.strip() and not line.startswith("#")]
+    return [[name.strip() for name in line.split(",")] for line in lines]
 
 
 PRICES = "cache_front.json"  # what caches cost a model in picture, where that was measured; see `cache.prices`

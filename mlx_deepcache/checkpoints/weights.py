@@ -6,7 +6,6 @@ channels-last; any other file has PyTorch's layout, with convolutions as (out, i
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -16,14 +15,17 @@ import numpy as np
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
+from ..backend.host import hold_standard_streams
 from ..backend.ops import DTYPES
 from ..errors import CheckpointError
+from ..fields import parse_json
 from .names import PICKLES
 
 LAYOUT = "channels_last"
 CONVERTED = "weights.safetensors"
 GROUP_SIZE = 64
 _STEMS = ("diffusion_pytorch_model", "model")
+_MOST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 
 
 def component_files(folder: Path, names: list[str] | None = None) -> list[str]:
@@ -66,6 +68,7 @@ def read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str],
     if file.suffix in PICKLES:
         raise CheckpointError(f"{file} is a pickle file, which could run code when read; only safetensors are read")
     try:
+        hold_standard_streams()
         with safe_open(file, framework="numpy") as header:  # checks the header against the file's length
             slices = {name: header.get_slice(name) for name in header.keys()}  # noqa: SIM118
             shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
@@ -120,7 +123,7 @@ _BY_HAND = {"F8_E5M2", "F64"}
 def _read_by_hand(file: Path, prefix: str) -> dict[str, mx.array]:
     """All tensors of a file at once."""
     with file.open("rb") as opened:
-        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        header = parse_json(opened.read(int.from_bytes(opened.read(8), "little")))
         start = opened.tell()
     data, tensors = np.memmap(file, np.uint8, "r", start), {}
     for name, about in header.items():
@@ -159,13 +162,15 @@ def _unreadable(file: Path, error: Exception) -> CheckpointError:
 
 
 def _looks_pickled(file: Path) -> bool:
-    """Whether a file starts as PyTorch's do: a zip archive, or a bare pickle."""
+    """Whether a file starts as PyTorch's do: a zip archive, or a bare pickle of protocol 2 to 5; the length that a
+    safetensors file starts with may have the same first bytes, but then its others are 0."""
     try:
         with file.open("rb") as opened:
-            start = opened.read(4)
+            start = opened.read(8)
     except OSError:
         return False
-    return start == b"PK\x03\x04" or start[:1] == b"\x80"
+    pickled = start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5" and int.from_bytes(start, "little") > _MOST_HEADER
+    return start[:4] == b"PK\x03\x04" or pickled
 
 
 def read_component(folder: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
@@ -178,10 +183,14 @@ def read_component(folder: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     if not first.endswith(".json"):
         return read_tensors(folder / first)
     try:
-        index = json.loads((folder / first).read_text())["weight_map"]
+        index = parse_json((folder / first).read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(index.values()))
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise CheckpointError(f"{folder / first} is no index of shards: it lacks a weight_map") from None
+        if not shards or not all(isinstance(shard, str) for shard in shards):
+            raise TypeError
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        raise CheckpointError(
+            f"{folder / first} is no index of shards: it lacks a weight_map that names a file for each tensor"
+        ) from None
     if any(Path(shard).name != shard for shard in shards):
         raise CheckpointError(f"{folder / first} names files outside its folder")
     tensors, metadata = {}, {}

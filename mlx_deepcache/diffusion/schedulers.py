@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError, UsageError, called
 from .levels import CLEAN, Level, Step
 from .schedule import NoiseSchedule, Scheduler
 from .solvers import ddim, ddpm, dpm_2m, euler_ancestral, heun, lcm, plms, unipc
@@ -156,6 +156,7 @@ _COMMON = {
 }
 
 
+_MOST_TIMESTEPS = 100_000  # a hundred times as many as any model was trained with
 _NUMBERS = {"num_train_timesteps", "beta_start", "beta_end", "steps_offset", "clip_sample_range", "timestep_scaling"}
 
 
@@ -309,7 +310,7 @@ def _by_class(diffusers_class: str | None) -> str:
     known = ", ".join(row.diffusers_class for row in SCHEDULERS.values() if row.diffusers_class)
     raise CheckpointError(
         f"the checkpoint's scheduler is {diffusers_class!r}, which is not supported, only {known}; "
-        f"--scheduler picks one of {', '.join(SCHEDULERS)}"
+        f"{called('scheduler')} picks one of {', '.join(SCHEDULERS)}"
     )
 
 
@@ -332,17 +333,30 @@ def schedule(config: dict, name: str | None = None) -> NoiseSchedule:
     c.update(kind.overrides)
     for key in _NUMBERS & c.keys():
         whole, value = isinstance(_COMMON.get(key), int), c[key]
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+        if not number or value != value or abs(value) == math.inf:
             raise CheckpointError(f"the scheduler's {key} should be a {'whole ' * whole}number, got {value!r}")
-    if c["num_train_timesteps"] < 1:
-        raise CheckpointError(
-            f"the scheduler's num_train_timesteps should be 1 or more, got {c['num_train_timesteps']}"
-        )
-    if (betas := c["trained_betas"]) is not None and np.shape(betas) != (c["num_train_timesteps"],):
+    total = c["num_train_timesteps"]
+    for key, value, low, high in (
+        ("num_train_timesteps", total, 1, _MOST_TIMESTEPS),
+        ("steps_offset", c["steps_offset"], 0, total - 1),
+    ):
+        if not low <= value <= high:
+            raise CheckpointError(f"the scheduler's {key} should be {low} or more, at most {high}, got {value}")
+    betas = c["trained_betas"]
+    if betas is not None and (np.shape(betas) != (total,) or not all(isinstance(beta, float) for beta in betas)):
         raise CheckpointError("the scheduler's trained_betas should be one number for each training timestep")
+    ends = (c["beta_start"], c["beta_end"]) if betas is None else (min(betas), max(betas))
+    if not all(0 < beta < 1 for beta in ends):
+        raise CheckpointError(f"the scheduler's betas should lie between 0 and 1, got {ends[0]} to {ends[1]}")
     for key, allowed in _SUPPORTED.items():
         if key in c and c[key] not in allowed:
             raise CheckpointError(
                 f"the scheduler's {key} = {c[key]!r} is not supported with {name}, only {list(allowed)}"
             )
-    return NoiseSchedule(name, kind, c)
+    made = NoiseSchedule(name, kind, c)
+    if not c.get("rescale_betas_zero_snr") and not 0 < made.alphas_cumprod[-1] <= made.alphas_cumprod[0] < 1:
+        raise CheckpointError(
+            f"the scheduler's betas, {ends[0]} to {ends[1]}, leave nothing of the picture, or no noise in it"
+        )
+    return made

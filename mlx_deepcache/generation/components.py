@@ -12,7 +12,7 @@ from ..checkpoints.adapters.applied import Addons
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.part import load_controlnet
 from ..checkpoints.weights import quantize
-from ..errors import UsageError
+from ..errors import UsageError, called
 from ..nets.controlnet import Controlled
 from ..unet import UNet2DConditionModel
 from .options import Control
@@ -106,7 +106,7 @@ class Components:
 
     def _quantize(self, module: nn.Module, name: str) -> None:
         if any(isinstance(layer, nn.QuantizedLinear) for layer in module.modules()):
-            raise UsageError(f"{self.checkpoint.part(name).where} is quantized already; leave out --quantize")
+            raise UsageError(f"{self.checkpoint.part(name).where} is quantized already; leave out {called('quantize')}")
         quantize(module, self.bits)
 
 

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from ..backend.footprint import ENDLESS, INDICES, Footprint, footprint
 from ..checkpoints.part import find_controlnet, vae_module
 from ..checkpoints.weights import quantize
-from ..errors import UsageError
+from ..errors import UsageError, called
 from ..media.pictures import MOST_SLENDER
 from ..nets.autoencoder import VAEConfig
 from ..nets.clip import CLIPConfig, CLIPTextModel
@@ -59,11 +59,12 @@ def check_fits(settings: Settings, peak: Peak, frugal: Peak, budget: int) -> Non
         fit = bisect(range(2, n), False, key=lambda k: peak(_first(settings, k), least=True) > budget) + 1
         cures.append(f"{fit} at once would fit" if fit > 1 else "one at a time would fit")
     elif (size := _largest(one, peak, budget)) is not None:
-        cures.append("the largest size that fits is --width {} --height {}".format(*size))
+        sides = (called(name, side) for name, side in zip(("width", "height"), size, strict=True))
+        cures.append(f"the largest size that fits is {' '.join(sides)}")
     if frugal(one, least=True) <= budget:
-        cures.append("with --low-memory it fits")
+        cures.append(f"with {called('low_memory')} it fits")
     if not cures:
-        cures.append("try --low-memory, --quantize 4 or a smaller model")
+        cures.append(f"try {called('low_memory')}, {called('quantize', 4)} or a smaller model")
     raise UsageError(f"{what} would take {amount}, and there are {budget / 1e9:.1f}; {', and '.join(cures)}")
 
 

@@ -7,11 +7,10 @@ read back, and its name in A1111's text. Whoever shows options asks `options_of`
 
 from __future__ import annotations
 
-import math
 import os
 import secrets
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
 from itertools import islice
 from numbers import Real
@@ -21,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoints.names import BUNDLED_NAME
 from ..diffusion.noise import GENERATORS
 from ..diffusion.schedulers import SCHEDULERS
-from ..errors import UsageError
-from ..fields import file_and_scale, file_and_word, finite, suggest, unicode_text
-from ..media.pictures import FITS
+from ..errors import UnknownOption, UsageError, called
+from ..fields import file_and_scale, file_and_word, finite, suggest, unicode_text, valued
+from ..media.pictures import FITS, is_picture
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -35,8 +34,8 @@ if TYPE_CHECKING:
     File = Path | str
     Model = File
     Seed = int | str
-    Picture = File | Image | np.ndarray
-    Latents = File | mx.array
+    Picture = File | Image | np.ndarray | bytes
+    Latents = File | mx.array | np.ndarray
     Lora = File | tuple[File, float]
     Embedding = File | tuple[File, str | None]
     Policy = CachingPolicy | str
@@ -79,6 +78,10 @@ def at_least(least: int) -> Check:
 
 
 SHARE = Check("above 0 and at most 1", lambda value: 0 < value <= 1)
+SEED = Check(  # as PyTorch's are
+    "a whole number from -2^63 to 2^64 - 1, or random", lambda value: value == "random" or -(2**63) <= value < 2**64
+)
+PART = Check("a share of the steps, from 0 to 1", lambda value: 0 <= value <= 1)
 BETWEEN = Check("between 0 and 1", lambda value: 0 < value < 1)
 DECIBELS = Check("a number of dB above 0, such as 30", lambda value: value > 0)
 
@@ -86,20 +89,24 @@ DECIBELS = Check("a number of dB above 0, such as 30", lambda value: value > 0)
 @dataclass(frozen=True)
 class Kind:
     """A kind of value: in words, and as the help of a flag shows it; read from a flag's text, or taken from a caller in
-    Python (ValueError if it is none); as JSON has it; and the file or folder that it names, if it names one."""
+    Python (ValueError if it is none); as JSON has it; one: whether what a caller gives for several is one; and the file
+    or folder that it names, if it names one."""
 
     words: str
     metavar: str | None
     read: Callable[[str], Any]
     take: Callable[[Any], Any] = lambda value: value
     record: Callable[[Any], Any] = lambda value: value
+    one: Callable[[Any], bool] = lambda value: False
     file: Callable[[Any], Any] | None = None
 
 
 def _exactly(kind: type, make: Callable) -> Callable[[Any], Any]:
-    """Takes what equals a number of this kind: 2.0 steps are 2, and True is none."""
+    """Takes what equals a number of this kind: 2.0 steps are 2, and True is none; an array's, if it has but one."""
 
     def take(value: Any) -> Any:
+        if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+            value = value.item()
         if isinstance(value, bool) or not isinstance(value, kind) or make(value) != value:
             raise ValueError
         return make(value)
@@ -108,15 +115,55 @@ def _exactly(kind: type, make: Callable) -> Callable[[Any], Any]:
 
 
 def _bool(value: Any) -> bool:
-    if not isinstance(value, bool):
+    if type(value).__name__ not in ("bool", "bool_"):  # Python's or NumPy's
         raise ValueError
-    return value
+    return bool(value)
 
 
 def _str(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError
-    return value
+    return unicode_text(value)
+
+
+def _that(holds: Callable[[Any], bool]) -> Callable[[Any], Any]:
+    """Takes a value of which this is true, as it is."""
+
+    def take(value: Any) -> Any:
+        if not holds(value):
+            raise ValueError
+        return value
+
+    return take
+
+
+def _is_file(value: Any) -> bool:
+    return isinstance(value, os.PathLike) or (isinstance(value, str) and value != "")
+
+
+def _is_latents(value: Any) -> bool:
+    """A file, or an array of any library."""
+    return _is_file(value) or isinstance(getattr(value, "shape", None), tuple)
+
+
+def _is_policy(value: Any) -> bool:
+    return isinstance(value, str) or (is_dataclass(value) and not isinstance(value, type))
+
+
+def _file_and(read: Callable[[str], tuple], take: Callable[[Any], Any]) -> Callable[[Any], tuple]:
+    """Takes a file, or one and its second half."""
+
+    def pair(value: Any) -> tuple:
+        file, *second = value if isinstance(value, (tuple, list)) else (value,)
+        if not _is_file(file) or len(second) > 1:
+            raise ValueError
+        return (file, take(second[0])) if second else read(os.fspath(file))
+
+    return pair
+
+
+def _is_file_and_number(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2 and isinstance(value[1], Real)
 
 
 def _name(file: Any) -> str | None:
@@ -130,10 +177,6 @@ def _itself(value: Any) -> Any:
 
 def _file_of_pair(item: Any) -> Any:
     return item[0]
-
-
-def _path(value: Any) -> str:
-    return _str(str(value) if isinstance(value, Path) else value)
 
 
 def _told(file: Any) -> str:
@@ -182,16 +225,55 @@ KINDS = {
     "float": Kind("a number", "X", finite, _exactly(Real, finite)),
     "bool": Kind("True or False", None, str, _bool),
     "Seed": Kind("a whole number, or random", "S", _seed, _drawn_seed),
-    "Model": Kind("a file, a folder or a name", "M", unicode_text, _path, _told_model, file=_itself),
-    "Picture": Kind("a picture", "FILE", Path, record=_name, file=_itself),
-    "Latents": Kind("latents", "FILE", Path, record=_name, file=_itself),
-    "Lora": Kind(
-        "FILE or FILE:SCALE with a finite number", "FILE[:SCALE]", file_and_scale, record=_tagged, file=_file_of_pair
+    "Model": Kind(
+        "a folder or file, or a name",
+        "M",
+        unicode_text,
+        lambda value: _str(os.fspath(value)),
+        _told_model,
+        file=_itself,
     ),
-    "Embedding": Kind("FILE or FILE:WORD", "FILE[:WORD]", file_and_word, record=_tagged, file=_file_of_pair),
-    "Policy": Kind("a caching policy", "NAME[:key=value,...]", str, record=str),
+    "Picture": Kind(
+        "a picture: a file or its bytes, Pillow's, or an array (H, W, 3) of uint8",
+        "FILE",
+        Path,
+        _that(is_picture),
+        _name,
+        file=_itself,
+    ),
+    "Latents": Kind(
+        "a file, or an array (N, height, width, channels)", "FILE", Path, _that(_is_latents), _name, file=_itself
+    ),
+    "Lora": Kind(
+        "FILE or FILE:SCALE with a finite number",
+        "FILE[:SCALE]",
+        file_and_scale,
+        _file_and(file_and_scale, _exactly(Real, finite)),
+        _tagged,
+        _is_file_and_number,
+        _file_of_pair,
+    ),
+    "Embedding": Kind(
+        "FILE or FILE:WORD",
+        "FILE[:WORD]",
+        file_and_word,
+        _file_and(file_and_word, lambda word: None if word is None else _str(word)),
+        _tagged,
+        file=_file_of_pair,
+    ),
+    "Policy": Kind(
+        "one of the policies, such as DeepCache(interval=3), or its text",
+        "NAME[:key=value,...]",
+        str,
+        _that(_is_policy),
+        str,
+    ),
     "Control": Kind(
-        "a Control", None, str, record=lambda control: {o.name: o.record(control) for o in options_of(Control)}
+        "a Control",
+        None,
+        str,
+        _that(lambda value: isinstance(value, Control)),
+        lambda control: {o.name: o.record(control) for o in options_of(Control)},
     ),
 }
 
@@ -251,14 +333,14 @@ class Option:
         Raises:
             UsageError: it cannot be.
         """
-        if value is None and (self.optional or not self.default):
+        if value is None and (self.optional or (self.default is not None and not self.default)):
             return self.default
         if self.many:
-            several = value if isinstance(value, Iterable) and not isinstance(value, str) else [value]
-            items = tuple(islice(several, MOST + 1))
+            one = isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable) or self.kind.one(value)
+            items = tuple(islice([value] if one or getattr(value, "ndim", 1) == 0 else value, MOST + 1))
             if len(items) > MOST:
-                raise UsageError(f"{self.name} should be at most {MOST:,}, got more")
-            return tuple(self._take(item) for item in items)
+                raise UsageError(f"{called(self.name)} should be at most {MOST:,}, got more")
+            return tuple(map(self._take, items))
         return self._take(value)
 
     def _take(self, value: Any) -> Any:
@@ -269,7 +351,7 @@ class Option:
             if self.check is not None and not self.check.holds(value):
                 raise ValueError
         except (ValueError, TypeError, OverflowError):
-            raise UsageError(f"{self.name} should be {self.words}, got {value!r}") from None
+            raise UsageError(f"{called(self.name)} should be {self.words}, got {valued(value)}") from None
         return value
 
     def record(self, owner: Any) -> Any:
@@ -312,13 +394,17 @@ def taken(cls: type, values: dict[str, Any]):
     """`cls` from keywords, each checked.
 
     Raises:
-        TypeError: there is no such option.
-        UsageError: a value cannot be, or has no meaning without another; says which.
+        UsageError: there is no such option, a value cannot be, or has no meaning without another; says which.
     """
     known = {o.name: o for o in options_of(cls)}
+    for o in known.values():
+        if o.key in values and o.key not in known:  # one seed, one LoRA, by the flag's name
+            if o.name in values:
+                raise UsageError(f"{o.key} and {o.name} are the same; give one of them")
+            values = {o.name if name == o.key else name: value for name, value in values.items()}
     for name in values:
         if name not in known:
-            raise TypeError(f"there is no option {name!r}{suggest(name, known)}")
+            raise UnknownOption(f"there is no option {name!r}{_elsewhere(name) or suggest(name, known)}")
     made = cls(**{name: known[name].take(value) for name, value in values.items()})
     for o in known.values():
         if not set(o.needs) & known.keys():  # what a model has is checked with it
@@ -327,8 +413,24 @@ def taken(cls: type, values: dict[str, Any]):
             continue  # an array is never compared
         if all(getattr(made, other) is known[other].default for other in o.needs):
             article = "an" if o.needs[0][0] in "aeio" else "a"
-            raise UsageError(f"{o.name} has no meaning without {article} {o.needs[0].removesuffix('s')}")
+            raise UsageError(
+                f"{called(o.name)} has no meaning without {article} {called(o.needs[0]).removesuffix('s')}"
+            )
     return made
+
+
+_THEIRS = {
+    "num_inference_steps": "steps",
+    "generator": "seeds",
+    "num_images_per_prompt": "seeds",
+    "mask_image": "mask",
+    "control_image": "controls",
+}
+
+
+def _elsewhere(name: str) -> str:
+    """What another library's keyword is called here."""
+    return f"; here it is {_THEIRS[name]}" if name in _THEIRS else ""
 
 
 @dataclass(frozen=True)
@@ -345,16 +447,16 @@ class Control:
     )
     image: Picture = option(MISSING, "the edges, pose, ... to follow", CONTROL, flag="--control-image")
     scale: float = option(1.0, "how strictly it is followed (1)", CONTROL, flag="--control-scale")
-    start: float = option(0.0, "the share of the steps before it starts (0)", CONTROL, flag="--control-start")
-    end: float = option(1.0, "the share after which it stops (1)", CONTROL, flag="--control-end")
+    start: float = option(
+        0.0, "the share of the steps before it starts (0)", CONTROL, flag="--control-start", check=PART
+    )
+    end: float = option(1.0, "the share after which it stops (1)", CONTROL, flag="--control-end", check=PART)
 
     def __post_init__(self):
-        if not abs(self.scale) < math.inf:
-            raise UsageError(f"a ControlNet's scale should be a number, got {self.scale}")
-        if not 0 <= self.start < self.end <= 1:
-            raise UsageError(
-                f"a ControlNet should start before it ends, both in [0, 1], got {self.start} and {self.end}"
-            )
+        for o in options_of(Control):
+            object.__setattr__(self, o.name, o.take(getattr(self, o.name)))
+        if not self.start < self.end:
+            raise UsageError(f"a ControlNet should start before it ends, got {self.start} and {self.end}")
 
 
 @dataclass(frozen=True)
@@ -381,6 +483,13 @@ class ModelOptions:
         "trained; repeatable",
         MODEL,
         flag="--lora",
+    )
+    lora_dir: Model | None = option(
+        None,
+        "a folder of LoRAs, for prompts that name them: <lora:name:0.8>",
+        MODEL,
+        metavar="FOLDER",
+        recorded=False,
     )
     embeddings: tuple[Embedding, ...] = option(
         (),
@@ -445,7 +554,13 @@ class Options:
     plain_prompt: bool = option(False, "brackets are only brackets", PICTURE)
     long_prompt: bool = option(False, "use all of a prompt of more than 75 tokens", PICTURE)
     seeds: tuple[Seed, ...] = option(
-        (0,), "one or several, or random; default 0", PICTURE, flag="--seed", nargs="+", a1111="Seed"
+        (0,),
+        "one or several, or random; default 0",
+        PICTURE,
+        flag="--seed",
+        nargs="+",
+        check=SEED,
+        a1111="Seed",
     )
     height: int | None = option(
         None, "default: the model's native size", PICTURE, metavar="PX", check=at_least(1), model="native_height"
@@ -453,6 +568,15 @@ class Options:
     width: int | None = option(None, "likewise", PICTURE, metavar="PX", check=at_least(1), model="native_width")
     image: Picture | None = option(None, "start from this picture, drawn in its proportions", START)
     mask: Picture | None = option(None, "change it only where this one is white", START, needs=("image",))
+    mask_blur: float = option(
+        0.0,
+        "soften the mask's edge over about so many pixels (0)",
+        START,
+        metavar="PX",
+        check=Check("a number of pixels from 0 to 256", lambda value: 0 <= value <= 256),
+        needs=("mask",),
+        a1111="Mask blur",
+    )
     strength: float | None = option(
         None,
         "how much to change, in (0, 1]: the share of the steps that is run. Default 0.8, SDXL 0.3; with a mask 1",

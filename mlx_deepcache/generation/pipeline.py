@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,9 +23,11 @@ from ..backend.memory import limit_memory
 from ..backend.ops import dtype_of
 from ..checkpoints.adapters.applied import Addons
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.folder import read_prompts
 from ..checkpoints.part import OtherVAE, find_controlnet
 from ..diffusion.noise import BatchNoise
-from ..errors import Failure, UsageError
+from ..errors import Failure, UsageError, called
+from ..fields import valued
 from ..media.pictures import Given, to_uint8
 from ..nets.controlnet import Controls
 from ..nets.tiling import decode_tiled, tiled
@@ -37,7 +40,8 @@ from .options import ModelOptions, taken
 from .prompts import parse
 from .report import Clock, dtype_name, stats
 from .settings import Leg, Settings, settings_for
-from .starts import Started
+from .starts import Started, take_latents
+from .tags import NamedLoras, note_only_text, note_unknown, take_loras
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,13 @@ class StableDiffusion:
             raise UsageError("a refiner goes with SDXL only; both models should be of that family")
         self.options, self.dtype, self.low_memory = o, dtype_of(o.dtype), o.low_memory
         self.budget = limit_memory(o.memory_limit)
-        shared = {"keep": keep and not o.low_memory, "compile": o.compile, "bits": o.quantize}
-        addons = Addons(checkpoint, o.loras, o.embeddings)
-        self.models = [Components(checkpoint, self.dtype, addons=addons, **shared)]
+        if o.lora_dir is not None and not Path(o.lora_dir).is_dir():
+            raise UsageError(f"{called('lora_dir')} should be a folder, got {o.lora_dir!r}")
+        self._held_as = {"keep": keep and not o.low_memory, "compile": o.compile, "bits": o.quantize}
+        self.models, self._named = [], None
+        self.use_loras(checkpoint, ())
         if refiner is not None:
-            self.models.append(Components(refiner, self.dtype, **shared))
+            self.models.append(Components(refiner, self.dtype, **self._held_as))
 
     @classmethod
     def from_pretrained(
@@ -99,6 +105,13 @@ class StableDiffusion:
         first = Checkpoint.open(o.model, half=half, prediction_type=o.prediction_type, vae=o.vae)
         return cls(first, dtype, keep=keep, **options | {"refiner": second})
 
+    def use_loras(self, checkpoint: Checkpoint, named: NamedLoras) -> None:
+        """Have these LoRAs in the model beside its own; where they change, its networks are read anew."""
+        if named != self._named:
+            addons = Addons(checkpoint, [*self.options.loras, *named], self.options.embeddings)
+            self.models[:1] = [Components(checkpoint, self.dtype, addons=addons, **self._held_as)]
+            self._named = named
+
     @property
     def checkpoint(self) -> Checkpoint:
         return self.models[0].checkpoint
@@ -116,6 +129,7 @@ class StableDiffusion:
         """What to draw and how, complete and checked: see `settings_for`, which takes the same options."""
         refiner = self.checkpoints[1] if len(self.models) > 1 else None
         settings = settings_for(self.checkpoint, prompt, refiner=refiner, **options)
+        take_loras(settings.prompts, self.options.lora_dir)
         unet, vae = self.checkpoint.unet_config, self.checkpoint.vae_config
         for control in settings.legs[0].controls:
             find_controlnet(control.model, unet, vae.factor, self.dtype)  # better known now than once a bar is shown
@@ -162,7 +176,7 @@ class StableDiffusion:
             UsageError: `latents` have another shape, or it cannot be done in the memory there is.
             Failure: the final latents are not finite.
         """
-        settings = settings if latents is None else replace(settings, noise=latents)
+        settings = settings if latents is None else replace(settings, noise=take_latents(latents))
         check_fits(settings, self._peak, partial(self._peak, frugal=True), self.budget)
         return Generation(self, settings)
 
@@ -173,6 +187,9 @@ class StableDiffusion:
         Raises:
             Failure: a picture holds values that are not finite.
         """
+        latents, channels = take_latents(latents), self.checkpoint.vae_config.latent_channels
+        if latents.shape[-1] != channels:
+            raise UsageError(f"latents should have shape (N, height, width, {channels}), got {latents.shape}")
         images = np.stack(list(self._decode(latents, vae_tiling, Clock())))
         return images if given is None else given.paste(images)
 
@@ -189,7 +206,8 @@ class StableDiffusion:
                 image = decode_tiled(vae, z) if in_tiles else np.array(vae.decode(z).astype(mx.float32))
                 if not np.isfinite(image).all():
                     raise Failure(
-                        f"the VAE's picture holds NaN or infinite values in {dtype_name(dtype)}; try --dtype float32"
+                        f"the VAE's picture holds NaN or infinite values in {dtype_name(dtype)}; try "
+                        + called("dtype", "float32")
                     )
             yield to_uint8(image)[0]
         del vae
@@ -203,6 +221,8 @@ class StableDiffusion:
         **options,
     ) -> Result:
         """Draw. options: see `Options`; on_step: called after every step."""
+        if on_step is not None and not callable(on_step):
+            raise UsageError(f"on_step should be a function, called after every step, got {valued(on_step)}")
         run = self.denoise(self.settings(prompt, **options))
         for progress in run:
             if on_step is not None:
@@ -219,7 +239,11 @@ class Generation(Iterator[Progress]):
     """
 
     def __init__(self, pipe: StableDiffusion, settings: Settings):
-        self.pipe, self.settings, self.clock = pipe, settings, Clock()
+        prompts, self._loras = take_loras(settings.prompts, pipe.options.lora_dir)
+        told = (*dict.fromkeys(prompts), settings.prompt_2, settings.negative_prompt, settings.negative_prompt_2)
+        note_unknown(list(dict.fromkeys(prompts)), read_prompts(pipe.checkpoint.source.path))
+        note_only_text(told, weighted=not settings.plain_prompt)
+        self.pipe, self.settings, self.clock = pipe, replace(settings, prompts=prompts), Clock()
         self.steps: list[Progress] = []
         self._noise = BatchNoise(settings.rng, list(settings.seeds))
         self._legs = self._run()
@@ -258,7 +282,7 @@ class Generation(Iterator[Progress]):
         checkpoint, names = components.checkpoint, components.checkpoint.family.encoders
         with self.clock.phase("load"):
             for name in () if self.pipe.low_memory else (*names, "unet") if components.keep else names:
-                components.start(name)  # files are read while transformers, slow to import, makes the tokenizers
+                components.start(name)  # files are read while the tokenizers are made
             tokenizers = [components.tokenizer(name) for name in names.values()]
         with self.clock.phase("encode"):
             cond = encode(
@@ -321,6 +345,7 @@ class Generation(Iterator[Progress]):
         return stats(self.settings, self.pipe.models, self.steps, self.clock, estimated)
 
     def _run(self) -> Iterator[Progress]:
+        self.pipe.use_loras(self.pipe.checkpoint, self._loras)
         started, progress = self.prepare_latents(), None
         for number, (leg, components) in enumerate(zip(self.settings.legs, self.pipe.models, strict=True)):
             first = 0 if progress is None else progress.index + 1
@@ -343,13 +368,13 @@ class Generation(Iterator[Progress]):
         heavy = any(abs(weight) > 2 for text in texts for _, weight in parse(text))
         suspects = {
             "smaller weights in the prompt": heavy,
-            "--lora with a smaller scale": bool(options.loras),
-            "another --embedding": bool(options.embeddings),
-            "--dtype float32": self.pipe.dtype != mx.float32,
-            "a lower --guidance-scale": settings.guidance_scale > 1,
+            f"a smaller scale in {called('loras')}": bool(options.loras),
+            f"without {called('embeddings')}": bool(options.embeddings),
+            called("dtype", "float32"): self.pipe.dtype != mx.float32,
+            f"a lower {called('guidance_scale')}": settings.guidance_scale > 1,
         }
         found = [cure for cure, likely in suspects.items() if likely]
-        return [*found, "another --scheduler, and check the checkpoint"]
+        return [*found, f"another {called('scheduler')}, and check the checkpoint"]
 
     def _run_encoder(self, components: Components, name: str, ids: mx.array, **options) -> tuple[mx.array, mx.array]:
         """A text encoder's output, after which it is not needed for this batch."""
@@ -370,6 +395,7 @@ class Generation(Iterator[Progress]):
             latents = mx.broadcast_to(latents.astype(mx.float32), self.settings.shape)
             if not mx.isfinite(latents).all():
                 raise Failure(
-                    f"the VAE's latents hold NaN or infinite values in {dtype_name(dtype)}; try --dtype float32"
+                    f"the VAE's latents hold NaN or infinite values in {dtype_name(dtype)}; try "
+                    + called("dtype", "float32")
                 )
         return latents

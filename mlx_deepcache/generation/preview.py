@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..errors import CheckpointError
+from ..errors import CheckpointError, called
 from ..media.pictures import to_uint8
 
 INDEX_KEY = (
@@ -51,7 +51,9 @@ def latent_rgb(checkpoint: Checkpoint) -> LatentRGB:
     if own is None:
         own = checkpoint.family.colours
         if channels != len(own["factors"]):
-            raise CheckpointError(f"no colours are known for latents of {channels} channels; see --preview-vae")
+            raise CheckpointError(
+                f"no colours are known for latents of {channels} channels; see {called('preview_vae')}"
+            )
     try:
         factors, bias = np.array(own["factors"], np.float64), np.array(own.get("bias", (0, 0, 0)), np.float64)
     except (KeyError, TypeError, ValueError, AttributeError):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from ..errors import UsageError
+from ..errors import UsageError, called
 
 ROUND, SQUARE = 1.1, 1 / 1.1
 HEAVIEST = 100  # weights beyond this are mistakes, and lead to numbers that are none
@@ -83,12 +83,12 @@ def tokenize(tokenizer, text: str, *, weighted: bool = False, long: bool = False
             raise UsageError(
                 f"a weight in a prompt should be from -{HEAVIEST} to {HEAVIEST}, got {weight:g} for {piece!r}"
             )
-    tokens = [(token, weight) for piece, weight in pieces for token in tokenizer(piece)["input_ids"][1:-1]]
+    tokens = [(token, weight) for piece, weight in pieces for token in tokenizer.encode(piece)]
     if len(tokens) <= room or long:
         return tokens
     lost = tokenizer.decode([token for token, _ in tokens[room:]])
     warnings.warn(
-        f"the prompt is longer than {room} tokens; not used: {lost!r}; --long-prompt uses all of it",
+        f"the prompt is longer than {room} tokens; not used: {lost!r}; {called('long_prompt')} uses all of it",
         PromptWarning,
         stacklevel=3,
     )
@@ -102,9 +102,8 @@ def chunks_needed(tokenizer, texts: Sequence[Tokens]) -> int:
 
 def chunked(tokenizer, texts: Sequence[Tokens], chunks: int) -> tuple[mx.array, mx.array]:
     """Ids and weights, (N, chunks, 77) each: each chunk begins, ends and is padded as a text of its own."""
-    room, end = _room(tokenizer), tokenizer.eos_token_id
-    pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    first, last, pad = ((token, 1.0) for token in (tokenizer.bos_token_id, end, pad))
+    room = _room(tokenizer)
+    first, last, pad = ((token, 1.0) for token in (tokenizer.start, tokenizer.end, tokenizer.pad))
     rows = []
     for tokens in texts:
         parts = (tokens[room * i : room * (i + 1)] for i in range(chunks))
@@ -115,7 +114,7 @@ def chunked(tokenizer, texts: Sequence[Tokens], chunks: int) -> tuple[mx.array, 
 
 def _room(tokenizer) -> int:
     """Tokens in a chunk beside those that begin and end it."""
-    return tokenizer.model_max_length - 2
+    return tokenizer.length - 2
 
 
 def emphasise(hidden: mx.array, weights: mx.array, *, restore_mean: bool) -> mx.array:

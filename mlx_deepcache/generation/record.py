@@ -20,7 +20,8 @@ from PIL.PngImagePlugin import PngInfo
 from .._version import __version__
 from ..checkpoints.names import BUNDLED_NAME, may_be_fetched
 from ..errors import Failure, UsageError
-from ..fields import file_and_scale, shown
+from ..fields import file_and_scale, parse_json, shown
+from ..media.pictures import FORMATS
 from ..media.png import write_image
 from .options import A1111_RNGS, KINDS, Control, ModelOptions, Option, Options, options_of, tagged
 
@@ -103,7 +104,7 @@ def read(file: Path) -> tuple[dict, list[str]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 if image.format != "PNG":
                     raise Failure(f"{file} is a {image.format} picture; settings are read from PNG files only")
                 texts = dict(image.text)
@@ -118,8 +119,8 @@ def read(file: Path) -> tuple[dict, list[str]]:
             raise Failure(f"{file} has {len(texts[key]):,} characters of settings ({key}); up to {LONGEST:,} are read")
     if JSON_KEY in texts:
         try:
-            settings = json.loads(texts[JSON_KEY])
-        except (ValueError, RecursionError):
+            settings = parse_json(texts[JSON_KEY])
+        except ValueError:
             settings = None
         if not isinstance(settings, dict):
             raise Failure(f"{file}: its settings ({JSON_KEY}) are damaged; expected a JSON object")

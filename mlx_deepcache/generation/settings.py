@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from ..cache.text import parse, write
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.folder import find_prices
 from ..diffusion.schedule import NoiseSchedule, Plan
-from ..errors import UsageError
+from ..errors import UsageError, called
+from ..fields import unicode_text, valued
 from ..media.pictures import FITS, read_mask, read_picture, size_for, source
 from .options import Control, Options, option_of, taken
-from .starts import FromNoise, FromPicture, read_latents
+from .starts import FromNoise, FromPicture, read_latents, take_latents
 
 DEFAULT_INTERVAL = 3
 FEWEST_STEPS_TO_CACHE = 10  # below this, steps differ too much for features to be reused
@@ -59,10 +60,14 @@ class Settings:
 
     def __post_init__(self):
         if self.noise is not None and self.noise.shape != self.shape:
-            want, got = ((n, c, h, w) for n, h, w, c in (self.shape, self.noise.shape))
+            want, got, note = self.shape, self.noise.shape, ", (N, height, width, channels),"
+            if isinstance(self.options.latents, (str, Path)):  # a file has PyTorch's layout
+                want, got, note = *((n, c, h, w) for n, h, w, c in (want, got)), ""
+            elif got[:1] + got[2:] + got[1:2] == want:
+                note += " and these have channels first: transpose(0, 2, 3, 1) them;"
             raise UsageError(
-                f"latents should have shape {want} for {len(self.seeds)} pictures of {self.width} x {self.height}, "
-                f"got {got}"
+                f"latents should have shape {want}{note} for {len(self.seeds)} pictures of {self.width} x {self.height}"
+                f", got {got}"
             )
 
     @property
@@ -98,13 +103,11 @@ def settings_for(
         Failure: a picture cannot be read.
     """
     if "prompt_weights" in options:  # its name until 0.1
-        options["plain_prompt"] = not options.pop("prompt_weights")
+        options["plain_prompt"] = not option_of(Options, "plain_prompt").take(options.pop("prompt_weights"))
     asked: Options = taken(Options, options)
     if not asked.seeds:
         raise UsageError("at least one seed is needed, one a picture")
-    prompts = (prompt,) * len(asked.seeds) if isinstance(prompt, str) else tuple(prompt)
-    if len(prompts) != len(asked.seeds):
-        raise UsageError(f"there should be one prompt, or one a seed ({len(asked.seeds)}), got {len(prompts)}")
+    prompts = _prompts(prompt, len(asked.seeds))
     family = checkpoint.family
     if not family.second_prompt and not (asked.prompt_2 is None and asked.negative_prompt_2 is None):
         raise UsageError("a second prompt is for SDXL's second text encoder, and this model has only one")
@@ -117,7 +120,7 @@ def settings_for(
         handover = DEFAULT_HANDOVER if asked.refiner_start is None else asked.refiner_start
         stop, second = _handover(schedule, refiner, steps, left_out, handover, asked)
     elif asked.refiner_start is not None:
-        raise UsageError("refiner_start has no meaning without a refiner")
+        raise UsageError(f"{called('refiner_start')} has no meaning without a {called('refiner')}")
 
     picture, followed = asked.image, [read_picture(control.image) for control in asked.controls]
     fit = None if picture is None and not followed else asked.fit or FITS[0]
@@ -127,7 +130,7 @@ def settings_for(
     start = FromNoise()
     if picture is not None:
         mask = None if asked.mask is None else read_mask(asked.mask)
-        start = FromPicture(source(picture, mask, height, width, fit), strength, checkpoint.inpainting)
+        start = FromPicture(source(picture, mask, height, width, fit, asked.mask_blur), strength, checkpoint.inpainting)
     controls = tuple(
         replace(control, image=source(image, None, height, width, fit).image)
         for control, image in zip(asked.controls, followed, strict=True)
@@ -159,10 +162,26 @@ def settings_for(
         cache_interval=getattr(cache.when, "interval", None),
         cache_branch=cache.branch,
     )
-    noise = read_latents(Path(asked.latents)) if isinstance(asked.latents, (str, Path)) else asked.latents
+    noise = asked.latents
+    if noise is not None:
+        noise = read_latents(Path(noise)) if isinstance(noise, (str, Path)) else take_latents(noise)
     latent = checkpoint.vae_config
     latent_shape = (height // latent.factor, width // latent.factor, latent.latent_channels)
     return Settings(complete, prompts, asked.seeds, tuple(legs), latent_shape, cache, start, noise, choice)
+
+
+def _prompts(prompt: object, n: int) -> tuple[str, ...]:
+    """One prompt a seed."""
+    several = isinstance(prompt, Iterable) and not isinstance(prompt, (str, bytes, Mapping))
+    prompts = tuple(prompt) if several else (prompt,) * n
+    for text in prompts:
+        try:
+            unicode_text(text)
+        except (AttributeError, UnicodeError):
+            raise UsageError(f"prompt should be text in UTF-8, or several in a list, got {valued(text)}") from None
+    if len(prompts) != n:
+        raise UsageError(f"there should be one prompt, or one a seed ({n}), got {len(prompts)}")
+    return prompts
 
 
 def _filled(asked: Options, checkpoint: Checkpoint, name: str) -> Any:
@@ -203,7 +222,9 @@ def _size(checkpoint: Checkpoint, asked: Options, *pictures) -> tuple[int, int]:
     for name, value in (("height", height), ("width", width)):
         if value % factor:
             near = max(factor, round(value / factor) * factor)
-            raise UsageError(f"{name} should be a positive multiple of {factor} pixels, got {value}; try {near}")
+            raise UsageError(
+                f"{called(name)} should be a positive multiple of {factor} pixels, got {value}; try {near}"
+            )
     return height, width
 
 
@@ -212,13 +233,17 @@ def _handover(
 ) -> tuple[int, Plan]:
     """The step at which the base model stops, and the refiner's plan."""
     if asked.mask is not None:
-        raise UsageError("a mask and a refiner do not go together; refine the result with --image")
+        raise UsageError(f"a mask and a refiner do not go together; refine the result as another's {called('image')}")
     its = refiner.schedule(asked.scheduler)
     stop, first = schedule.handover(steps, share), its.handover(steps, share)
     if stop <= start:
-        raise UsageError(f"refiner_start = {share} leaves the base model no steps; make it larger, or use more steps")
+        raise UsageError(
+            f"{called('refiner_start')} = {share} leaves the base model no steps; make it larger, or use more steps"
+        )
     if first >= len(its.plan(steps).steps):
-        raise UsageError(f"refiner_start = {share} leaves the refiner no steps; make it smaller, or use more steps")
+        raise UsageError(
+            f"{called('refiner_start')} = {share} leaves the refiner no steps; make it smaller, or use more steps"
+        )
     return stop, its.plan(steps, first)
 
 
@@ -245,7 +270,10 @@ def _cache(
     if interval is not None:
         policies.append(DeepCache(interval, asked.cache_branch))
     elif asked.cache_branch:
-        raise UsageError("a cache branch belongs to a cache interval: give that too, or write branch= into the policy")
+        raise UsageError(
+            f"a cache branch belongs to a cache interval: give {called('cache_interval')} too, or write branch= into "
+            "the policy"
+        )
     caches = Caches.of(policies)
     check(caches)
     return caches, choice

@@ -12,7 +12,8 @@ import numpy as np
 from ..checkpoints.weights import read_tensors
 from ..diffusion.levels import Level
 from ..diffusion.schedule import Plan
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UsageError
+from ..fields import valued
 from ..media.pictures import Given
 
 Draw = Callable[[], mx.array]
@@ -86,6 +87,25 @@ class FromPicture:
 
     def paste(self, images: np.ndarray) -> np.ndarray:
         return self.picture.paste(images)
+
+
+def take_latents(latents: object) -> mx.array:
+    """(N, h, w, C) float32 from an array of any library.
+
+    Raises:
+        UsageError: it is none, has another number of dimensions, or values that are not finite.
+    """
+    try:
+        taken = latents if isinstance(latents, mx.array) else mx.array(np.asarray(latents))
+    except (TypeError, ValueError, RuntimeError):  # MLX raises the last for text
+        raise UsageError(f"latents should be an array (N, height, width, channels), got {valued(latents)}") from None
+    if taken.ndim != 4 or not mx.issubdtype(taken.dtype, mx.floating):
+        raise UsageError(
+            f"latents should be of floating point and have shape (N, height, width, channels), got {valued(latents)}"
+        )
+    if not mx.isfinite(taken).all():
+        raise UsageError("latents hold NaN or infinite values")
+    return taken.astype(mx.float32)
 
 
 def read_latents(file: Path) -> mx.array:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import Failure
@@ -85,9 +87,47 @@ def write_text(file: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def read_text(file: Path | str) -> str:
+    """The text of a file in UTF-8, or in UTF-16 with a byte order mark; "-" is standard input.
+
+    Raises:
+        Failure: it cannot be read, or is no text.
+    """
+    name = "standard input" if file == "-" else str(file)
+    try:
+        if file != "-":
+            data = Path(file).read_bytes()
+        elif sys.stdin is None:
+            raise Failure("cannot read standard input: it is closed")
+        else:
+            data = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
+        marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = data.decode("utf-16" if marked else "utf-8-sig")
+        if "\0" in text:
+            raise ValueError
+    except OSError as error:
+        raise Failure(f"cannot read {name}: {error.strerror or error}") from None
+    except ValueError:
+        raise Failure(f"cannot read {name}: expected text in UTF-8") from None
+    return text
+
+
+def real_path(file: Path) -> Path:
+    """Where a path leads, also if nothing is there yet.
+
+    Raises:
+        OSError: nowhere, as with links in a circle or a name that is too long.
+    """
+    with suppress(FileNotFoundError):
+        file.stat()
+    return Path(os.path.realpath(file))
+
+
 def check_writable(file: Path) -> None:
     """Raises Failure before the work rather than after it, if the file cannot be written."""
     try:
+        if "\0" not in str(file):
+            real_path(file)
         if file.is_dir():
             raise Failure(f"cannot write {file}: it is a folder")
         if file.is_block_device() or file.is_socket():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 import warnings
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
 from ..errors import Failure, UsageError
 
@@ -17,6 +20,18 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     """(N, H, W, 3) in [-1, 1] -> the same in 0-255, rounded as diffusers does."""
     return (np.clip(images / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8)
 
+
+# Kinds of files that are opened: Pillow knows others, some of which start other programs
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "AVIF", "JPEG2000", "PPM", "TGA", "QOI", "ICO")
+# Where a file of another kind says so: (the byte, what is there, its name)
+_OTHERS = (
+    (4, rb"ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)", "HEIC"),
+    (4, rb"ftypavi[fs]", "AVIF"),
+    (0, rb"%!PS|\xc5\xd0\xd3\xc6", "EPS"),
+    (0, rb"%PDF", "PDF"),
+    (0, rb"\s*<(\?xml|svg)", "SVG"),
+    (0, rb"8BPS", "Photoshop"),
+)
 
 FITS = ("stretch", "crop", "pad")
 
@@ -29,20 +44,57 @@ MOST_PIXELS = Image.MAX_IMAGE_PIXELS  # above this, Pillow takes a file for a de
 class Given:
     """A picture to start from, at the size that is drawn.
 
-    image: (H, W, 3) uint8; mask: (H, W) bool, True where something new should be drawn, or None for everywhere.
+    image: (H, W, 3) uint8; mask: (H, W) bool, True where something new should be drawn, or None for everywhere; soft:
+    (H, W) in [0, 1], how much of the new is seen at last, if that is not all of it inside the mask.
     """
 
     image: np.ndarray
     mask: np.ndarray | None = None
+    soft: np.ndarray | None = None
 
     def paste(self, images: np.ndarray) -> np.ndarray:
         """images: (N, H, W, 3) uint8 -> the same, with this picture's own pixels wherever the mask is not."""
+        if self.soft is not None:
+            return (
+                (self.image + self.soft[..., None] * (images - self.image.astype(np.float32))).round().astype(np.uint8)
+            )
         return images if self.mask is None else np.where(self.mask[..., None], images, self.image)
 
 
-def read_picture(picture: Path | str | Image.Image) -> Image.Image:
-    """A file or a Pillow picture, upright, in RGB: turned as its EXIF data say, transparency over white, 16-bit grey in
-    8 bits, the first frame of an animation.
+def is_picture(value: object) -> bool:
+    """Whether `read_picture` takes it: a file or its contents, Pillow's, or an array (H, W), (H, W, 1), (H, W, 3) or
+    (H, W, 4) of uint8 in 0-255, of floating point in [0, 1], or of bool."""
+    if isinstance(value, (str, os.PathLike)):
+        return str(value) != ""
+    shape = getattr(value, "shape", None)
+    if not isinstance(shape, tuple):
+        return isinstance(value, (bytes, bytearray, Image.Image)) or hasattr(value, "read")
+    pixels = _array(value)
+    if len(shape) not in (2, 3) or 0 in shape or shape[2:] not in ((), (1,), (3,), (4,)) or pixels is None:
+        return False
+    return pixels.dtype in (np.uint8, np.bool_) or bool(np.all((pixels >= 0) & (pixels <= 1)))
+
+
+def _array(value: object) -> np.ndarray | None:
+    """Any library's array as uint8, bool or float32, or None if it is none of these."""
+    try:
+        pixels = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if pixels.dtype.kind == "f":
+        return pixels.astype(np.float32)
+    return pixels if pixels.dtype in (np.uint8, np.bool_) else None
+
+
+def _from_array(pixels: np.ndarray) -> Image.Image:
+    if pixels.dtype != np.uint8:
+        pixels = (pixels.astype(np.float32) * 255).round().astype(np.uint8)
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
+
+
+def read_picture(picture: Path | str | Image.Image | np.ndarray | bytes) -> Image.Image:
+    """What `is_picture` takes, upright, in RGB: turned as its EXIF data say, transparency over white, 16-bit grey in 8
+    bits, the first frame of an animation.
 
     Raises:
         Failure: it is missing, damaged, no picture, or suspiciously large.
@@ -50,7 +102,7 @@ def read_picture(picture: Path | str | Image.Image) -> Image.Image:
     return _flatten(_open(picture), "white").convert("RGB")
 
 
-def read_mask(picture: Path | str | Image.Image) -> Image.Image:
+def read_mask(picture: Path | str | Image.Image | np.ndarray | bytes) -> Image.Image:
     """The same in shades of grey (white: draw here), but where it is transparent a mask is black."""
     image = _flatten(_open(picture), "black")
     return image if image.mode == "RGB" else image.convert("L")
@@ -109,9 +161,12 @@ def fit(picture: Image.Image, height: int, width: int, how: str = "stretch") -> 
     return Image.fromarray(np.pad(pixels, edges + [(0, 0)] * (pixels.ndim - 2), mode="edge"))
 
 
-def source(picture: Image.Image, mask: Image.Image | None, height: int, width: int, how: str) -> Given:
+def source(picture: Image.Image, mask: Image.Image | None, height: int, width: int, how: str, blur: float = 0) -> Given:
     """What `read_picture` and `read_mask` gave, at the size to be drawn; a mask of another size is fitted to the
     picture's first, so that both are resized alike, and is then black or white (128 and above: draw here).
+
+    blur: the deviation, in pixels, of a Gaussian that softens the mask (VaeImageProcessor.blur), with which the new
+    fades.
 
     Raises:
         UsageError: the size is too large.
@@ -120,43 +175,84 @@ def source(picture: Image.Image, mask: Image.Image | None, height: int, width: i
         raise UsageError(
             f"{width} x {height} pixels are more than the {MOST_PIXELS:,} that a picture can be resized to"
         )
+    soft = None
     if mask is not None:
         if mask.size != picture.size and how != "stretch":
             mask = mask.resize(picture.size, Image.Resampling.LANCZOS)
-        grey = np.asarray(fit(mask, height, width, how).convert("L"))
-        mask = grey.astype(np.float32) / 255 >= 0.5
-    return Given(np.asarray(fit(picture, height, width, how)), mask)
+        grey = fit(mask, height, width, how).convert("L")
+        if blur:
+            grey = grey.filter(ImageFilter.GaussianBlur(blur))
+            soft = np.asarray(grey).astype(np.float32) / 255
+        mask = np.asarray(grey).astype(np.float32) / 255 >= 0.5
+    return Given(np.asarray(fit(picture, height, width, how)), mask, soft)
 
 
-def _open(picture: Path | str | Image.Image) -> Image.Image:
+def _open(picture: Path | str | Image.Image | np.ndarray | bytes) -> Image.Image:
     """Decoded and upright, in whatever mode it has."""
+    if hasattr(picture, "shape"):
+        return _from_array(_array(picture))
+    what = picture if isinstance(picture, (str, os.PathLike)) else "what was given"
+    if isinstance(picture, (bytes, bytearray)):
+        picture = BytesIO(picture)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if not isinstance(picture, Image.Image):
-                with Image.open(picture) as file:
+                with Image.open(picture, formats=FORMATS) as file:
                     file.load()
-                    return ImageOps.exif_transpose(file)
+                    return ImageOps.exif_transpose(_in_8_bits(file))
             picture.load()
-            return ImageOps.exif_transpose(picture)
+            return ImageOps.exif_transpose(_in_8_bits(picture))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise Failure(f"{picture} has more than {MOST_PIXELS:,} pixels; make it smaller first") from None
+        raise Failure(f"{what} has more than {MOST_PIXELS:,} pixels; make it smaller first") from None
     except FileNotFoundError:
         raise Failure(f"there is no picture {picture}") from None
     except Image.UnidentifiedImageError:
-        raise Failure(f"{picture} is no picture of a kind that can be read, such as PNG or JPEG") from None
+        if (kind := _other_kind(picture)) is not None:
+            raise Failure(f"{what} is a file of the kind {kind}, which is not read; save it as PNG or JPEG") from None
+        raise Failure(f"{what} is no picture of a kind that can be read, such as PNG or JPEG") from None
+    except Failure:
+        raise
     except Exception as error:  # decoders raise whatever the broken file led to
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise Failure(f"the picture {picture} cannot be read: {reason.splitlines()[0]}") from None
+        raise Failure(f"{what} cannot be read: {reason.splitlines()[0]}") from None
+
+
+def _other_kind(picture: object) -> str | None:
+    """What a file is that Pillow was not let open, if its first bytes say so."""
+    if hasattr(picture, "seek"):
+        picture.seek(0)
+        start = picture.read(32)
+    else:
+        with open(picture, "rb") as file:
+            start = file.read(32)
+    return next((name for at, pattern, name in _OTHERS if re.match(pattern, start[at:])), None)
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Grey of more bits in 8, by what its file says is white; other pictures as they are."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values, tags = np.asarray(image).astype(np.float64), getattr(image, "tag_v2", {})
+    if image.mode == "F":
+        white = 1
+        if not ((values >= 0) & (values <= 1)).all():
+            raise Failure("a picture of floating point numbers has no known white outside [0, 1]; save it with 16 bits")
+    else:
+        bits = tags.get(_BITS, (16 if values.max(initial=0) < 2**16 else 32,))[0]
+        signed = tags.get(_SAMPLES, (1 if bits == 16 else 2,))[0] == 2
+        white = 2 ** (bits - signed) - 1
+        values = values if signed else values % 2**bits  # Pillow's whole numbers have a sign
+    grey = Image.fromarray((np.clip(values / white, 0, 1) * 255).round().astype(np.uint8))
+    grey.info = {"exif": image.getexif().tobytes()}
+    return grey
+
+
+_BITS, _SAMPLES = 258, 339  # TIFF's tags BitsPerSample and SampleFormat (2: with a sign)
 
 
 def _flatten(image: Image.Image, behind: str) -> Image.Image:
     """8 bits a channel and nothing transparent: L or RGB."""
-    if image.mode.startswith("I"):
-        grey = np.clip(np.asarray(image).astype(np.float32) / 257, 0, 255)
-        return Image.fromarray(grey.round().astype(np.uint8))
-    if image.mode == "F":
-        raise Failure("a picture of floating point numbers has no known white; save it with 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, behind), image).convert("RGB")

@@ -22,6 +22,13 @@ def side_by_side(images: Sequence[np.ndarray], columns: int | None = None) -> np
     return sheet
 
 
+def stacked(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures below each other, with white beside those that are not as wide as the widest."""
+    width = max(image.shape[1] for image in images)
+    room = [((0, 0), (0, width - image.shape[1]), (0, 0)) for image in images]
+    return np.concatenate([np.pad(image, pad, constant_values=255) for image, pad in zip(images, room, strict=True)])
+
+
 def grid(images: Sequence[np.ndarray]) -> np.ndarray:
     """Pictures as one picture, about as many columns as rows."""
     return side_by_side(images, math.ceil(math.sqrt(len(images))))

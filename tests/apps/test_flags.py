@@ -75,6 +75,17 @@ def test_completion():
     assert completions("generate.py --prompt x --scheduler eu") == ["euler", "euler-a"]
 
 
+def test_completion_of_models_and_caches():
+    assert completions("generate.py --model sdx") == ["sdxl", "sdxl-refiner", "sdxl-turbo"]
+    assert completions("generate.py --model emo") == ["emoji"]
+    assert "docs/" in completions("generate.py --model do")
+    assert completions("generate.py --refiner sdxl-r") == ["sdxl-refiner"]
+    assert completions("generate.py --cache t") == ["taylorseer", "tgate"]
+    assert completions("generate.py --cache deepcache:in") == ["deepcache:interval="]
+    assert completions("generate.py --cache deepcache:interval=3,br") == ["deepcache:interval=3,branch="]
+    assert completions("generate.py --cache nothing:") == []
+
+
 def test_markers_and_entry_points():
     """argcomplete looks for its marker near the start of a script, or of the module that an entry point names."""
     entries = dict(re.findall(r'"(mlx-deepcache-\w+) = ([\w.]+:\w+)"', (REPOSITORY / "setup.py").read_text()))

@@ -567,7 +567,7 @@ def test_unsupported_config(draw, copy, capfd, file, values, words):
     assert_fails(capfd, draw("--quiet", model=model), 1, *words)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "null"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "[" * 100_000], ids=lambda text: text[:5])
 @pytest.mark.parametrize(
     "file",
     [

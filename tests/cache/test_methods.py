@@ -2,6 +2,7 @@
 
 import gc
 import json
+import warnings
 import weakref
 
 import diffusers
@@ -26,6 +27,7 @@ from mlx_deepcache import (
 )
 from mlx_deepcache.apps.generate import main_generate
 from mlx_deepcache.cache.composition import KINDS, CacheRun, Caches
+from mlx_deepcache.cache.deepcache import CacheWarning
 from mlx_deepcache.cache.text import explain, parse, write
 from mlx_deepcache.diffusion.schedulers import schedule
 from mlx_deepcache.errors import UsageError
@@ -436,6 +438,32 @@ def test_combinations_without_meaning(texts, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("policy", "steps", "last"),
+    [
+        ("deepcache:steps=0-9+12+15", 50, 15),
+        ("deepcache:steps=F..F..", 20, 3),
+        ("deepcache:interval=40", 50, 40),
+        ("deepcache:interval=50", 50, 0),
+        ("deepcache:steps=0-9+33", 50, None),
+        ("deepcache:interval=5,center=15,power=1.4", 50, None),
+        ("deepcache:interval=10", 50, None),
+        ("deepcache:interval=50,end=0.5", 50, None),
+        ("deepcache:interval=3", 10, None),
+    ],
+)
+def test_no_full_step_in_the_last_third(policy, steps, last):
+    """Counted by hand: of 50 steps, one of 33 to 49 is full."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        parse(policy).check(steps, True)
+    if last is None or 3 * last >= 2 * steps:
+        assert not caught
+    else:
+        assert [w.category for w in caught] == [CacheWarning]
+        assert f"last full step is {last}, " in str(caught[0].message)
+
+
 def test_settings(pipeline):
     def caches(steps=20, **options):
         settings = pipeline("sd15").settings("a cat", steps=steps, scheduler="ddim", **options)
@@ -457,7 +485,7 @@ def test_settings(pipeline):
         ({"cache": ["tgate:step=21"]}, "from 1 to the 20 steps there are, got 21"),
         ({"cache": ["deepcache:steps=0+20"]}, "there are 20, from 0 to 19"),
         ({"cache": ["guidance:end=0.5"], "guidance_scale": 1}, "no meaning where guidance is off"),
-        ({"cache": [3]}, "a cache should be one of the policies"),
+        ({"cache": [3]}, "cache should be one of the policies"),
     ]:
         with pytest.raises(UsageError, match=message):
             caches(**options)

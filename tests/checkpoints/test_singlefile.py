@@ -284,7 +284,7 @@ def test_prediction_type(made, tmp_path, kind, metadata, markers, given, expecte
 
 def test_sd2_that_says_nothing_is_taken_for_v_and_says_so(made, tmp_path):
     save_file(load_file(made("sd2")[1]), tmp_path / "model.safetensors")
-    with pytest.warns(ModelWarning, match="--prediction-type epsilon"):
+    with pytest.warns(ModelWarning, match="prediction_type='epsilon'"):
         checkpoint = Checkpoint.open(str(tmp_path / "model.safetensors"))
     assert checkpoint.schedule(None).config["prediction_type"] == "v_prediction"
     assert checkpoint.native_size == (768, 768)

@@ -97,7 +97,7 @@ def test_only_the_whole_word(checkpoint, tmp_path):
     save_file({"emb_params": torch.randn(2, 32)}, tmp_path / "zyx.safetensors")
     addons = ours(checkpoint("sd15"), tmp_path / "zyx.safetensors")
     tokenizer = addons.tokenizer("tokenizer")
-    ids = [np.array(tokenizer(text)["input_ids"]) for text in ("a zyx, cat", "a ZYX, cat", "zyxt azyx")]
+    ids = [np.array(tokenizer.encode(text)) for text in ("a zyx, cat", "a ZYX, cat", "zyxt azyx")]
     last = len(loaded(addons, "text_encoder").embeddings.token_embedding.weight) - 1
     assert np.array_equal(ids[0], ids[1])
     assert [last - 1, last] == sorted(set(ids[0]))[-2:]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -24,6 +25,7 @@ from mlx_deepcache.apps.convert import main_convert
 from mlx_deepcache.apps.generate import main_generate
 from mlx_deepcache.checkpoints import hub
 from mlx_deepcache.checkpoints.names import hub_id
+from mlx_deepcache.checkpoints.weights import read_component, read_tensors
 from mlx_deepcache.errors import CheckpointError
 from mlx_deepcache.fields import file_and_scale, file_and_word
 
@@ -814,3 +816,44 @@ def test_no_repository_name(fake_hub, name):
     with pytest.raises(CheckpointError, match="model"):
         hub.find(name)
     assert fake_hub.calls == []
+
+
+@pytest.mark.parametrize(
+    ("start", "pickled"),
+    [
+        (b"\x80\x02\0\0\0\0\0\0{", False),  # a header of 640 bytes, cut short
+        (b"\x80\x02", False),
+        (b"\x80\0\0\0\0\0\0\0{", False),
+        (b"\x80\x04\x15\0\0\0\0\0{", False),
+        (pickle.dumps({"a": 1}, 2), True),
+        (pickle.dumps({"a": 1}, 4), True),
+        (pickle.dumps(list(range(9999)), 5), True),
+        (b"PK\x03\x04\x14\0\0\0", True),
+    ],
+)
+def test_pickles_are_told_from_files_cut_short(tmp_path, start, pickled):
+    (tmp_path / "a.safetensors").write_bytes(start)
+    words = "pickle file by another name" if pickled else "damaged or no safetensors"
+    with pytest.raises(CheckpointError, match=words):
+        read_tensors(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["null", "[" * 100_000, '{"weight_map":' + "[" * 100_000, '{"weight_map": {}}']
+    + [f'{{"weight_map": {{"a": {value}}}}}' for value in ("null", "3", "[]", '["x"]', "{}")],
+    ids=lambda text: text[:25],
+)
+def test_an_index_that_names_no_files(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match="is no index of shards"):
+        read_component(tmp_path)
+
+
+def test_an_output_whose_links_run_in_a_circle(copy, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    model = str(copy())
+    for output in ("loop", "loop/x"):
+        assert main_convert(["--model", model, "--output", output, "--force"]) == 1
+        assert f"error: cannot write {output}: Too many levels of symbolic links" in capsys.readouterr().err

@@ -284,3 +284,32 @@ def test_unsupported_values_are_named(name, key, value):
 def test_unknown_scheduler_class():
     with pytest.raises(CheckpointError, match="'EDMEulerScheduler', which is not supported"):
         schedule({"_class_name": "EDMEulerScheduler"})
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"beta_start": NAN}, "betas should lie between 0 and 1, got nan to 0.02|beta_start should be a number"),
+        ({"beta_end": INF}, "beta_end should be a number, got inf"),
+        ({"beta_end": 2}, "betas should lie between 0 and 1, got 0.0001 to 2"),
+        ({"beta_start": -1}, "betas should lie between 0 and 1, got -1 to 0.02"),
+        ({"beta_start": 0}, "betas should lie between 0 and 1"),
+        ({"beta_start": 0.5, "beta_end": 0.1}, "0.5 to 0.1, leave nothing of the picture"),
+        ({"beta_start": 1e-300, "beta_end": 1e-300}, "or no noise in it"),
+        ({"trained_betas": [0.1] * 999 + [NAN]}, "betas should lie between 0 and 1|leave nothing"),
+        ({"trained_betas": [0.1] * 999 + [None]}, "one number for each training timestep"),
+        ({"num_train_timesteps": 10**9}, "num_train_timesteps should be 1 or more, at most 100000, got 1000000000"),
+        ({"steps_offset": -5}, "steps_offset should be 0 or more, at most 999, got -5"),
+        ({"clip_sample_range": NAN}, "clip_sample_range should be a number, got nan"),
+    ],
+)
+@pytest.mark.parametrize("name", ["ddim", "dpm++2m-karras"])
+def test_schedules_that_cannot_be(values, words, name):
+    """Each would end in NaN, or take all memory."""
+    if "clip_sample_range" in values and name != "ddim":
+        return
+    with pytest.raises(CheckpointError, match=words):
+        schedule(values, name)

@@ -1,28 +1,34 @@
 """Options are declared once: each is a keyword, a flag, a check and a part of a picture's settings by that alone."""
 
+import io
 import json
 from dataclasses import make_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import mlx.core as mx
 import numpy as np
 import pytest
+import torch
+from helpers import smooth
 from PIL import Image
 
+from mlx_deepcache import DeepCache
 from mlx_deepcache.apps import flags, generate
 from mlx_deepcache.apps.generate import main_generate
 from mlx_deepcache.errors import UsageError
 from mlx_deepcache.generation import options, record, settings
 from mlx_deepcache.generation.options import KINDS, PICTURE, SHARE, Control, ModelOptions, Options, option, options_of
+from mlx_deepcache.media.pictures import read_mask, read_picture
 
 ALL = [(cls, o) for cls in (ModelOptions, Options, Control) for o in options_of(cls)]
 SAMPLES = {
     "str": "a word",
-    "Model": "emoji",
     "Seed": "3",
     "int": "2",
     "float": "0.5",
     "Policy": "pab",
+    "Model": "owner/name",
     "Lora": "a.safetensors:0.5",
 }
 SAMPLES |= {"Embedding": "b.safetensors:word", "Picture": "in.png", "Latents": "in.png"}
@@ -78,10 +84,29 @@ def test_what_cannot_be_is_refused(o, capsys):
         ({"steps": True}, "steps should be"),
         ({"guidance_scale": float("nan")}, "guidance_scale should be a number, got nan"),
         ({"long_prompt": 1}, "long_prompt should be True or False, got 1"),
-        ({"seeds": ["x"]}, "seeds should be a whole number, or random, got 'x'"),
+        ({"seeds": ["x"]}, "seeds should be a whole number .* got 'x'"),
         ({"strength": 0.5}, "strength has no meaning without an image"),
         ({"fit": "crop"}, "fit has no meaning without an image"),
         ({"control_every_step": True}, "control_every_step has no meaning without a control"),
+        ({"cache_interval": 1.5}, "cache_interval should be a whole number, 1 or more, got 1.5"),
+        ({"seeds": 2**70}, "seeds should be a whole number from -2\\^63 to 2\\^64 - 1, got 1180591620717411303424"),
+        ({"seeds": b"3"}, "seeds should be .* got b'3'"),
+        ({"seeds": [True]}, "seeds should be .* got True"),
+        ({"seed": 1, "seeds": 2}, "seed and seeds are the same; give one of them"),
+        ({"guidance_scale": 10**400}, "guidance_scale should be a number, got 1000*...$"),
+        ({"guidance_scale": np.ones(2)}, "guidance_scale should be a number, got an array \\(2,\\) of float64"),
+        ({"negative_prompt": "\ud800"}, "negative_prompt should be text in UTF-8"),
+        ({"image": 3}, "image should be a picture: .* got 3"),
+        ({"image": np.zeros((3, 8, 8))}, "image should be a picture: .* got an array \\(3, 8, 8\\) of float64"),
+        ({"image": np.full((8, 8, 3), 2.0)}, "image should be a picture"),
+        ({"image": np.full((8, 8, 3), np.nan)}, "image should be a picture"),
+        ({"image": np.zeros((8, 0, 3), np.uint8)}, "image should be a picture"),
+        ({"image": np.zeros((8, 8, 3), np.int64)}, "image should be a picture"),
+        ({"image": ""}, "image should be a picture"),
+        ({"controls": "x"}, "controls should be a Control, got 'x'"),
+        ({"cache": DeepCache}, "cache should be one of the policies"),
+        ({"cache": b"x"}, "cache should be one of the policies"),
+        ({"latents": 3}, "latents should be a file, or an array \\(N, height, width, channels\\), got 3"),
     ],
 )
 def test_python_values(values, message):
@@ -95,8 +120,131 @@ def test_python_values_that_make_sense_are_taken():
     assert options.taken(Options, {"seeds": np.arange(2), "controls": None}) == Options(seeds=(0, 1))
     picture = np.zeros((8, 8, 3), np.uint8)
     assert options.taken(Options, {"image": picture, "mask": picture[..., 0]}).image is picture
-    with pytest.raises(TypeError, match="there is no option 'guidence_scale'; did you mean guidance_scale"):
-        options.taken(Options, {"guidence_scale": 2})
+    made = options.taken(
+        Options, {"seed": mx.array(3), "steps": np.float32(4), "long_prompt": np.True_, "cache": "pab"}
+    )
+    assert (made.seeds, made.steps, made.long_prompt) == ((3,), 4, True)
+    assert options.taken(Options, {"seeds": np.array(7)}).seeds == options.taken(Options, {"seeds": 7.0}).seeds == (7,)
+
+
+def test_pictures_in_memory_are_those_of_files(tmp_path):
+    """Bytes, open files, arrays of any library and of either range."""
+    drawn = smooth(8, 12)
+    drawn.save(tmp_path / "a.png")
+    pixels = np.asarray(drawn)
+    for same in (
+        drawn,
+        str(tmp_path / "a.png"),
+        (tmp_path / "a.png").read_bytes(),
+        bytearray((tmp_path / "a.png").read_bytes()),
+        io.BytesIO((tmp_path / "a.png").read_bytes()),
+        pixels,
+        pixels / 255,
+        (pixels / 255).astype(np.float32),
+        mx.array(pixels),
+        torch.tensor(pixels),
+        np.dstack([pixels, np.full((8, 12), 255, np.uint8)]),
+    ):
+        assert np.array_equal(read_picture(options.taken(Options, {"image": same}).image), pixels)
+    for mask in (pixels[..., 0] > 99, (pixels[..., :1] > 99) * np.uint8(255), (pixels[..., 0] > 99).astype(float)):
+        taken = options.taken(Options, {"image": drawn, "mask": mask}).mask
+        assert np.array_equal(np.asarray(read_mask(taken)) > 0, pixels[..., 0] > 99)
+
+
+@pytest.mark.parametrize(
+    ("flags", "keywords", "words"),
+    [
+        (["--height", "60"], {"height": 60}, "{height} should be a positive multiple of 8 pixels, got 60; try 64"),
+        (["--strength", "0.5"], {"strength": 0.5}, "{strength} has no meaning without an {image}"),
+        (
+            ["--control-every-step"],
+            {"control_every_step": True},
+            "{control_every_step} has no meaning without a {control}",
+        ),
+        (["--min-psnr", "30"], {"min_psnr": 30}, "{min_psnr} is for picking a cache"),
+        (["--refiner-start", "0.5"], {"refiner_start": 0.5}, "{refiner_start} has no meaning without a {refiner}"),
+    ],
+)
+def test_messages_name_options_as_their_reader_does(pipeline, checkpoint, capsys, flags, keywords, words):
+    names = {name: name for name in ("height", "strength", "image", "min_psnr", "refiner_start", "refiner", "control")}
+    names["control_every_step"] = "control_every_step"
+    with pytest.raises(UsageError) as caught:
+        pipeline("sd15").settings("a cat", **keywords)
+    assert str(caught.value).startswith(words.format(**names))
+    assert main_generate(["--model", str(checkpoint("sd15")), "--prompt", "a cat", *flags]) == 2
+    named = {name: "--" + name.replace("_", "-") for name in names} | {"control": "--controlnet"}
+    assert f"error: {words.format(**named)}" in capsys.readouterr().err
+
+
+def test_keywords_that_are_none():
+    for kind in (TypeError, UsageError):  # Python's own kind of error, and the package's
+        with pytest.raises(kind, match="there is no option 'guidence_scale'; did you mean guidance_scale"):
+            options.taken(Options, {"guidence_scale": 2})
+    with pytest.raises(UsageError, match="'num_inference_steps'; here it is steps"):
+        options.taken(Options, {"num_inference_steps": 2})
+
+
+@pytest.mark.parametrize(
+    ("values", "taken"),
+    [
+        ({"loras": "x"}, ((Path("x"), 1.0),)),
+        ({"lora": "x:0.5"}, ((Path("x"), 0.5),)),
+        ({"loras": ("x", 0.5)}, (("x", 0.5),)),
+        ({"loras": ["x", ["y", 2]]}, ((Path("x"), 1.0), ("y", 2.0))),
+        ({"loras": [Path("x")]}, ((Path("x"), 1.0),)),
+        ({"loras": ("x", "y")}, ((Path("x"), 1.0), (Path("y"), 1.0))),
+        ({"loras": None}, ()),
+        ({"loras": {"x": 1.0}}, None),
+        ({"loras": [3]}, None),
+        ({"loras": [("x", "y")]}, None),
+        ({"loras": [("x", 1, 2)]}, None),
+        ({"loras": [("x", float("nan"))]}, None),
+        ({"loras": b"x"}, None),
+        ({"loras": [""]}, None),
+    ],
+)
+def test_loras_in_python(values, taken):
+    if taken is not None:
+        assert options.taken(ModelOptions, values).loras == taken
+    else:
+        with pytest.raises(UsageError, match="^loras should be FILE or FILE:SCALE"):
+            options.taken(ModelOptions, values)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "given", "message"),
+    [
+        (None, {}, "prompt should be text in UTF-8, or several in a list, got None"),
+        ("\ud800", {}, "prompt should be text"),
+        (b"cat", {}, "prompt should be text in UTF-8, or several in a list, got b'cat'"),
+        (["a", 3], {}, "prompt should be text in UTF-8, or several in a list, got 3"),
+        ({"a": 1}, {}, "prompt should be text"),
+        (["a", "b"], {}, r"one prompt, or one a seed \(1\), got 2"),
+        (
+            "a",
+            {"latents": np.zeros((1, 4, 8, 8), "f")},
+            r"latents should have shape \(1, 8, 8, 4\), \(N, height, width, channels\), and these have channels first: "
+            r"transpose\(0, 2, 3, 1\) them; for 1 pictures of 64 x 64, got \(1, 4, 8, 8\)",
+        ),
+        ("a", {"latents": mx.zeros((8, 8, 4))}, r"shape \(N, height, width, channels\), got an array \(8, 8, 4\)"),
+        ("a", {"latents": np.zeros((1, 8, 8, 4), int)}, "of floating point .* of int64"),
+        ("a", {"latents": np.full((1, 8, 8, 4), np.nan)}, "latents hold NaN"),
+        ("a", {"latents": np.array("x")}, "latents should be an array|a file, or an array"),
+        ("a", {"prompt_weights": 3}, "should be True or False, got 3"),
+    ],
+)
+def test_prompts_and_latents_in_python(pipeline, prompt, given, message):
+    with pytest.raises(UsageError, match=message):
+        pipeline("sd15").settings(prompt, height=64, width=64, **given)
+
+
+def test_latents_are_taken_from_any_library(pipeline):
+    noise = np.random.default_rng(0).standard_normal((1, 8, 8, 4))
+    for same in (noise, noise.astype(np.float32), mx.array(noise), torch.tensor(noise)):
+        settings = pipeline("sd15").settings("a", height=64, width=64, latents=same)
+        assert np.array_equal(settings.noise, noise.astype(np.float32))
+    with pytest.raises(UsageError, match=r"shape \(N, height, width, 4\), got \(1, 4, 8, 8\)"):
+        pipeline("sd15").decode(noise.transpose(0, 3, 1, 2))
 
 
 def test_one_more_option_is_found_everywhere(pipeline, checkpoint, tmp_path, monkeypatch, capsys):

@@ -110,6 +110,6 @@ try:
     main_generate({flags!r})
 except SystemExit:
     pass
-assert not {{"mlx.core", "transformers"}} & set(sys.modules)
+assert not {{"mlx.core", "tokenizers"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, capture_output=True)

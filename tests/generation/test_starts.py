@@ -5,11 +5,12 @@ import json
 import shutil
 
 import numpy as np
+import oracle
 import pytest
 from diffusers.image_processor import VaeImageProcessor
-from helpers import MASK, PICTURE, compare_from_picture, error, smooth
+from helpers import MASK, PICTURE, compare_from_picture, error, smooth, to_torch_layout
 from oracle import SCHEDULERS
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from mlx_deepcache import StableDiffusion
 from mlx_deepcache.errors import Failure, UsageError
@@ -74,6 +75,24 @@ def test_taesd_draws_no_noise(checkpoint, taesd, tmp_path, kind, mask, strength)
     ours = StableDiffusion.from_pretrained(str(checkpoint(kind)), "float32", vae=str(taesd))
     options = {"steps": 4, "guidance_scale": 2.0, "scheduler": "euler-a", "strength": strength}
     compare_from_picture(lambda kind: folder, lambda kind: ours, kind, mask, **options)
+
+
+def test_a_soft_mask(checkpoint, pipeline):
+    """diffusers' blur before, and its overlay after; its latents know black and white only, and so do ours."""
+    options = {"steps": 4, "guidance_scale": 2.0, "scheduler": "ddim", "strength": 0.7}
+    soft = VaeImageProcessor.blur(MASK, 5)
+    expected = oracle.from_picture(
+        checkpoint("sd15"), "a small red cat", PICTURE, soft, seed=[3], height=72, width=104, **options
+    )
+    pipe = pipeline("sd15")
+    result = pipe("a small red cat", image=PICTURE, mask=MASK, mask_blur=5, seeds=3, cache_interval=1, **options)
+    assert error(to_torch_layout(result.latents), expected["latents"]) < 1e-4
+    drawn = Image.fromarray(pipe.decode(result.latents)[0])
+    overlaid = np.asarray(VaeImageProcessor().apply_overlay(soft, PICTURE, drawn).convert("RGB")).astype(int)
+    ours, alpha = np.asarray(result.images[0]).astype(int), np.asarray(soft)
+    assert np.abs(ours - overlaid).max() <= 2
+    assert len(np.unique(alpha)) > 50
+    assert np.array_equal(ours[alpha == 0], np.asarray(PICTURE)[alpha == 0])
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
@@ -281,3 +300,68 @@ def test_the_smallest_strength_works(pipeline):
 def test_a_net_for_inpainting_needs_picture_and_mask(pipeline, options):
     with pytest.raises(UsageError, match="this model fills in parts of a picture: it needs"):
         pipeline("inpaint").settings("a cat", **options)
+
+
+def tiff(values, *, samples, bits=32):
+    """A TIFF file of grey numbers; samples: what its SampleFormat is set to."""
+    held = io.BytesIO()
+    Image.fromarray(values).save(held, "TIFF", tiffinfo={339: samples})
+    return held.getvalue()
+
+
+def test_grey_of_many_bits():
+    """White is what the file's kind of number says, to a step of 255."""
+    ramp = np.linspace(0, 1, 64).reshape(8, 8)
+    expected = np.asarray(Image.fromarray((ramp * 255).round().astype(np.uint8)).convert("RGB")).astype(int)
+
+    def near(picture):
+        return np.abs(np.asarray(read_picture(picture)).astype(int) - expected).max() <= 1
+
+    sixteen = (ramp * 65535).round().astype(np.uint16)
+    assert near(Image.fromarray(sixteen)) and near(Image.fromarray(sixteen.astype(np.int32)))
+    held = io.BytesIO()
+    Image.fromarray(sixteen).save(held, "PNG")
+    assert near(held.getvalue())
+    assert near(tiff(sixteen, samples=1))
+    signed = (ramp * (2**31 - 1)).round().astype(np.int32)
+    assert near(tiff(signed, samples=2)) and near(Image.fromarray(signed))
+    unsigned = (ramp * (2**32 - 1)).round().astype(np.uint32).view(np.int32)
+    assert near(tiff(unsigned, samples=2).replace(b"\x53\x01\x03\0\x01\0\0\0\x02", b"\x53\x01\x03\0\x01\0\0\0\x01"))
+    assert near(tiff(ramp.astype(np.float32), samples=3)) and near(Image.fromarray(ramp.astype(np.float32)))
+    with pytest.raises(Failure, match="no known white outside"):
+        read_picture(Image.fromarray((ramp * 2).astype(np.float32)))
+
+
+def test_grey_of_many_bits_is_turned_upright():
+    held, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.zeros((4, 8), np.uint16)).save(held, "PNG", exif=exif)
+    assert read_picture(held.getvalue()).size == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "kind EPS, which is not read; save it as PNG"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "kind HEIC"),
+        (b"%PDF-1.4", "kind PDF"),
+        (b"<?xml version='1.0'?><svg/>", "kind SVG"),
+        (b"8BPS\0\x01", "kind Photoshop"),
+        (b"SIMPLE  =                    T", "no picture of a kind"),
+    ],
+)
+def test_kinds_that_are_not_opened(tmp_path, monkeypatch, start, words):
+    """EPS above all, for which Pillow starts Ghostscript."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *rest: pytest.fail("another program would be started"))
+    (tmp_path / "a.png").write_bytes(start)
+    for picture in (tmp_path / "a.png", start):
+        with pytest.raises(Failure, match=words):
+            read_picture(picture)
+        with pytest.raises(Failure, match=words):
+            read_mask(picture)
+
+
+def test_formats_that_are_read(tmp_path):
+    for name in ("png", "jpg", "webp", "tiff", "bmp", "gif", "avif", "ppm", "tga", "jp2"):
+        PICTURE.save(tmp_path / f"a.{name}")
+        assert read_picture(tmp_path / f"a.{name}").size == PICTURE.size

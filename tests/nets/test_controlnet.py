@@ -169,8 +169,8 @@ def test_proportions_are_those_of_the_picture(pipeline, net):
     [
         ({"scale": float("nan")}, "scale should be a number, got nan"),
         ({"start": 0.5, "end": 0.5}, "start before it ends"),
-        ({"start": -0.1}, "start before it ends"),
-        ({"end": 1.1}, "start before it ends"),
+        ({"start": -0.1}, "start should be a share of the steps, from 0 to 1, got -0.1"),
+        ({"end": 1.1}, "end should be a share of the steps, from 0 to 1, got 1.1"),
     ],
 )
 def test_settings_that_cannot_be(pipeline, net, values, message):
@@ -230,7 +230,9 @@ def test_flags(checkpoint, pipeline, net, tmp_path, monkeypatch, capfd):
     for wrong, words in (
         (["--controlnet", folder], "each --controlnet needs a --control-image, got 1 and 0"),
         ([*control, "--control-end", "0.5", "--control-end", "0.6"], "--control-end should be given once"),
-        (["--control-scale", "0.5"], "--control-scale should be given once, or once a --controlnet (0)"),
+        (["--control-scale", "0.5"], "--control-scale has no meaning without a --controlnet"),
+        (["--control-image", "edges.png"], "--control-image has no meaning without a --controlnet"),
+        (["--control-end", "0.5"], "--control-end has no meaning without a --controlnet"),
     ):
         assert main_generate([*flags, *wrong]) == 2
         assert words in capfd.readouterr().err

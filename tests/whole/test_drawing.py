@@ -2,6 +2,9 @@
 
 import io
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 from helpers import error
 from PIL import Image
 
+import mlx_deepcache
 from mlx_deepcache import StableDiffusion
 from mlx_deepcache.apps.convert import main_convert
 from mlx_deepcache.apps.generate import main_generate
@@ -58,6 +62,15 @@ def test_bad_input(args, message, tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
     assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("closed", ["<&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams(tmp_path, closed):
+    """The next file opened takes their numbers, and MLX holds number 0 for a failure."""
+    flags = f"--prompt apple --steps 1 --output {tmp_path}/out.png"
+    command = f"{sys.executable} {Path(mlx_deepcache.__file__).parents[1]}/generate.py {flags} {closed}"
+    assert subprocess.run(["sh", "-c", command], capture_output=True).returncode == 0
+    assert pixels(tmp_path / "out.png").shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -13,7 +13,6 @@ The alpha of PEFT stands not beside the weights but in adapter_config.json, or i
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -355,7 +354,7 @@ def _settings(file: Path, metadata: dict[str, str], names: Iterable[str]) -> dic
     beside, wrapped = file.with_name("adapter_config.json"), any(name.startswith(_BOTH) for name in names)
     if _METADATA in metadata:
         try:
-            said = json.loads(metadata[_METADATA])
+            said = parse_json(metadata[_METADATA])
             settings = {name: _starting(said, f"{name}.") for name in _PREFIXES if _starting(said, f"{name}.")}
             settings[""] = {key: value for key, value in said.items() if key.partition(".")[0] not in _PREFIXES}
         except (ValueError, AttributeError, RecursionError):

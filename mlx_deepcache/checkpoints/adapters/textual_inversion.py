@@ -18,6 +18,7 @@ from ...backend.ops import DTYPES
 from ...errors import CheckpointError, UsageError
 from ...nets.clip import CLIPTextModel
 from ..families import FAMILIES
+from ..tokenizer import CLIPTokenizer
 from ..weights import read_tensors, some
 
 _ENCODERS = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
@@ -86,25 +87,22 @@ def _widths(values) -> str:
 class ExtendedTokenizer:
     """A CLIPTokenizer that knows more words; where one has several vectors, it stands for as many tokens."""
 
-    def __init__(self, tokenizer, embeddings: Sequence[Embedding]):
+    def __init__(self, tokenizer: CLIPTokenizer, embeddings: Sequence[Embedding]):
         """Raises UsageError if a word is in the vocabulary already."""
-        from tokenizers import AddedToken
-
         self._tokenizer = tokenizer
         self._longer = []
         for embedding in embeddings:
-            if taken := [token for token in embedding.tokens if token in tokenizer.get_vocab()]:
+            if taken := [token for token in embedding.tokens if tokenizer.id(token) is not None]:
                 raise UsageError(f"{taken[0]!r} is a word already; give the embedding another one, FILE:WORD")
-            tokenizer.add_tokens([AddedToken(token, single_word=True) for token in embedding.tokens])
+            tokenizer.add(embedding.tokens)
             if len(embedding.tokens) > 1:
                 pattern = re.compile(rf"(?<!\w){re.escape(embedding.word)}(?!\w)", re.IGNORECASE)
                 self._longer.append((pattern, " ".join(embedding.tokens)))
 
-    def __call__(self, texts, **options):
-        texts = [texts] if (one := isinstance(texts, str)) else list(texts)
+    def encode(self, text: str) -> list[int]:
         for pattern, words in self._longer:
-            texts = [pattern.sub(lambda match, words=words: words, text) for text in texts]
-        return self._tokenizer(texts[0] if one else texts, **options)
+            text = pattern.sub(lambda match, words=words: words, text)
+        return self._tokenizer.encode(text)
 
     def __getattr__(self, name):
         return getattr(self._tokenizer, name)
@@ -114,7 +112,7 @@ def extend(encoder: CLIPTextModel, name: str, tokenizer: ExtendedTokenizer, embe
     """Put the vectors into a text encoder's table, where the tokenizer's ids for them are."""
     table = encoder.embeddings.token_embedding.weight
     for embedding in embeddings:
-        first = tokenizer.convert_tokens_to_ids(embedding.word)
+        first = tokenizer.id(embedding.word)
         vectors = embedding.vectors[name].astype(table.dtype)
         gap = mx.zeros((max(0, first - len(table)), table.shape[1]), table.dtype)
         table = mx.concatenate([table[:first], gap, vectors, table[first + len(vectors) :]])

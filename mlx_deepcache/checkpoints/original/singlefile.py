@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, called
 from ...nets.autoencoder import VAEConfig
 from ...nets.unet_parts import UNetConfig
 from .. import tokenizer as vocabulary
@@ -49,12 +49,12 @@ class ModelWarning(UserWarning):
 
 # What a file may be that is no checkpoint: (a pattern in its tensors' names, what it is and what to do)
 _NO_CHECKPOINT = (
-    (r"lora_(down|up|A|B)\b|lora[._](down|up)\.|hada_w1|lokr_w", "is a LoRA; give it to --lora, and a checkpoint here"),
-    (r"^control_model\.|^controlnet_", "is a ControlNet; give it to --controlnet, and a checkpoint here"),
-    (r"^(emb_params|clip_[lg]|string_to_param)$", "is a textual inversion; give it to --embedding"),
+    (r"lora_(down|up|A|B)\b|lora[._](down|up)\.|hada_w1|lokr_w", "is a LoRA; give it to {lora}, and a checkpoint here"),
+    (r"^control_model\.|^controlnet_", "is a ControlNet; give it to {controlnet}, and a checkpoint here"),
+    (r"^(emb_params|clip_[lg]|string_to_param)$", "is a textual inversion; give it to {embedding}"),
     (r"joint_blocks|double_blocks|double_stream|^transformer_blocks", "is of another family than Stable Diffusion's"),
     (r"^(down_blocks|text_model|encoder\.layers|embeddings)\.", "is one part of a checkpoint; name its whole folder"),
-    (r"^(taesd_)?(encoder|decoder)\.", "is a VAE alone; give it to --vae, and a checkpoint here"),
+    (r"^(taesd_)?(encoder|decoder)\.", "is a VAE alone; give it to {vae}, and a checkpoint here"),
 )
 
 
@@ -81,7 +81,8 @@ class SingleFile:
         if said is None and len(variants) > 1 and not self._inpaints:
             warnings.warn(
                 f"{path} does not say whether it predicts noise or v, and its tensors cannot tell; taken for v, at "
-                "768 x 768 pixels. If its pictures are noise, pass --prediction-type epsilon (512 x 512 pixels)",
+                "768 x 768 pixels. If its pictures are noise, pass "
+                f"{called('prediction_type', 'epsilon')} (512 x 512 pixels)",
                 ModelWarning,
                 stacklevel=4,
             )
@@ -123,8 +124,8 @@ class SingleFile:
                 config["_class_name"] = "DDIMScheduler"
         return config
 
-    def tokenizer(self, name: str):
-        """transformers' CLIPTokenizer."""
+    def tokenizer(self, name: str) -> vocabulary.CLIPTokenizer:
+        """CLIP's own."""
         return vocabulary.tokenizer(self._pad(name))
 
     def write_tokenizer(self, name: str, folder: Path) -> None:
@@ -138,6 +139,8 @@ class SingleFile:
         if f"{UNET}input_blocks.0.0.weight" not in names:
             for pattern, what in _NO_CHECKPOINT:
                 if any(re.search(pattern, name) for name in names):
+                    names = {"lora": "loras", "controlnet": "controls", "embedding": "embeddings", "vae": "vae"}
+                    what = what.format(**{field: called(option) for field, option in names.items()})
                     raise CheckpointError(f"{self.path} {what}")
             raise CheckpointError(
                 f"{self.path} is no Stable Diffusion checkpoint: it has no tensors {UNET}input_blocks.*, only "
