@@ -153,13 +153,12 @@ class StableDiffusion:
 
     def hold(self, settings: Settings) -> None:
         """Keep every component for the next batch, if one such picture fits beside them."""
-        if self.low_memory:
-            return
-        for components in self.models:
-            components.keep = True
-        if self._peak(settings.batch(settings.prompts[0], slice(1))) > self.budget:
+        for keep in (not self.low_memory, False):
+            self._held_as["keep"] = keep
             for components in self.models:
-                components.keep = False
+                components.keep = keep
+            if not keep or self._peak(settings.batch(settings.prompts[0], slice(1))) <= self.budget:
+                break
 
     def _peak(self, settings: Settings, least: bool = False, frugal: bool = False) -> int:
         """frugal: as with `low_memory`."""

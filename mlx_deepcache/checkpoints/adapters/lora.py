@@ -23,6 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...errors import CheckpointError, UsageError
+from ...fields import parse_json
 from ...nets.unet_parts import UNetConfig
 from ..families import SDXL, family_by
 from ..folder import read_json
