@@ -69,6 +69,13 @@ def _as_drawn(parser: Parser, args: argparse.Namespace, argv: list[str]) -> argp
 
 
 def _generate(args: argparse.Namespace) -> None:
+    from ..checkpoints import hub
+
+    with hub.silence(args.quiet):
+        _draw_all(args)
+
+
+def _draw_all(args: argparse.Namespace) -> None:
     import mlx.core as mx
 
     from ..generation.record import describe, save_png
@@ -153,10 +160,8 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _pipeline(args: argparse.Namespace, *, keep: bool) -> StableDiffusion:
-    from ..checkpoints import hub
     from ..generation.pipeline import StableDiffusion
 
-    hub.quiet = args.quiet
     return StableDiffusion.from_pretrained(keep=keep, **given(args, ModelOptions))
 
 

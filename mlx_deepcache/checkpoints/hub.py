@@ -12,8 +12,9 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from .original.singlefile import SingleFile
 from .weights import PICKLES, component_files, some
 
 PATIENCE = 10  # seconds for the hub's first answers
-quiet = False  # whether nothing is said of a download; the command line's --quiet
+_quiet = ContextVar("quiet", default=False)
 
 _CONFIGS = re.compile(
     r"model_index\.json|scheduler/[^/]+\.json"
@@ -44,6 +45,16 @@ class Listed(NamedTuple):
 
 class _NoAnswer(CheckpointError):
     """The hub cannot be reached: no other repository is worth a try."""
+
+
+@contextmanager
+def silence(quiet: bool) -> Iterator[None]:
+    """Say nothing of downloads meanwhile, or do."""
+    before = _quiet.set(quiet)
+    try:
+        yield
+    finally:
+        _quiet.reset(before)
 
 
 def find(model: str | Path, *, half: bool = False, alone: bool = False) -> Path:
@@ -327,7 +338,7 @@ def _download(named: HubId, files: Iterable[str], listed: Listed) -> Path:
         all(file.endswith((".json", ".txt")) for file in lacking),
     )
     shown_by_hub = not are_progress_bars_disabled()
-    silent = quiet or small or not shown_by_hub
+    silent = _quiet.get() or small or not shown_by_hub
     if not silent:
         what = lacking[0] if len(lacking) == 1 else f"{len(lacking)} files"
         print(f"fetching {named.repository} from the Hugging Face hub: {what}, {_size(total)}", file=sys.stderr)
