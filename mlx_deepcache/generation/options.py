@@ -73,7 +73,6 @@ def at_least(least: int) -> Check:
 
 
 SHARE = Check("above 0 and at most 1", lambda value: 0 < value <= 1)
-SEED = Check("a whole number from -2^63 to 2^64 - 1", lambda value: -(2**63) <= value < 2**64)  # as PyTorch's are
 PART = Check("a share of the steps, from 0 to 1", lambda value: 0 <= value <= 1)
 BETWEEN = Check("between 0 and 1", lambda value: 0 < value < 1)
 DECIBELS = Check("a number of dB above 0, such as 30", lambda value: value > 0)
@@ -496,7 +495,6 @@ class Options:
         flag="--seed",
         metavar="S",
         nargs="+",
-        check=SEED,
         a1111="Seed",
     )
     height: int | None = option(
