@@ -44,8 +44,7 @@ def run(
             | {"controls": "--controlnet", "preview_vae": "--preview-vae"}
         ):
             command(flags(sys.argv[1:] if argv is None else argv))
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except UsageError as error:
         print(f"error: {shown(error)}", file=sys.stderr)
         return 2

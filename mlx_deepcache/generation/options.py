@@ -78,9 +78,6 @@ def at_least(least: int) -> Check:
 
 
 SHARE = Check("above 0 and at most 1", lambda value: 0 < value <= 1)
-SEED = Check(  # as PyTorch's are
-    "a whole number from -2^63 to 2^64 - 1, or random", lambda value: value == "random" or -(2**63) <= value < 2**64
-)
 PART = Check("a share of the steps, from 0 to 1", lambda value: 0 <= value <= 1)
 BETWEEN = Check("between 0 and 1", lambda value: 0 < value < 1)
 DECIBELS = Check("a number of dB above 0, such as 30", lambda value: value > 0)
@@ -559,7 +556,6 @@ class Options:
         PICTURE,
         flag="--seed",
         nargs="+",
-        check=SEED,
         a1111="Seed",
     )
     height: int | None = option(

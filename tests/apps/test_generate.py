@@ -842,7 +842,7 @@ def test_picture_and_mask(draw):
     ("flags", "code", "words"),
     [
         (["--image", "nowhere.png"], 1, ["there is no picture nowhere.png"]),
-        (["--mask", "mask.png"], 2, ["mask has no meaning without an image"]),
+        (["--mask", "mask.png"], 2, ["--mask has no meaning without an --image"]),
         (["--image", "nowhere.png", "--strength", "0.2"], 2, ["none of 3 steps", "0.3334"]),
         (["--image", "nowhere.png", "--fit", "tile"], 2, ["--fit", "crop"]),
     ],

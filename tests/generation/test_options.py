@@ -84,12 +84,11 @@ def test_what_cannot_be_is_refused(o, capsys):
         ({"steps": True}, "steps should be"),
         ({"guidance_scale": float("nan")}, "guidance_scale should be a number, got nan"),
         ({"long_prompt": 1}, "long_prompt should be True or False, got 1"),
-        ({"seeds": ["x"]}, "seeds should be a whole number .* got 'x'"),
+        ({"seeds": ["x"]}, "seeds should be a whole number, got 'x'"),
         ({"strength": 0.5}, "strength has no meaning without an image"),
         ({"fit": "crop"}, "fit has no meaning without an image"),
         ({"control_every_step": True}, "control_every_step has no meaning without a control"),
         ({"cache_interval": 1.5}, "cache_interval should be a whole number, 1 or more, got 1.5"),
-        ({"seeds": 2**70}, "seeds should be a whole number from -2\\^63 to 2\\^64 - 1, got 1180591620717411303424"),
         ({"seeds": b"3"}, "seeds should be .* got b'3'"),
         ({"seeds": [True]}, "seeds should be .* got True"),
         ({"seed": 1, "seeds": 2}, "seed and seeds are the same; give one of them"),
@@ -124,6 +123,7 @@ def test_python_values_that_make_sense_are_taken():
         Options, {"seed": mx.array(3), "steps": np.float32(4), "long_prompt": np.True_, "cache": "pab"}
     )
     assert (made.seeds, made.steps, made.long_prompt) == ((3,), 4, True)
+    assert options.taken(Options, {"seeds": 2**70}).seeds == (2**70,)  # as any other
     assert options.taken(Options, {"seeds": np.array(7)}).seeds == options.taken(Options, {"seeds": 7.0}).seeds == (7,)
 
 
