@@ -52,7 +52,7 @@ def _as_drawn(parser: Parser, args: argparse.Namespace, argv: list[str]) -> argp
     from ..generation import record
 
     with warnings.catch_warnings(record=True) as notes:
-        settings, unknown = record.read(args.from_image)
+        settings, unknown = record.read(args.from_image, getattr(args, "lora_dir", None))
     known = {name for name, value in vars(args).items() if value is not None}
     flags = record.as_flags(settings, args.from_image, known | ({"controls"} if "controlnet" in known else set()))
     notes = [str(note.message) for note in notes if "rng" not in known]

@@ -93,10 +93,11 @@ def save_png(file: Path, image: np.ndarray, settings: dict | None, *, replace: b
     write_image(file, image, replace=replace, pnginfo=info)
 
 
-def read(file: Path) -> tuple[dict, list[str]]:
+def read(file: Path, loras: str | None = None) -> tuple[dict, list[str]]:
     """The settings in a picture, by the names of `describe`, and the names of those that mean nothing here.
 
-    Read is what this package writes, or else the `parameters` text of AUTOMATIC1111's web UI and its like.
+    Read is what this package writes, or else the `parameters` text of AUTOMATIC1111's web UI and its like, see
+    `from_a1111`.
 
     Raises:
         Failure: it is missing, no PNG, or carries no settings that can be read.
@@ -127,14 +128,14 @@ def read(file: Path) -> tuple[dict, list[str]]:
         known = {"prompt", "version", "lora_hashes", *(o.key for o in recorded())}
         return {k: v for k, v in settings.items() if k in known}, sorted(settings.keys() - known)
     if "parameters" in texts:
-        return from_a1111(texts["parameters"], file)
+        return from_a1111(texts["parameters"], file, loras)
     raise Failure(f"{file} carries no settings: neither {JSON_KEY}'s nor a `parameters` text")
 
 
-def from_a1111(text: str, file: Path) -> tuple[dict, list[str]]:
+def from_a1111(text: str, file: Path, loras: str | None = None) -> tuple[dict, list[str]]:
     """The same from a `parameters` text: the prompt, "Negative prompt: ", and a line of "Name: value" pairs.
 
-    LoRAs that the prompts name are taken out of them, and looked for here and beside `file`. Warns if the text does not
+    LoRAs that the prompts name are taken out of them, and looked for here, beside `file` and in the folder `loras`. Warns if the text does not
     say whose random numbers were used: then they are A1111's default, the GPU's.
 
     Raises:
@@ -152,7 +153,7 @@ def from_a1111(text: str, file: Path) -> tuple[dict, list[str]]:
     settings = {"prompt": "\n".join(lines[:start])}
     if start < len(lines):
         settings["negative_prompt"] = "\n".join(lines[start:]).strip().removeprefix("Negative prompt:").strip()
-    lost = _take_networks(settings, file)
+    lost = _take_networks(settings, [Path(), file.parent, *([] if loras is None else [Path(loras)])])
     if "Size" in pairs:
         settings["width"], _, settings["height"] = pairs.pop("Size").partition("x")
     if "Sampler" in pairs:
@@ -202,14 +203,14 @@ def _pairs(line: str) -> dict[str, str]:
     return found
 
 
-def _take_networks(settings: dict, file: Path) -> list[str]:
-    """Take the networks out of the prompts; LoRAs that are here or beside the picture become a setting. Returns what
-    those that are not are called."""
+def _take_networks(settings: dict, folders: list[Path]) -> list[str]:
+    """Take the networks out of the prompts; LoRAs that are in one of the folders become a setting. Returns what those
+    that are not are called."""
     lost = []
 
     def take(tag: re.Match) -> str:
         kind, name, (scale, *unet) = tag[1], Path(tag[2]).name, (tag[3] or "1").split(":")
-        found = _first(*(folder / f"{name}.safetensors" for folder in (Path(), file.parent)))
+        found = _first(*(folder / f"{name}.safetensors" for folder in folders))
         if kind != "hypernet" and found is not None and unet in ([], [scale]) and _is_number(scale):
             settings.setdefault("lora", []).append(f"{found}:{scale}")
         else:

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -125,7 +126,7 @@ def test_what_does_not_fit_is_refused_and_what_is_proposed_fits():
     pipe = StableDiffusion.from_pretrained(memory_limit=0.5)
     message = refused(lambda: pipe(ONE, height=900, width=600))
     assert message.startswith("600 x 900 pixels would take about ") and "there are 0.5" in message
-    width, height = (int(message.split(f"--{side} ")[1].split()[0].rstrip(",")) for side in ("width", "height"))
+    width, height = (int(re.search(rf"{side}=(\d+)", message)[1]) for side in ("width", "height"))
     assert width / height == pytest.approx(600 / 900, abs=0.05)
     pipe.denoise(pipe.settings(ONE, height=height, width=width))
     refused(

@@ -28,7 +28,7 @@ SAMPLES = {
     "int": "2",
     "float": "0.5",
     "Policy": "pab",
-    "Model": "owner/name",
+    "Model": "emoji",
     "Lora": "a.safetensors:0.5",
 }
 SAMPLES |= {"Embedding": "b.safetensors:word", "Picture": "in.png", "Latents": "in.png"}
@@ -84,7 +84,7 @@ def test_what_cannot_be_is_refused(o, capsys):
         ({"steps": True}, "steps should be"),
         ({"guidance_scale": float("nan")}, "guidance_scale should be a number, got nan"),
         ({"long_prompt": 1}, "long_prompt should be True or False, got 1"),
-        ({"seeds": ["x"]}, "seeds should be a whole number, got 'x'"),
+        ({"seeds": ["x"]}, "seeds should be a whole number, or random, got 'x'"),
         ({"strength": 0.5}, "strength has no meaning without an image"),
         ({"fit": "crop"}, "fit has no meaning without an image"),
         ({"control_every_step": True}, "control_every_step has no meaning without a control"),

@@ -85,7 +85,17 @@ def test_a_soft_mask(checkpoint, pipeline):
         checkpoint("sd15"), "a small red cat", PICTURE, soft, seed=[3], height=72, width=104, **options
     )
     pipe = pipeline("sd15")
-    result = pipe("a small red cat", image=PICTURE, mask=MASK, mask_blur=5, seeds=3, cache_interval=1, **options)
+    result = pipe(
+        "a small red cat",
+        image=PICTURE,
+        mask=MASK,
+        mask_blur=5,
+        seeds=3,
+        height=72,
+        width=104,
+        cache_interval=1,
+        **options,
+    )
     assert error(to_torch_layout(result.latents), expected["latents"]) < 1e-4
     drawn = Image.fromarray(pipe.decode(result.latents)[0])
     overlaid = np.asarray(VaeImageProcessor().apply_overlay(soft, PICTURE, drawn).convert("RGB")).astype(int)
