@@ -135,8 +135,8 @@ def read(file: Path, loras: str | None = None) -> tuple[dict, list[str]]:
 def from_a1111(text: str, file: Path, loras: str | None = None) -> tuple[dict, list[str]]:
     """The same from a `parameters` text: the prompt, "Negative prompt: ", and a line of "Name: value" pairs.
 
-    LoRAs that the prompts name are taken out of them, and looked for here, beside `file` and in the folder `loras`. Warns if the text does not
-    say whose random numbers were used: then they are A1111's default, the GPU's.
+    LoRAs that the prompts name are taken out of them, and looked for here, beside `file` and in the folder `loras`.
+    Warns if the text does not say whose random numbers were used: then they are A1111's default, the GPU's.
 
     Raises:
         Failure: the line of pairs lacks, so the settings are not to be told from the prompt.
