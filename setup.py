@@ -47,6 +47,7 @@ setup(
             "peft",
             "argcomplete",
             "openai-clip",
+            "hypothesis",
             "psutil",
             "scikit-image",
             "pytest",
