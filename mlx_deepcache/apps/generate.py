@@ -21,6 +21,8 @@ from .flags import Parser, complete, generate_parser, given
 from .outputs import Pictures, check, to_stdout
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..generation.pipeline import Generation, StableDiffusion
     from ..generation.settings import Settings
     from .watch import Watcher
@@ -76,10 +78,9 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _draw_all(args: argparse.Namespace) -> None:
+    """All prompts, in batches that fit; what one prompt fails for does not stop the others."""
     import mlx.core as mx
 
-    from ..generation.record import describe, save_png
-    from ..generation.report import dtype_name
     from ..media.latents import write_latents
     from ..media.png import write_image
     from ..media.sheets import grid, psnr
@@ -94,7 +95,7 @@ def _draw_all(args: argparse.Namespace) -> None:
         say("model: the bundled text-to-emoji model; --model sd15 or --model sdxl draws anything, after a download")
     prompts = _prompts(args)
     pipe = _pipeline(args, keep=False)
-    settings = pipe.settings(prompts[0], **_options(args, pipe))
+    settings = pipe.settings(prompts[0] if len(prompts) == 1 else "", **_options(args, pipe))  # each may fail alone
     if (note := _about_cache(args, pipe, settings)) is not None:
         say(note)
     n = len(settings.seeds)
@@ -117,16 +118,10 @@ def _draw_all(args: argparse.Namespace) -> None:
     for number, (place, prompt, rows) in enumerate(batches, 1):
         if place in failed:
             continue
-        batch, pictures, written = settings.batch(prompt, rows), [], []
+        batch = settings.batch(prompt, rows)
         watch.begin(f"{number}-" if len(batches) > 1 else "")
         try:
-            drawn = _draw(pipe, batch, watch, args.quiet)
-            for i, (image, seed) in enumerate(zip(drawn.pictures(), batch.seeds, strict=True), place * n + rows.start):
-                about = describe(batch, model, dtype_name(pipe.dtype), prompt, seed)
-                put = partial(save_png, image=image, settings=None if args.no_metadata else about)
-                written.append(str(files.save(i, about, put)))
-                say(f"wrote {written[-1]}")
-                pictures.append(image)
+            drawn, pictures, written = _draw_and_write(args, model, pipe, batch, watch, place * n + rows.start)
             if args.compare:
                 uncached.append(without_cache(pipe, batch))
                 near = ", ".join(f"{psnr(*pair):.1f}" for pair in zip(pictures, uncached[-1][0], strict=True))
@@ -157,6 +152,25 @@ def _draw_all(args: argparse.Namespace) -> None:
         write_text(args.stats, json.dumps(stats[0] if len(stats) == 1 else stats, indent=2) + "\n")
     if failed:
         raise Failure(f"{len(failed)} of {len(prompts)} prompts could not be drawn")
+
+
+def _draw_and_write(
+    args: argparse.Namespace, model: ModelOptions, pipe: StableDiffusion, batch: Settings, watch: Watcher, first: int
+) -> tuple[Generation, list[np.ndarray], list[str]]:
+    """Draw a batch, and write each picture once it is decoded; first: its number among all."""
+    from ..generation.record import describe, save_png
+    from ..generation.report import dtype_name
+
+    drawn, pictures, written = _draw(pipe, batch, watch, args.quiet), [], []
+    for number, (image, prompt, seed) in enumerate(
+        zip(drawn.pictures(), batch.prompts, batch.seeds, strict=True), first
+    ):
+        about = describe(batch, model, dtype_name(pipe.dtype), prompt, seed)
+        put = partial(save_png, image=image, settings=None if args.no_metadata else about)
+        written.append(str(args.files.save(number, about, put)))
+        args.say(f"wrote {written[-1]}")
+        pictures.append(image)
+    return drawn, pictures, written
 
 
 def _pipeline(args: argparse.Namespace, *, keep: bool) -> StableDiffusion:
