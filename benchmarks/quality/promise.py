@@ -72,4 +72,4 @@ def measure(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run(measure, flags, None, "cancelled; what is drawn is kept, and the same command goes on"))
+    raise SystemExit(run(measure, flags, None, "cancelled; what is drawn is kept", "draw smaller pictures"))

@@ -193,4 +193,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, parser().parse_args, None, "cancelled; what is drawn is kept"))
+    sys.exit(run(main, parser().parse_args, None, "cancelled; what is drawn is kept", "use a smaller --batch"))

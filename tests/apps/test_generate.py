@@ -684,6 +684,14 @@ def test_a_bad_prompt_fails_alone(draw, checkpoint, capfd):
     assert isinstance(json.loads(Path("s.json").read_text()), dict)  # of the one batch that was drawn
 
 
+def test_a_first_prompt_fails_alone_too(draw, checkpoint, capfd):
+    Path("prompts").write_text("a cat <lora:gone:1>\na dog\n")
+    flags = ["--model", checkpoint("sd15"), "--prompt-file", "prompts", *SMALL, "--quiet", "--lora-dir", "."]
+    assert exit_code(main_generate, flags) == 1
+    assert left() == ["out-2.png", "prompts"]
+    assert "error: prompt 1, 'a cat <lora:gone:1>': there is no LoRA 'gone'" in capfd.readouterr().err
+
+
 def test_no_prompt_can_be_drawn(draw, checkpoint, capfd):
     Path("prompts").write_text("(a cat:1000)\n(a bird:-1000)\n")
     flags = ["--model", checkpoint("sd15"), "--prompt-file", "prompts", *SMALL, "--quiet"]
