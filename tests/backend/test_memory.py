@@ -128,8 +128,8 @@ def test_a_memory_limit_is_kept_as_a_budget():
     before = mx.set_memory_limit(10**12)
     cache = mx.set_cache_limit(10**9)
     try:
-        assert limit_memory() == machine_memory()
-        assert limit_memory(10**6) == machine_memory()  # there is no more than that
+        most = machine_memory() - 300_000_000  # Python and the libraries take some too
+        assert limit_memory() == limit_memory(10**6) == most  # there is no more than that
         assert limit_memory(1.5) == 1_500_000_000
         assert mx.set_memory_limit(10**12) == 1_500_000_000
         assert mx.set_cache_limit(10**9) == 375_000_000
