@@ -182,7 +182,11 @@ def _is(kind: str, value: Any) -> bool:
         return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is, kinds, value))
     if isinstance(value, bool):  # which Python counts among the whole numbers
         return kind == "bool"
-    return isinstance(value, JSON[kind][1]) and (kind != "int" or 0 <= value < 2**31)
+    if not isinstance(value, JSON[kind][1]):
+        return False
+    if kind in ("int", "float"):  # more MLX cannot count to, or hold in float32
+        return (0 if kind == "int" else -(2**128)) <= value < (2**31 if isinstance(value, int) else 2**128)
+    return True
 
 
 JSON = {
