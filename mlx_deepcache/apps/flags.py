@@ -37,6 +37,13 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(rest)}{nearest}")
         return args
 
+    def _get_values(self, action, arg_strings):
+        if arg_strings == ["--"] and action.nargs in (None, "+"):  # `--prompt=--`, which argparse empties
+            value = self._get_value(action, "--")
+            self._check_value(action, value)
+            return value if action.nargs is None else [value]
+        return super()._get_values(action, arg_strings)
+
     def _check_value(self, action, value):
         choices = action.choices
         if choices is not None and value not in choices:
