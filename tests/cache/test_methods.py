@@ -147,17 +147,17 @@ def test_a_cached_step_is_given_the_forecast(pipeline, monkeypatch, kind, guidan
     """What the U-Net is given, seen from outside, is the sum of what it returned with the policy's weights: for the
     conditional half that of the conditional half, and for both only of calls that had both."""
     pipe = pipeline(kind)
-    unet, full, checked, calls = type(pipe.component("unet")), [], 0, []
+    unet, full, checked, calls = pipe.component("unet"), [], 0, []
     deep, finish = unet.deep, unet.finish
 
-    def watched_deep(self, skip, *args, **options):
-        features = deep(self, skip, *args, **options)
+    def watched_deep(skip, *args, **options):
+        features = deep(skip, *args, **options)
         if full and len(full[-1][1].conv) < len(skip):
             full.clear()
         full.append((len(calls), features))
         return features
 
-    def watched_finish(self, skips, features, *args, **options):
+    def watched_finish(skips, features, *args, **options):
         nonlocal checked
         pictures = len(skips[-1])
         if not full or full[-1][0] != len(calls):
@@ -169,7 +169,7 @@ def test_a_cached_step_is_given_the_forecast(pipeline, monkeypatch, kind, guidan
                 assert np.allclose(np.array(part), expected, atol=1e-4 * np.abs(expected).max(initial=0))
                 checked += part.size > 0
         calls.append(pictures)
-        return finish(self, skips, features, *args, **options)
+        return finish(skips, features, *args, **options)
 
     monkeypatch.setattr(unet, "deep", watched_deep)
     monkeypatch.setattr(unet, "finish", watched_finish)
@@ -456,7 +456,7 @@ def test_no_full_step_in_the_last_third(policy, steps, last):
     """Counted by hand: of 50 steps, one of 33 to 49 is full."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        parse(policy).check(steps, True)
+        parse(policy).check(schedule({}, "ddim").plan(steps), True)
     if last is None or 3 * last >= 2 * steps:
         assert not caught
     else:
