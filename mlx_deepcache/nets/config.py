@@ -6,10 +6,13 @@ not supported is an error that names it, so a checkpoint is never run with a par
 
 from __future__ import annotations
 
+import math
 from dataclasses import MISSING, fields
 
 from ..errors import CheckpointError
 from ..fields import is_json, json_words
+
+MOST_LAYERS = 1000  # of one kind, one after the other
 
 
 def per_level(value, levels: int, name: str) -> tuple:
@@ -36,7 +39,22 @@ def build_config(cls, data: dict, supported: dict[str, tuple]):
             raise CheckpointError(
                 f"{name} = {data[name]!r} in a {cls.__name__} should be {json_words(known[name].type)}"
             )
+        least, most = _range(name, known[name].type)
+        if any(
+            type(v) in (int, float) and not least <= v <= most for v in (value if type(value) is tuple else [value])
+        ):
+            upper = "" if most == math.inf else f" and at most {most}"
+            raise CheckpointError(f"{name} = {data[name]!r} in a {cls.__name__} should be {least:g} or more{upper}")
     return cls(**values)
+
+
+def _range(name: str, annotation: str) -> tuple[float, float]:
+    """What numbers of this name can be: sizes and counts start at 1, and nets have not many thousand layers."""
+    if name.endswith("_eps"):
+        return 1e-30, math.inf
+    if "int" not in annotation or name.endswith("_id"):
+        return -math.inf, math.inf
+    return 1, MOST_LAYERS if "layers" in name or "blocks" in name else math.inf
 
 
 def check_split(widths, heads, name: str) -> None:
