@@ -344,7 +344,9 @@ def schedule(config: dict, name: str | None = None) -> NoiseSchedule:
         if not low <= value <= high:
             raise CheckpointError(f"the scheduler's {key} should be {low} or more, at most {high}, got {value}")
     betas = c["trained_betas"]
-    if betas is not None and (np.shape(betas) != (total,) or not all(isinstance(beta, float) for beta in betas)):
+    if betas is not None and not (
+        isinstance(betas, list) and len(betas) == total and all(isinstance(beta, float) for beta in betas)
+    ):
         raise CheckpointError("the scheduler's trained_betas should be one number for each training timestep")
     ends = (c["beta_start"], c["beta_end"]) if betas is None else (min(betas), max(betas))
     if not all(0 < beta < 1 for beta in ends):

@@ -140,3 +140,5 @@ def check_writable(file: Path) -> None:
             raise Failure(f"cannot write {str(file)!r}: it has a null character")
     except OSError as error:  # such as a name that is too long
         raise Failure(f"cannot write {file}: {error.strerror or error}") from None
+    except UnicodeError:
+        raise Failure(f"cannot write {str(file)!r}: it is no text that a file can be called") from None

@@ -173,6 +173,7 @@ FLAGS = [a for a in generate_parser()._actions if a.option_strings and a.dest no
 @given(st.lists(st.sampled_from(FLAGS).flatmap(flag_and_value), max_size=5))
 @example([["--lora=--"]])  # found: argparse makes an empty list of it
 @example([["--seed=--"]])
+@example([["--save-latents=\ud800"]])  # found: no file can be called so
 def test_flags(bench, flags):
     run(bench, *(part for flag in flags for part in flag))
 
@@ -318,6 +319,9 @@ CONFIGS = [
 
 @seed(SEED)
 @given(st.sampled_from(CONFIGS), st.integers(0, 99), JSON | st.sampled_from([0, -1, 10**9, 2**70, [], {}, "x", [0]]))
+@example("scheduler/scheduler_config.json", 10, [None, []])  # found: betas that are no numbers
+@example("vae/config.json", 86, 0)  # found: latents without channels
+@example("text_encoder/config.json", 15, 10**9)  # found: layers without end
 @example("vae/config.json", 95, 2**70)  # found: a scale that MLX could not take
 def test_configs(bench, file, which, value):
     """One value of one config."""
