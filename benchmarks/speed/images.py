@@ -77,6 +77,7 @@ def ours(config: str, dtype: str, **options):
     """Our pipeline, keeping each phase's seconds and peak memory; options: the pipeline's."""
     from mlx_deepcache import StableDiffusion
     from mlx_deepcache.checkpoints.checkpoint import Checkpoint
+    from mlx_deepcache.checkpoints.folder import Part
     from mlx_deepcache.diffusion.schedulers import schedule
     from mlx_deepcache.nets.autoencoder import VAEConfig
     from mlx_deepcache.nets.clip import CLIPConfig, CLIPTextModel
@@ -87,6 +88,9 @@ def ours(config: str, dtype: str, **options):
 
         def __init__(self):
             self.path, self.index = Path(config), {}
+
+        def part(self, name):
+            return Part({}, "nowhere", lambda: ({}, {}))
 
         def scheduler(self):
             return dict(models.SCHEDULER)

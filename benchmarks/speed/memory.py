@@ -34,6 +34,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--config", choices=list(models.UNETS), default="sd15")
     parser.add_argument("--size", type=int, default=512, metavar="PX")
     parser.add_argument("--dtype", choices=["auto", "float16", "bfloat16", "float32"], default="auto")
+    parser.add_argument("--way", nargs="+", choices=list(WAYS), default=list(WAYS), help="default: all")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args(argv)
 
@@ -43,8 +44,8 @@ def main(argv=None) -> None:
     import mlx.core as mx
 
     rows = []
-    for way, options in WAYS.items():
-        pipe = images.ours(args.config, args.dtype, **options)
+    for way in args.way:
+        pipe = images.ours(args.config, args.dtype, **WAYS[way])
         result = pipe(
             "a picture",
             steps=2,

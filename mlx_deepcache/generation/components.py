@@ -97,6 +97,13 @@ class Components:
         upcast = name == "vae" and self.checkpoint.family.upcasts_vae and self.checkpoint.vae_config.force_upcast
         return mx.float32 if upcast else self.dtype
 
+    def bits_of(self, name: str) -> int | None:
+        """Of a network's linear layers, if they are quantized: here, or in its file."""
+        if self.bits is not None:
+            return self.bits
+        _, metadata = self.checkpoint.part(name).tensors()
+        return int(metadata["bits"]) if "bits" in metadata else None
+
     def release(self, *names: str) -> None:
         """Free these parts, unless all are held."""
         if not self.keep:

@@ -65,7 +65,7 @@ def check_fits(settings: Settings, peak: Peak, frugal: Peak, budget: int) -> Non
         cures.append(f"with {called('low_memory')} it fits")
     if not cures:
         cures.append(f"try {called('low_memory')}, {called('quantize', 4)} or a smaller model")
-    raise UsageError(f"{what} would take {amount}, and there are {budget / 1e9:.1f}; {', and '.join(cures)}")
+    raise UsageError(f"{what} would take {amount}, and there are {budget / 1e9:.1f} GB; {', and '.join(cures)}")
 
 
 def _first(settings: Settings, n: int) -> Settings:
@@ -124,14 +124,14 @@ def estimate(
     if settings.image is not None:
         phase("encode", {(0, "vae"): _vae_encoder(vae, vae_dtype, h, w)}, keep)
     for leg, (model, drawn) in enumerate(zip(models, settings.legs, strict=True)):
-        config, dtype, bits = model.checkpoint.unet_config, model.dtype, model.bits
+        config, dtype = model.checkpoint.unet_config, model.dtype
         x = (n if low_memory or drawn.guidance_scale is None else 2 * n, h, w)
-        unet = {(leg, "unet"): _unet(config, dtype, bits, x, settings.cache.branch)}
+        unet = {(leg, "unet"): _unet(config, dtype, model.bits_of("unet"), x, settings.cache.branch)}
         encoders = {name: model.checkpoint.module(name).config for name in model.checkpoint.family.encoders}
-        texts = {(leg, name): _text_layers(encoder, dtype, bits) for name, encoder in encoders.items()}
+        texts = {(leg, name): _text_layers(encoder, dtype, model.bits_of(name)) for name, encoder in encoders.items()}
         nets = [find_controlnet(control.model, config, vae.factor, dtype)[1] for control in drawn.controls]
         controls = {(leg, i): _controlnet(net, dtype, x, vae.factor) for i, net in enumerate(nets)}
-        if bits is not None:
+        if model.bits is not None:
             for name in (*encoders, "unet"):
                 as_read[leg, name] = _weights(model.checkpoint.module(name), dtype)
         if keep:  # it is read along with the text encoders

@@ -16,9 +16,11 @@ from PIL import Image
 from tiny import write_controlnet
 
 from mlx_deepcache import StableDiffusion
+from mlx_deepcache.apps.convert import main_convert
 from mlx_deepcache.backend.footprint import footprint
 from mlx_deepcache.backend.ops import attention, gelu, on_gpu, silu
 from mlx_deepcache.errors import UsageError
+from mlx_deepcache.generation.options import Control
 from mlx_deepcache.nets.autoencoder import AutoencoderKL, VAEConfig
 
 REPOSITORY = Path(__file__).parents[2]
@@ -105,8 +107,6 @@ def test_the_estimate_by_phase(case):
 def test_controlnets_are_counted(checkpoint, tmp_path):
     write_controlnet("sd15", tmp_path / "net")
     pipe = StableDiffusion.from_pretrained(str(checkpoint("sd15")))
-    from mlx_deepcache.generation.options import Control
-
     options = {"steps": 2, "height": 64, "width": 64}
     without = pipe.estimate(pipe.settings(ONE, **options))
     control = Control(str(tmp_path / "net"), Image.new("RGB", (64, 64)))
@@ -114,6 +114,21 @@ def test_controlnets_are_counted(checkpoint, tmp_path):
     weights = (tmp_path / "net" / "diffusion_pytorch_model.safetensors").stat().st_size
     assert weights * 0.9 < with_net["denoise"] - without["denoise"] < weights * 3
     assert with_net["encode"] == without["encode"]
+
+
+def test_weights_that_are_stored_quantized_count_as_they_are(checkpoint, tmp_path):
+    source, output = str(checkpoint("sd15")), str(tmp_path / "small")
+    assert main_convert(["--model", source, "--output", output, "--quantize", "4"]) == 0
+    options = {"steps": 2, "height": 64, "width": 64}
+    whole, here, stored = (
+        pipe.estimate(pipe.settings(ONE, **options))
+        for pipe in (
+            StableDiffusion.from_pretrained(m, keep=False, quantize=q)
+            for m, q in ((source, None), (source, 4), (output, None))
+        )
+    )
+    assert stored["denoise"] == here["denoise"] < whole["denoise"]
+    assert stored["load"] < here["load"] == whole["load"]
 
 
 def refused(call):
