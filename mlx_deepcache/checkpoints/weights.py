@@ -243,8 +243,8 @@ def fill(
     """
     tensors = rename(tensors)
     if metadata.get("layout") == LAYOUT:
-        if "bits" in metadata:
-            quantize(module, int(metadata["bits"]), lambda name: f"{name}.scales" in tensors)
+        if (bits := stored_bits(metadata)) is not None:
+            quantize(module, bits, lambda name: f"{name}.scales" in tensors)
         shapes = _shapes(module)
     else:
         shapes = _shapes(module)
@@ -259,6 +259,12 @@ def fill(
     module.load_weights(list(tensors.items()), strict=True)
     module.eval()
     return module
+
+
+def stored_bits(metadata: dict[str, str]) -> int | None:
+    """Of the linear layers in a file that `save` wrote, if they are quantized; other programs' word is not taken."""
+    bits = metadata.get("bits") if metadata.get("layout") == LAYOUT else None
+    return int(bits) if bits in ("4", "8") else None
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

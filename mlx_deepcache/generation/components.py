@@ -11,7 +11,7 @@ from ..backend.ops import on_gpu
 from ..checkpoints.adapters.applied import Addons
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.part import load_controlnet
-from ..checkpoints.weights import quantize
+from ..checkpoints.weights import quantize, stored_bits
 from ..errors import UsageError, called
 from ..nets.controlnet import Controlled
 from ..unet import UNet2DConditionModel
@@ -102,7 +102,7 @@ class Components:
         if self.bits is not None:
             return self.bits
         _, metadata = self.checkpoint.part(name).tensors()
-        return int(metadata["bits"]) if "bits" in metadata else None
+        return stored_bits(metadata)
 
     def release(self, *names: str) -> None:
         """Free these parts, unless all are held."""

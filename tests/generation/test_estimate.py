@@ -4,6 +4,7 @@ import gc
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 from tiny import write_controlnet
 
 from mlx_deepcache import StableDiffusion
@@ -129,6 +131,16 @@ def test_weights_that_are_stored_quantized_count_as_they_are(checkpoint, tmp_pat
     )
     assert stored["denoise"] == here["denoise"] < whole["denoise"]
     assert stored["load"] < here["load"] == whole["load"]
+
+
+def test_bits_that_others_wrote_are_not_believed(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint("sd15"), tmp_path / "model")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(file), file, metadata={"format": "pt", "bits": "many"})
+    ours, theirs = (StableDiffusion.from_pretrained(str(m)) for m in (folder, checkpoint("sd15")))
+    options = {"steps": 1, "height": 64, "width": 64}
+    assert ours.estimate(ours.settings(ONE, **options)) == theirs.estimate(theirs.settings(ONE, **options))
+    assert len(ours(ONE, **options).images) == 1
 
 
 def refused(call):
