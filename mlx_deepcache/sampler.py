@@ -181,7 +181,7 @@ def sample(
         if keep is not None:
             x = keep(x, plan.steps[index + 1].here if index + 1 < len(plan.steps) else CLEAN)
         kept = run.arrays
-        mx.async_eval(x, denoised, kept)  # the device starts on this step while the one before is reported
+        mx.async_eval(x, denoised, kept)  # a GPU starts on this step while the one before is reported
         if last is not None:
             mx.eval(last.latents)
             yield last

@@ -17,12 +17,12 @@ import copy
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from .backend.ops import silu
+from .backend.ops import recording
 from .errors import UsageError
 from .nets.attend import PLAIN, Attend
-from .nets.blocks import Features, GroupNorm
+from .nets.blocks import Features
+from .nets.layers import Conv2d, GroupNorm
 from .nets.unet_parts import Encoder, Layer, Prepared, UNetConfig, added, layers_of, next_size, run, run_up, up_blocks
 
 Residuals = Sequence[mx.array]
@@ -40,7 +40,7 @@ class UNet2DConditionModel(Encoder):
         super().__init__(config)
         self.up_blocks = up_blocks(config)
         self.conv_norm_out = GroupNorm(config.norm_num_groups, config.block_out_channels[0], config.norm_eps)
-        self.conv_out = nn.Conv2d(config.block_out_channels[0], config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(config.block_out_channels[0], config.out_channels, 3, padding=1)
 
     def __call__(
         self,
@@ -100,7 +100,7 @@ class UNet2DConditionModel(Encoder):
         x = joint.resnet.join(features, skips[-1], temb)
         x = joint.after_resnet(x, own, attend, next_size(skips))
         x = run_up(outer, x, skips[:-1], temb, others, attend)
-        return self.conv_out(silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x, then_silu=True))
 
     def up_layers(self) -> list[Layer]:
         """Decoder layers, innermost first."""
@@ -142,7 +142,8 @@ def _compiled(part: Callable) -> Callable:
 
             def traced(given, *inputs):
                 inside = Attend(key[0], given, key[1])
-                return part(*inputs, attend=inside), inside.kept
+                with recording():
+                    return part(*inputs, attend=inside), inside.kept
 
             functions[key] = mx.compile(traced)
         output, kept = functions[key](attend.given, *inputs)

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .ops import on_gpu
+from .ops import on_gpu, recording
 
 # Operations that take no memory: their output is another way to look at their input, in steps of its own for `STRIDED`
 STRIDED = {"Broadcast", "Slice", "Split", "Transpose"}
@@ -60,7 +60,8 @@ def footprint(module: nn.Module, call: Callable[..., Any], *inputs: mx.array) ->
     weight_bytes = sum(weight.nbytes for weight in weights)
     empty = [mx.zeros(weight.shape, weight.dtype) for weight in weights]
     try:
-        mx.export_function(records.append, traced, *empty, *inputs)
+        with recording():
+            mx.export_function(records.append, traced, *empty, *inputs)
     except (ValueError, OverflowError, TypeError):  # no shape that MLX can have
         return Footprint(weight_bytes, ENDLESS, ENDLESS, 0)
     made = [given for record in records if record["type"] == "primitive" for given in record["outputs"]]

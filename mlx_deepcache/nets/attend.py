@@ -32,7 +32,6 @@ class Attend:
     do: what self-attention does, and what attention to the prompt does. given: the outputs, (B, S, C) each, of the
     layers that reuse; kept: of those that keep, filled as they run; for each kind of attention a list in the order that
     layers are run in. `do` and `inner` can be hashed, and arrays come in and go out: so a call can be compiled.
-    MLX is lazy: of a layer that is not run, not even the normalised x is computed.
     """
 
     def __init__(
@@ -45,11 +44,12 @@ class Attend:
         self.kept: tuple[list[mx.array], list[mx.array]] = ([], [])
         self._next = [iter(outputs) for outputs in given]
 
-    def __call__(self, layer: Callable, x: mx.array, keys_values: KeysValues = None) -> mx.array:
+    def __call__(self, layer: Callable, norm: Callable, x: mx.array, keys_values: KeysValues = None) -> mx.array:
+        """What the layer makes of norm(x): neither is computed where an output is reused."""
         kind = int(keys_values is not None)
         if self.do[kind] is Do.REUSE:
             return next(self._next[kind])
-        out = self.inner(layer, x, keys_values)
+        out = self.inner(layer, norm(x), keys_values)
         if self.do[kind] is Do.KEEP:
             self.kept[kind].append(out)
         return out

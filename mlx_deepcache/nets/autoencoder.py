@@ -8,10 +8,10 @@ from typing import ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..backend.ops import silu
 from ..errors import CheckpointError
-from .blocks import Attention, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
+from .blocks import Attention, Downsample2D, ResnetBlock2D, Upsample2D
 from .config import build_config, check_split
+from .layers import Conv2d, GroupNorm, Linear
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         channels, groups = config.block_out_channels, config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.down_blocks = []
         for level, c_out in enumerate(channels):
             block = _block(channels[max(level - 1, 0)], c_out, config.layers_per_block, groups)
@@ -111,14 +111,14 @@ class Encoder(nn.Module):
             self.down_blocks.append(block)
         self.mid_block = MidBlock(channels[-1], config)
         self.conv_norm_out = GroupNorm(groups, channels[-1], EPS)
-        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.conv_in(x)
         for block in self.down_blocks:
             for layer in [*block.resnets, *block.get("downsamplers", [])]:
                 x = layer(x)
-        return self.conv_out(silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(self.conv_norm_out(self.mid_block(x), then_silu=True))
 
 
 class Decoder(nn.Module):
@@ -127,7 +127,7 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         channels, groups = config.block_out_channels[::-1], config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(config.latent_channels, channels[0], 3, padding=1)
         self.mid_block = MidBlock(channels[0], config)
         self.up_blocks = []
         for level, c_out in enumerate(channels):
@@ -136,14 +136,14 @@ class Decoder(nn.Module):
                 block.upsamplers = [Upsample2D(c_out)]
             self.up_blocks.append(block)
         self.conv_norm_out = GroupNorm(groups, channels[-1], EPS)
-        self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(channels[-1], config.out_channels, 3, padding=1)
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             for layer in [*block.resnets, *block.get("upsamplers", [])]:
                 x = layer(x)
-        return self.conv_out(silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x, then_silu=True))
 
 
 class AutoencoderKL(nn.Module):
@@ -155,9 +155,9 @@ class AutoencoderKL(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         if config.use_quant_conv:
-            self.quant_conv = nn.Linear(2 * config.latent_channels, 2 * config.latent_channels)
+            self.quant_conv = Linear(2 * config.latent_channels, 2 * config.latent_channels)
         if config.use_post_quant_conv:
-            self.post_quant_conv = nn.Linear(config.latent_channels, config.latent_channels)
+            self.post_quant_conv = Linear(config.latent_channels, config.latent_channels)
 
     def encode(self, image: mx.array, noise: mx.array | None = None) -> mx.array:
         """image: (B, H, W, 3) in [-1, 1] -> latents, (B, H/f, W/f, latent_channels): the mean of what the encoder says

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..backend.ops import attention, gelu, pad_heads, silu
+from ..backend.ops import attention, conv2d, conv2d_doubled, gated_gelu, linear, pad_heads, silu
 from .attend import PLAIN, Attend
+from .layers import Conv2d, GroupNorm, LayerNorm, Linear
 
 
 def timestep_embedding(t: mx.array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> mx.array:
@@ -32,38 +33,15 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, dim_in: int, dim: int, cond_dim: int | None = None):
         super().__init__()
-        self.linear_1 = nn.Linear(dim_in, dim)
-        self.linear_2 = nn.Linear(dim, dim)
+        self.linear_1 = Linear(dim_in, dim)
+        self.linear_2 = Linear(dim, dim)
         if cond_dim is not None:
-            self.cond_proj = nn.Linear(cond_dim, dim_in, bias=False)
+            self.cond_proj = Linear(cond_dim, dim_in, bias=False)
 
     def __call__(self, x: mx.array, cond: mx.array | None = None) -> mx.array:
         if cond is not None:
             x = x + self.cond_proj(cond)
         return self.linear_2(silu(self.linear_1(x)))
-
-
-class GroupNorm(nn.Module):
-    """Group normalisation (Wu and He 2018) over (B, H, W, C), with statistics in float32."""
-
-    def __init__(self, groups: int, dims: int, eps: float):
-        super().__init__()
-        self.groups, self.eps = groups, eps
-        self.weight = mx.ones((dims,))
-        self.bias = mx.zeros((dims,))
-
-    @property
-    def group_size(self) -> int:
-        return self.weight.size // self.groups
-
-    def __call__(self, x: mx.array, start: int = 0) -> mx.array:
-        """x: (B, H, W, C), all channels or whole groups of them, from channel `start` on."""
-        B, H, W, C = x.shape
-        groups = C // self.group_size
-        grouped = x.reshape(B, H * W, groups, -1).swapaxes(1, 2).reshape(B, groups, -1)
-        normed = mx.fast.layer_norm(grouped, None, None, self.eps)
-        normed = normed.reshape(B, groups, H * W, -1).swapaxes(1, 2).reshape(B, H, W, C)
-        return normed * self.weight[start : start + C] + self.bias[start : start + C]
 
 
 class Features(NamedTuple):
@@ -84,17 +62,17 @@ class ResnetBlock2D(nn.Module):
     def __init__(self, c_in: int, c_out: int, temb_dim: int | None, groups: int, eps: float):
         super().__init__()
         self.norm1 = GroupNorm(groups, c_in, eps)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv1 = Conv2d(c_in, c_out, 3, padding=1)
         if temb_dim is not None:
-            self.time_emb_proj = nn.Linear(temb_dim, c_out)
+            self.time_emb_proj = Linear(temb_dim, c_out)
         self.norm2 = GroupNorm(groups, c_out, eps)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv2 = Conv2d(c_out, c_out, 3, padding=1)
         if c_in != c_out:
-            self.conv_shortcut = nn.Linear(c_in, c_out)
+            self.conv_shortcut = Linear(c_in, c_out)
 
     def __call__(self, x: mx.array, temb: mx.array | None = None) -> mx.array:
         """x: (B, H, W, C_in), temb: (B, temb_dim) after its activation -> (B, H, W, C_out)."""
-        h = self._second_half(self.conv1(silu(self.norm1(x))), temb)
+        h = self._second_half(self.conv1(self.norm1(x, then_silu=True)), temb)
         return h + (self.conv_shortcut(x) if "conv_shortcut" in self else x)
 
     def fixed_part(self, x: mx.array) -> Features:
@@ -106,27 +84,27 @@ class ResnetBlock2D(nn.Module):
         """
         C = x.shape[-1]
         inside = C - C % self.norm1.group_size
-        h = silu(self.norm1(x[..., :inside]))
-        conv = mx.conv2d(h, self.conv1.weight[..., :inside], padding=1)
-        shortcut = x @ self.conv_shortcut.weight[:, :C].T if "conv_shortcut" in self else x
+        h = self.norm1(x[..., :inside], then_silu=True)
+        conv = conv2d(h, self.conv1.weight[..., :inside], padding=1)
+        shortcut = linear(x, self.conv_shortcut.weight[:, :C]) if "conv_shortcut" in self else x
         return Features(conv, shortcut, x[..., inside:])
 
     def join(self, features: Features, skip: mx.array, temb: mx.array) -> mx.array:
         """What the block gives for [x, skip], from `fixed_part(x)`; skip: (B, H, W, C_skip)."""
         x = mx.concatenate([features.straddling, skip], axis=-1)
         inside = self.norm1.weight.size - x.shape[-1]
-        h = silu(self.norm1(x, start=inside))
-        h = mx.conv2d(h, self.conv1.weight[..., inside:], padding=1) + (features.conv + self.conv1.bias)
+        h = self.norm1(x, start=inside, then_silu=True)
+        h = conv2d(h, self.conv1.weight[..., inside:], padding=1) + (features.conv + self.conv1.bias)
         h = self._second_half(h, temb)
         if "conv_shortcut" not in self:
             return h + mx.concatenate([features.shortcut, skip], axis=-1)
-        shortcut = skip @ self.conv_shortcut.weight[:, -skip.shape[-1] :].T
+        shortcut = linear(skip, self.conv_shortcut.weight[:, -skip.shape[-1] :])
         return h + (shortcut + (features.shortcut + self.conv_shortcut.bias))
 
     def _second_half(self, h: mx.array, temb: mx.array | None) -> mx.array:
         if temb is not None:
             h = h + self.time_emb_proj(temb)[:, None, None, :]
-        return self.conv2(silu(self.norm2(h)))
+        return self.conv2(self.norm2(h, then_silu=True))
 
 
 class Downsample2D(nn.Module):
@@ -134,7 +112,7 @@ class Downsample2D(nn.Module):
 
     def __init__(self, dims: int, *, pad_all_round: bool = True):
         super().__init__()
-        self.conv = nn.Conv2d(dims, dims, 3, stride=2, padding=1 if pad_all_round else 0)
+        self.conv = Conv2d(dims, dims, 3, stride=2, padding=1 if pad_all_round else 0)
         self.pad_all_round = pad_all_round
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -151,7 +129,7 @@ class Upsample2D(nn.Module):
 
     def __init__(self, dims: int):
         super().__init__()
-        self.conv = nn.Conv2d(dims, dims, 3, padding=1)
+        self.conv = Conv2d(dims, dims, 3, padding=1)
         self._folded = None  # no parameter: made from the weights when first used
 
     def __call__(self, x: mx.array, size: tuple[int, int] | None = None) -> mx.array:
@@ -160,7 +138,10 @@ class Upsample2D(nn.Module):
         if size is not None and size != (2 * H, 2 * W):  # pixel i comes from floor(i * H / size), as in PyTorch
             rows, columns = (mx.arange(n) * source // n for n, source in zip(size, (H, W), strict=True))
             return self.conv(x[:, rows][:, :, columns])
-        y = mx.conv2d(x, self.fold(), padding=1).reshape(B, H + 1, W + 1, 2, 2, C)
+        doubled = conv2d_doubled(x, self.conv.weight, self.conv.bias)
+        if doubled is not None:
+            return doubled
+        y = conv2d(x, self.fold(), padding=1).reshape(B, H + 1, W + 1, 2, 2, C)
         rows = [mx.stack([y[:, a : a + H, b : b + W, a, b] for b in (0, 1)], axis=3) for a in (0, 1)]
         return mx.stack(rows, axis=2).reshape(B, 2 * H, 2 * W, C) + self.conv.bias
 
@@ -193,10 +174,10 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         context_dims = dims if context_dims is None else context_dims
-        self.to_q = nn.Linear(dims, dims, bias=bias)
-        self.to_k = nn.Linear(context_dims, dims, bias=bias)
-        self.to_v = nn.Linear(context_dims, dims, bias=bias)
-        self.to_out = [nn.Linear(dims, dims)]
+        self.to_q = Linear(dims, dims, bias=bias)
+        self.to_k = Linear(context_dims, dims, bias=bias)
+        self.to_v = Linear(context_dims, dims, bias=bias)
+        self.to_out = [Linear(dims, dims)]
 
     def keys_values(self, context: mx.array) -> tuple[mx.array, mx.array]:
         """context: (B, S, context_dims) -> keys and values, (B, heads, S, dims / heads) each, perhaps padded."""
@@ -218,18 +199,18 @@ class GEGLU(nn.Module):
 
     def __init__(self, dims: int, inner: int):
         super().__init__()
-        self.proj = nn.Linear(dims, 2 * inner)
+        self.proj = Linear(dims, 2 * inner)
 
     def __call__(self, x: mx.array) -> mx.array:
         value, gate = mx.split(self.proj(x), 2, axis=-1)
-        return value * gelu(gate)
+        return gated_gelu(value, gate)
 
 
 class FeedForward(nn.Module):
     def __init__(self, dims: int):
         super().__init__()
         # diffusers has a dropout between the two, which keeps its place in the names
-        self.net = [GEGLU(dims, 4 * dims), nn.Identity(), nn.Linear(4 * dims, dims)]
+        self.net = [GEGLU(dims, 4 * dims), nn.Identity(), Linear(4 * dims, dims)]
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.net[2](self.net[0](x))
@@ -240,17 +221,17 @@ class BasicTransformerBlock(nn.Module):
 
     def __init__(self, dims: int, heads: int, context_dims: int):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dims)
+        self.norm1 = LayerNorm(dims)
         self.attn1 = Attention(dims, heads)
-        self.norm2 = nn.LayerNorm(dims)
+        self.norm2 = LayerNorm(dims)
         self.attn2 = Attention(dims, heads, context_dims)
-        self.norm3 = nn.LayerNorm(dims)
+        self.norm3 = LayerNorm(dims)
         self.ff = FeedForward(dims)
 
     def __call__(self, x: mx.array, prompt: tuple[mx.array, mx.array], attend: Attend = PLAIN) -> mx.array:
         """x: (B, S, dims); prompt: keys and values of `attn2`; attend: runs the attention layers."""
-        x = x + attend(self.attn1, self.norm1(x))
-        x = x + attend(self.attn2, self.norm2(x), prompt)
+        x = x + attend(self.attn1, self.norm1, x)
+        x = x + attend(self.attn2, self.norm2, x, prompt)
         return x + self.ff(self.norm3(x))
 
 
@@ -260,9 +241,9 @@ class Transformer2DModel(nn.Module):
     def __init__(self, dims: int, heads: int, context_dims: int, layers: int, groups: int):
         super().__init__()
         self.norm = GroupNorm(groups, dims, eps=1e-6)
-        self.proj_in = nn.Linear(dims, dims)
+        self.proj_in = Linear(dims, dims)
         self.transformer_blocks = [BasicTransformerBlock(dims, heads, context_dims) for _ in range(layers)]
-        self.proj_out = nn.Linear(dims, dims)
+        self.proj_out = Linear(dims, dims)
 
     def keys_values(self, context: mx.array) -> list[tuple[mx.array, mx.array]]:
         """The prompt's keys and values for each transformer block, the same at every step; context: (B, S, dims)."""

@@ -7,39 +7,36 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..backend.ops import attention, gelu, pad_heads, quick_gelu
 from ..errors import CheckpointError
 from .config import build_config, check_split
-
-
-def quick_gelu(x: mx.array) -> mx.array:
-    """OpenAI's approximation of GELU."""
-    return x * mx.sigmoid(1.702 * x)
+from .layers import LayerNorm, Linear
 
 
 class SelfAttention(nn.Module):
     def __init__(self, dims: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.q_proj = nn.Linear(dims, dims)
-        self.k_proj = nn.Linear(dims, dims)
-        self.v_proj = nn.Linear(dims, dims)
-        self.out_proj = nn.Linear(dims, dims)
+        self.q_proj = Linear(dims, dims)
+        self.k_proj = Linear(dims, dims)
+        self.v_proj = Linear(dims, dims)
+        self.out_proj = Linear(dims, dims)
 
     def __call__(self, x: mx.array) -> mx.array:
         B, S, _ = x.shape
         q, k, v = (
             proj(x).reshape(B, S, self.heads, -1).swapaxes(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask="causal")
+        out = attention(q, pad_heads(k), pad_heads(v), causal=True)
         return self.out_proj(out.swapaxes(1, 2).reshape(x.shape))
 
 
 class MLP(nn.Module):
     def __init__(self, dims: int, inner: int, activation: str):
         super().__init__()
-        self.fc1 = nn.Linear(dims, inner)
-        self.fc2 = nn.Linear(inner, dims)
-        self.activation = quick_gelu if activation == "quick_gelu" else nn.gelu
+        self.fc1 = Linear(dims, inner)
+        self.fc2 = Linear(inner, dims)
+        self.activation = quick_gelu if activation == "quick_gelu" else gelu
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.fc2(self.activation(self.fc1(x)))
@@ -48,9 +45,9 @@ class MLP(nn.Module):
 class EncoderLayer(nn.Module):
     def __init__(self, config: CLIPConfig):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = SelfAttention(config.hidden_size, config.num_attention_heads)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_act)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -69,9 +66,9 @@ class CLIPTextModel(nn.Module):
         self.embeddings.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.encoder = nn.Module()
         self.encoder.layers = [EncoderLayer(config) for _ in range(config.num_hidden_layers)]
-        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         if config.with_projection:
-            self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+            self.text_projection = Linear(config.hidden_size, config.projection_dim, bias=False)
 
     def __call__(self, ids: mx.array, *, penultimate: bool = False) -> tuple[mx.array, mx.array]:
         """ids: (B, S) -> hidden states (B, S, C) and the pooled text (B, C), or (B, projection_dim) with a projection.

@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from ..backend.ops import silu
 from ..errors import CheckpointError
+from .layers import Conv2d, Linear
 from .unet_parts import Conditioning, Encoder, Prepared, UNetConfig, run
 
 Residuals = list[mx.array]
@@ -56,11 +57,11 @@ class ControlNetConditioningEmbedding(nn.Module):
 
     def __init__(self, dims: int, channels_in: int, channels: tuple[int, ...]):
         super().__init__()
-        self.conv_in = nn.Conv2d(channels_in, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(channels_in, channels[0], 3, padding=1)
         self.blocks = []
         for here, after in zip(channels, channels[1:], strict=False):
-            self.blocks += [nn.Conv2d(here, here, 3, padding=1), nn.Conv2d(here, after, 3, stride=2, padding=1)]
-        self.conv_out = nn.Conv2d(channels[-1], dims, 3, padding=1)
+            self.blocks += [Conv2d(here, here, 3, padding=1), Conv2d(here, after, 3, stride=2, padding=1)]
+        self.conv_out = Conv2d(channels[-1], dims, 3, padding=1)
 
     def __call__(self, picture: mx.array) -> mx.array:
         h = silu(self.conv_in(picture))
@@ -78,8 +79,8 @@ class ControlNetModel(Encoder):
         self.controlnet_cond_embedding = ControlNetConditioningEmbedding(
             channels[0], config.conditioning_channels, config.conditioning_embedding_out_channels
         )
-        self.controlnet_down_blocks = [nn.Linear(width, width) for width in config.skip_channels]
-        self.controlnet_mid_block = nn.Linear(channels[-1], channels[-1])
+        self.controlnet_down_blocks = [Linear(width, width) for width in config.skip_channels]
+        self.controlnet_mid_block = Linear(channels[-1], channels[-1])
 
     def embed_picture(self, picture: mx.array) -> mx.array:
         """picture: (1, H, W, 3) in [0, 1] -> (1, H/f, W/f, C), the same at every step."""

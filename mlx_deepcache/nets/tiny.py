@@ -13,6 +13,7 @@ import mlx.nn as nn
 
 from ..errors import CheckpointError
 from .config import build_config, per_level
+from .layers import Conv2d
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class TinyBlock(nn.Module):
 
     def __init__(self, dims: int):
         super().__init__()
-        convs = [nn.Conv2d(dims, dims, 3, padding=1) for _ in range(3)]
+        convs = [Conv2d(dims, dims, 3, padding=1) for _ in range(3)]
         self.conv = [convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2]]
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -97,22 +98,22 @@ def _encoder(config: TinyVAEConfig) -> Layers:
         zip(config.encoder_block_out_channels, config.num_encoder_blocks, strict=True)
     ):
         if level == 0:
-            layers.append(nn.Conv2d(config.in_channels, dims, 3, padding=1))
+            layers.append(Conv2d(config.in_channels, dims, 3, padding=1))
         else:
-            layers.append(nn.Conv2d(dims, dims, 3, stride=2, padding=1, bias=False))
+            layers.append(Conv2d(dims, dims, 3, stride=2, padding=1, bias=False))
         layers += [TinyBlock(dims) for _ in range(blocks)]
-    return Layers([*layers, nn.Conv2d(dims, config.latent_channels, 3, padding=1)])
+    return Layers([*layers, Conv2d(dims, config.latent_channels, 3, padding=1)])
 
 
 def _decoder(config: TinyVAEConfig) -> Layers:
     """(B, h, w, latent_channels) -> (B, f*h, f*w, 3) in about [0, 1]."""
     channels, counts = config.decoder_block_out_channels, config.num_decoder_blocks
-    layers = [nn.Conv2d(config.latent_channels, channels[0], 3, padding=1), nn.ReLU()]
+    layers = [Conv2d(config.latent_channels, channels[0], 3, padding=1), nn.ReLU()]
     for dims, blocks in zip(channels[:-1], counts[:-1], strict=True):
         layers += [TinyBlock(dims) for _ in range(blocks)]
-        layers += [nn.Upsample(config.upsampling_scaling_factor), nn.Conv2d(dims, dims, 3, padding=1, bias=False)]
+        layers += [nn.Upsample(config.upsampling_scaling_factor), Conv2d(dims, dims, 3, padding=1, bias=False)]
     layers += [TinyBlock(channels[-1]) for _ in range(counts[-1])]
-    return Layers([*layers, nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)])
+    return Layers([*layers, Conv2d(channels[-1], config.out_channels, 3, padding=1)])
 
 
 class AutoencoderTiny(nn.Module):

@@ -19,6 +19,7 @@ from ..errors import CheckpointError
 from .attend import PLAIN, Attend
 from .blocks import Downsample2D, ResnetBlock2D, TimestepEmbedding, Transformer2DModel, Upsample2D, timestep_embedding
 from .config import build_config, check_split, per_level
+from .layers import Conv2d
 
 
 @dataclass(frozen=True)
@@ -295,7 +296,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         channels, temb_dim = config.block_out_channels, config.temb_dim
-        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], temb_dim, config.time_cond_proj_dim)
         if config.addition_embed_type == "text_time":
             self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, temb_dim)

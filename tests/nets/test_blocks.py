@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from mlx_deepcache.backend import ops
 from mlx_deepcache.checkpoints.checkpoint import Checkpoint
-from mlx_deepcache.nets.blocks import GroupNorm, ResnetBlock2D, Upsample2D
+from mlx_deepcache.nets.blocks import ResnetBlock2D, Upsample2D
+from mlx_deepcache.nets.layers import GroupNorm
 
 
 def lively(module, seed=0):

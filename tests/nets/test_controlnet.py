@@ -103,7 +103,7 @@ def test_it_runs_on_full_steps_only(pipeline, net, monkeypatch):
 
     calls, run = [], ControlNetModel.__call__
 
-    def counted(self, *args, cut):
+    def counted(self, *args, cut=None):
         calls.append(cut)
         return run(self, *args, cut=cut)
 

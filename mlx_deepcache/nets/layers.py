@@ -1,0 +1,49 @@
+"""MLX's layers with the backend's operations in them, and group normalisation, which MLX does without half precision's
+guard. Arrays are channels-last."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..backend.ops import conv2d, group_norm, layer_norm, linear
+
+
+class Linear(nn.Linear):
+    """(..., C) -> (..., O)."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return linear(x, self.weight, self.get("bias"))
+
+
+class Conv2d(nn.Conv2d):
+    """(B, H, W, C) -> (B, H', W', O); stride and padding are the same for both axes."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return conv2d(x, self.weight, self.get("bias"), stride=self.stride[0], padding=self.padding[0])
+
+
+class LayerNorm(nn.LayerNorm):
+    """Over the last axis."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation (Wu and He 2018) over (B, H, W, C), with statistics in float32."""
+
+    def __init__(self, groups: int, dims: int, eps: float):
+        super().__init__()
+        self.groups, self.eps = groups, eps
+        self.weight = mx.ones((dims,))
+        self.bias = mx.zeros((dims,))
+
+    @property
+    def group_size(self) -> int:
+        return self.weight.size // self.groups
+
+    def __call__(self, x: mx.array, *, start: int = 0, then_silu: bool = False) -> mx.array:
+        """x: (B, H, W, C), all channels or whole groups of them, from channel `start` on."""
+        weight, bias = (p[start : start + x.shape[-1]] for p in (self.weight, self.bias))
+        return group_norm(x, weight, bias, self.group_size, self.eps, then_silu=then_silu)
