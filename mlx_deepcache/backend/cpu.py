@@ -5,7 +5,7 @@ score of an attention layer, and convolves by writing out all that the filters s
 stay near a core, and what MLX's arrays hold is read and written in place. It is done when a function returns: nothing
 here is lazy, and nothing can be traced.
 
-All arrays are float32. Blocks depend on the shapes of one picture alone, so that the number of cores changes no result.
+All arrays are float32.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from __future__ import annotations
 import ctypes
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 
 import mlx.core as mx
@@ -23,7 +24,7 @@ from numpy.lib.stride_tricks import as_strided
 from threadpoolctl import ThreadpoolController
 
 BLOCK = 1 << 17  # numbers in a block of simple operations: 512 KiB; smaller ones wait for each other's Python
-SCORES = 1 << 19  # in a block of attention
+SCORES = 1 << 20  # in a block of attention
 SAFE = 60.0  # scores up to here need not have their maximum taken off: the sum of their exponentials stays finite
 
 
@@ -58,10 +59,15 @@ def _in_parallel(job: Callable[..., None], parts: Iterable[tuple]) -> None:
                 job(*part)
 
     with blas.limit(limits=1, user_api="blas"):
-        others = [pool.submit(work) for _ in range(min(len(waiting), cores()) - 1)]
+        others = [pool.submit(work) for _ in range(_busy(waiting) - 1)]
         work()
         for other in others:
             other.result()
+
+
+def _busy(parts: Sequence) -> int:
+    """How many of these are worked on at a time."""
+    return min(len(parts), cores())
 
 
 def _spans(n: int, step: int) -> list[tuple[int, int]]:
@@ -77,11 +83,32 @@ def _view(x: mx.array) -> np.ndarray:
     return np.array(x, copy=False)
 
 
-def _new(*shape: int) -> tuple[mx.array, np.ndarray]:
-    """An array, and a view through which to fill it."""
+def _new(shape: Sequence[int], inputs: Sequence[mx.array | None], room: int = 0) -> tuple[mx.array, np.ndarray | None]:
+    """An array, and a view through which to fill it from `inputs`, which can be read now; room: numbers that this takes
+    beside them. While plans are made there is no view: what stands for the array tells the graph all that."""
+    given = [array for array in inputs if array is not None]
+    if _planning:
+        return mx.depends([mx.broadcast_to(mx.array(0.0), size) for size in (shape, (room,))], given)[0], None
     made = mx.zeros(shape)
-    mx.eval(made)
+    mx.eval(made, *given)
+    global peak_memory
+    peak_memory = max(peak_memory, mx.get_active_memory() + 4 * room)
     return made, _view(made)
+
+
+_planning = False
+peak_memory = 0  # most bytes of MLX's arrays and of what is taken beside them here; set it to 0 to count anew
+
+
+@contextmanager
+def planning() -> Iterator[None]:
+    """Here nothing is computed: an array that is asked for stands in MLX's graph as what `mx.depends` returns."""
+    global _planning
+    _planning = True
+    try:
+        yield
+    finally:
+        _planning = False
 
 
 _ROW_MAJOR, _AS_IT_IS, _TRANSPOSED = 101, 111, 112  # cblas.h
@@ -160,7 +187,9 @@ ACTIVATIONS = {"silu": _silu, "gelu": _gelu, "quick_gelu": _quick_gelu}
 
 def activation(x: mx.array, gated: mx.array | None = None, *, name: str) -> mx.array:
     """One of `ACTIVATIONS`, (..., C); gated: of the same shape, multiplied by it."""
-    made, out = _new(*x.shape)
+    made, out = _new(x.shape, (x, gated))
+    if out is None:
+        return made
     C = x.shape[-1]
     given, out = _view(x).reshape(-1, C), out.reshape(-1, C)
     values = None if gated is None else _view(gated).reshape(-1, C)
@@ -180,7 +209,9 @@ def activation(x: mx.array, gated: mx.array | None = None, *, name: str) -> mx.a
 
 def layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.array:
     """(..., C), each row by itself."""
-    made, out = _new(*x.shape)
+    made, out = _new(x.shape, (x, weight, bias))
+    if out is None:
+        return made
     C = x.shape[-1]
     given, out, scale, shift = _view(x).reshape(-1, C), out.reshape(-1, C), _view(weight), _view(bias)
     share = np.full(C, 1 / C, np.float32)
@@ -200,7 +231,9 @@ def group_norm(
     x: mx.array, weight: mx.array, bias: mx.array, group_size: int, eps: float, name: str | None = None
 ) -> mx.array:
     """(B, ..., C), each group of channels of each picture by itself; name: of the activation that follows."""
-    made, out = _new(*x.shape)
+    made, out = _new(x.shape, (x, weight, bias))
+    if out is None:
+        return made
     B, C = x.shape[0], x.shape[-1]
     given, out = _view(x).reshape(B, -1, C), out.reshape(B, -1, C)
     spans = _spans(given.shape[1], BLOCK // C)
@@ -248,20 +281,21 @@ def attention(q: mx.array, k: mx.array, v: mx.array, causal: bool = False) -> mx
     column of v where the head size leaves room in a vector.
     """
     (B, heads, S, D), T = q.shape, k.shape[2]
-    mx.eval(q, k, v)
-    made, out = _new(B, S, heads, D)
-    Q, K, V = map(_view, (q, k, v))
     width = -(-D // 16) * 16
     rows = max(min(SCORES // T, 1024), 16)
-    per_job = rows * max(-(-1024 // rows), 1)
+    parts = [(b, h, *span) for b in range(B) for h in range(heads) for span in _spans(S, rows * -(-1024 // rows))]
+    made, out = _new((B, S, heads, D), (q, k, v), _busy(parts) * (rows * (T + width) + T * (D + width)))
+    if out is None:
+        return made.swapaxes(1, 2)
+    Q, K, V = map(_view, (q, k, v))
 
     def job(b: int, h: int, first: int, last: int) -> None:
         values = np.zeros((T, width), np.float32)
         values[:, :D] = V[b, h]
         if width > D:
             values[:, D] = 1
-        keys = K[b, h].T
-        longest = np.sqrt(np.einsum("td,td->t", K[b, h], K[b, h]).max())
+        keys = np.ascontiguousarray(K[b, h].T)
+        longest = np.sqrt(np.vecdot(K[b, h], K[b, h]).max())
         scores, room = np.empty((rows, T), np.float32), np.empty((rows, width), np.float32)
         for start, stop in ((first + i, first + j) for i, j in _spans(last - first, rows)):
             x = Q[b, h, start:stop] * np.float32(D**-0.5)
@@ -269,7 +303,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, causal: bool = False) -> mx
             _matmul(x, keys, s)
             if causal:
                 s[np.arange(T) > np.arange(start, stop)[:, None]] = -np.inf
-            if not np.sqrt(np.einsum("sd,sd->s", x, x).max()) * longest < SAFE:
+            if not np.sqrt(np.vecdot(x, x).max()) * longest < SAFE:
                 s -= s.max(axis=1, keepdims=True)
             np.exp(s, out=s)
             _matmul(s, values, o)
@@ -277,7 +311,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, causal: bool = False) -> mx
                 o[:, :D], o[:, D : D + 1] if width > D else s.sum(axis=1, keepdims=True), out=out[b, start:stop, h]
             )
 
-    _in_parallel(job, ((b, h, *span) for b in range(B) for h in range(heads) for span in _spans(S, per_job)))
+    _in_parallel(job, parts)
     return made.swapaxes(1, 2)
 
 
@@ -311,37 +345,26 @@ AFTER, FILTER, BEFORE, BEFORE_DOUBLED = (
 )
 TILES = 128  # in a block
 POSITIONS = 256  # in a block, of convolutions without tiles
+FILTERS = 1 << 24  # numbers that transformed filters take
 LARGE = 1 << 24  # numbers: more than that MLX should not write out of what the filters see
 
 
 def conv2d(x: mx.array, weight: mx.array, bias: mx.array | None, stride: int, padding: int) -> mx.array:
-    """x: (B, H, W, C), weight: (O, kh, kw, C), padding: zeros all round -> (B, H', W', O)."""
-    (B, H, W, C), (c_out, kh, kw, _) = x.shape, weight.shape
+    """x: (B, H, W, C), weight: (C_out, kh, kw, C), padding: zeros all round -> (B, H', W', C_out)."""
+    (_, H, W, C), (_, kh, kw, _) = x.shape, weight.shape
     height, width = ((n + 2 * padding - k) // stride + 1 for n, k in ((H, kh), (W, kw)))
-    tiles = (kh, kw, stride, padding) == (3, 3, 1, 1) and C >= 16 and _tiles(height, width) >= 64
-    if not tiles and height * width * kh * kw * C < LARGE:
-        out = mx.conv2d(x, weight, stride=stride, padding=padding)
-        return out if bias is None else out + bias
-    mx.eval(x, weight)
-    made, out = _new(B, height, width, c_out)
-    given = _view(x), _view(weight), 0 if bias is None else _view(bias), out
-    if tiles:
-        _by_tiles(*given, TILE, BEFORE)
-    else:
-        _unfolded(*given, stride, padding)
-    return made
+    if (kh, kw, stride, padding) == (3, 3, 1, 1) and C >= 16 and _tiles(height, width) >= 64:
+        return _by_tiles(x, weight, bias, height, width, TILE, BEFORE)
+    if height * width * kh * kw * C >= LARGE:
+        return _unfolded(x, weight, bias, height, width, stride, padding)
+    out = mx.conv2d(x, weight, stride=stride, padding=padding)
+    return out if bias is None else out + bias
 
 
-def conv2d_doubled(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array | None:
-    """A 3x3 convolution over a picture twice as large, each pixel read as 2x2: (B, H, W, C) -> (B, 2H, 2W, O), or None
-    where folding is faster."""
-    B, H, W, C = x.shape
-    if C < 16 or _tiles(2 * H, 2 * W) < 256:
-        return None
-    mx.eval(x, weight)
-    made, out = _new(B, 2 * H, 2 * W, len(weight))
-    _by_tiles(_view(x), _view(weight), _view(bias), out, TILE // 2, BEFORE_DOUBLED)
-    return made
+def conv2d_doubled(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+    """A 3x3 convolution over a picture twice as large, each pixel read as 2x2: (B, H, W, C) -> (B, 2H, 2W, C_out)."""
+    _, H, W, _ = x.shape
+    return _by_tiles(x, weight, bias, 2 * H, 2 * W, TILE // 2, BEFORE_DOUBLED)
 
 
 def _tiles(height: int, width: int) -> int:
@@ -349,60 +372,85 @@ def _tiles(height: int, width: int) -> int:
 
 
 def _by_tiles(
-    x: np.ndarray, weight: np.ndarray, bias: np.ndarray | float, out: np.ndarray, step: int, before: np.ndarray
-) -> None:
-    """Winograd's; step: pixels of x between tiles; before: the matrix for all that a tile sees."""
-    (B, height, width, c_out), C = out.shape, x.shape[3]
+    x: mx.array, weight: mx.array, bias: mx.array | None, height: int, width: int, step: int, before: np.ndarray
+) -> mx.array:
+    """Winograd's; step: pixels of x between tiles; before: the matrix for all that a tile sees.
+
+    The transformed filters take four times the weights' memory. They are made at every call, which takes 1 to 5% of its
+    time on the widest maps and up to 20% on the smallest, and given back.
+    """
+    (B, _, _, C), c_out, n = x.shape, len(weight), len(FILTER)
     down, across, size = -(-height // TILE), -(-width // TILE), int(before.shape[1] ** 0.5)
-    filters = np.empty((len(FILTER), c_out, C), np.float32)
+    block = max(min(TILES, B * down * across // cores()), 32)
+    parts = [
+        (b, *rows, *columns)
+        for b in range(B)
+        for rows in _spans(down, max(block // across, 1))
+        for columns in _spans(across, block)
+    ]
+    # A block's inputs are transformed anew for each share of the filters that fits
+    shares = _spans(c_out, max(FILTERS // (n * C), 32))
+    most = shares[0][1]
+    in_block = max(block // across, 1) * min(across, block)
+    room = n * most * C + _busy(parts) * in_block * ((n + size * size) * C + (n + TILE * TILE) * most)
+    made, out = _new((B, height, width, c_out), (x, weight, bias), room)
+    if out is None:
+        return made
+    given, taps, shift = _view(x), _view(weight), np.zeros(c_out, np.float32) if bias is None else _view(bias)
+    all_filters = np.empty((n, most, C), np.float32)
     whole = None if height % TILE or width % TILE else out.reshape(B, down, TILE, across, TILE, c_out)
 
     def transform(start: int, stop: int) -> None:
-        taps = np.ascontiguousarray(weight[start:stop].reshape(stop - start, 9, C).swapaxes(0, 1))
-        _matmul(FILTER, taps.reshape(9, -1), filters[:, start:stop].reshape(len(FILTER), -1))
+        here = np.ascontiguousarray(taps[first + start : first + stop].reshape(stop - start, 9, C).swapaxes(0, 1))
+        _matmul(FILTER, here.reshape(9, -1), filters[:, start:stop].reshape(n, -1))
 
     def job(b: int, top: int, bottom: int, left: int, right: int) -> None:
         rows, columns = bottom - top, right - left
-        seen = _seen(x[b], step * top - 1, step * left - 1, (rows, columns), (size, size), step)
+        seen = _seen(given[b], step * top - 1, step * left - 1, (rows, columns), (size, size), step)
         seen = np.ascontiguousarray(seen.transpose(2, 3, 0, 1, 4)).reshape(size * size, -1)
-        parts = _matmul(before, seen, np.empty((len(before), seen.shape[1]), np.float32)).reshape(len(before), -1, C)
-        products = np.empty((len(before), rows * columns, c_out), np.float32)
-        for part, its_filters, product in zip(parts, filters, products, strict=True):
-            _matmul(part, its_filters.T, product)
-        products = products.reshape(len(before), -1)
-        made = _matmul(AFTER, products, np.empty((len(AFTER), products.shape[1]), np.float32))
-        made = made.reshape(TILE, TILE, rows, columns, c_out).transpose(2, 0, 3, 1, 4)
+        inputs = _matmul(before, seen, np.empty((n, seen.shape[1]), np.float32)).reshape(n, -1, C)
+        products = np.empty((n, rows * columns, last - first), np.float32)
+        for its_inputs, its_filters, product in zip(inputs, filters, products, strict=True):
+            _matmul(its_inputs, its_filters.T, product)
+        products = products.reshape(n, -1)
+        outputs = _matmul(AFTER, products, np.empty((len(AFTER), products.shape[1]), np.float32))
+        outputs = outputs.reshape(TILE, TILE, rows, columns, -1).transpose(2, 0, 3, 1, 4)
         if whole is not None:
-            np.add(made, bias, out=whole[b, top:bottom, :, left:right])
+            np.add(outputs, shift[first:last], out=whole[b, top:bottom, :, left:right, :, first:last])
         else:
-            here = out[b, TILE * top : TILE * bottom, TILE * left : TILE * right]
-            made = made.reshape(TILE * rows, TILE * columns, c_out)
-            np.add(made[: here.shape[0], : here.shape[1]], bias, out=here)
+            here = out[b, TILE * top : TILE * bottom, TILE * left : TILE * right, first:last]
+            outputs = outputs.reshape(TILE * rows, TILE * columns, -1)
+            np.add(outputs[: here.shape[0], : here.shape[1]], shift[first:last], out=here)
 
-    _in_parallel(transform, _spans(c_out, 32))
-    blocks = [
-        (b, *rows, *columns)
-        for b in range(B)
-        for rows in _spans(down, TILES // min(across, TILES))
-        for columns in _spans(across, TILES)
-    ]
-    _in_parallel(job, blocks)
+    for first, last in shares:
+        filters = all_filters[:, : last - first]
+        _in_parallel(transform, _spans(last - first, 32))
+        _in_parallel(job, parts)
+    return made
 
 
 def _unfolded(
-    x: np.ndarray, weight: np.ndarray, bias: np.ndarray | float, out: np.ndarray, stride: int, padding: int
-) -> None:
+    x: mx.array, weight: mx.array, bias: mx.array | None, height: int, width: int, stride: int, padding: int
+) -> mx.array:
     """Any convolution: what the filters see is written out a block at a time."""
-    (B, height, width, c_out), (_, kh, kw, _) = out.shape, weight.shape
-    filters = np.ascontiguousarray(weight).reshape(c_out, -1).T
+    B, (c_out, kh, kw, C) = len(x), weight.shape
+    step = max(POSITIONS // width, 1)
+    parts = [(b, *rows) for b in range(B) for rows in _spans(height, step)]
+    room = weight.size + _busy(parts) * step * width * kh * kw * C
+    made, out = _new((B, height, width, c_out), (x, weight, bias), room)
+    if out is None:
+        return made
+    given, shift = _view(x), 0 if bias is None else _view(bias)
+    filters = np.ascontiguousarray(_view(weight)).reshape(c_out, -1).T
 
     def job(b: int, top: int, bottom: int) -> None:
-        seen = _seen(x[b], stride * top - padding, -padding, (bottom - top, width), (kh, kw), stride)
+        seen = _seen(given[b], stride * top - padding, -padding, (bottom - top, width), (kh, kw), stride)
         here = out[b, top:bottom].reshape(-1, c_out)
         _matmul(np.ascontiguousarray(seen).reshape(len(here), -1), filters, here)
-        here += bias
+        here += shift
 
-    _in_parallel(job, ((b, *rows) for b in range(B) for rows in _spans(height, POSITIONS // width)))
+    _in_parallel(job, parts)
+    return made
 
 
 def _seen(x: np.ndarray, top: int, left: int, count: tuple[int, int], size: tuple[int, int], step: int) -> np.ndarray:

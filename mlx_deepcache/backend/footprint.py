@@ -1,8 +1,8 @@
 """How much memory a call will take, found before anything is computed: the arrays that are alive along its graph.
 
-MLX notes what is to be computed before it computes it. That graph is walked in its order: an array comes to life where
-it is made, and its memory is free again once its last reader is done. What an operation needs beside its output is
-added by rules of the device's.
+MLX notes what is to be computed before it computes it. That graph is walked in the order in which it is computed: an
+array comes to life where it is made, and its memory is free again once its last reader is done. What an operation needs
+beside its output is told by the CPU's kernels, and else added by rule.
 """
 
 from __future__ import annotations
@@ -16,16 +16,27 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from .cpu import planning
 from .ops import on_gpu, recording
 
 # Operations that take no memory: their output is another way to look at their input, in steps of its own for `STRIDED`
 STRIDED = {"Broadcast", "Slice", "Split", "Transpose"}
 VIEWS = STRIDED | {"ExpandDims", "Flatten", "Reshape", "Squeeze", "StopGradient", "Unflatten"}
+KERNEL = "Depends"  # of the CPU, see `planning`: its second output is what it takes beside the first
 # Operations that need an array of their own; all others write to their input's place if nothing else reads it
-NEW = {"AddMM", "Concatenate", "Convolution", "Gather", "Matmul", "QuantizedMatmul", "ScaledDotProductAttention"}
-# Python runs ahead of the device, and what it has asked for is held until the device is done with it. So many
-# operations on the CPU, fitted to peaks measured there; on a GPU ten command buffers, as large maps fill one each.
-AHEAD_CPU, AHEAD_GPU = 100, 20
+NEW = {
+    "AddMM",
+    "Concatenate",
+    "Convolution",
+    "Gather",
+    "Matmul",
+    "QuantizedMatmul",
+    "ScaledDotProductAttention",
+    KERNEL,
+}
+# Python runs ahead of a GPU, and what it has asked for is held until that is done with it: ten command buffers, as
+# large maps fill one each
+AHEAD = 20
 WIDTH = 20  # operations that MLX looks at side by side
 COST = {"Convolution": 5, "Concatenate": 3}
 INDICES = 2**31  # more than that an array's side cannot have in MLX
@@ -60,14 +71,14 @@ def footprint(module: nn.Module, call: Callable[..., Any], *inputs: mx.array) ->
     weight_bytes = sum(weight.nbytes for weight in weights)
     empty = [mx.zeros(weight.shape, weight.dtype) for weight in weights]
     try:
-        with recording():
+        with recording() if on_gpu() else planning():
             mx.export_function(records.append, traced, *empty, *inputs)
     except (ValueError, OverflowError, TypeError):  # no shape that MLX can have
         return Footprint(weight_bytes, ENDLESS, ENDLESS, 0)
     made = [given for record in records if record["type"] == "primitive" for given in record["outputs"]]
     if any(side >= INDICES for _, shape, _ in made for side in shape):
         return Footprint(weight_bytes, ENDLESS, ENDLESS, 0)
-    most, least = (_peak(records, len(weights), ahead) for ahead in (AHEAD_GPU if on_gpu() else AHEAD_CPU, 0))
+    most, least = (_peak(records, len(weights), ahead) for ahead in (AHEAD if on_gpu() else 0, 0))
     results = [given for record in records if record["type"] == "outputs" for given in record["outputs"]]
     return Footprint(weight_bytes, most, least, sum(map(_bytes, results)))
 
@@ -79,10 +90,12 @@ def _bytes(described: tuple) -> int:
 
 
 def _peak(records: list[dict], n_weights: int, ahead: int) -> int:
-    """The most bytes alive at once, beside weights and inputs; ahead: see `AHEAD_CPU`."""
+    """The most bytes alive at once, beside weights and inputs; ahead: see `AHEAD`."""
     inputs = [given[0] for record in records if record["type"] == "inputs" for given in record["inputs"]]
     results = [given[0] for record in records if record["type"] == "outputs" for given in record["outputs"]]
-    made = _in_order([record for record in records if record["type"] == "primitive"], results)
+    made = [record for record in records if record["type"] == "primitive"]
+    if on_gpu():
+        made = _in_order(made, results)
     last, kept = _last_uses(made, inputs[n_weights:])
     size: dict[str, int] = {}  # of each block of memory
     block = {name: name for name in inputs}  # where each array lies
@@ -93,17 +106,18 @@ def _peak(records: list[dict], n_weights: int, ahead: int) -> int:
     alive = most = now = 0
     for place, op in enumerate(made):
         given, kind, done = [name for name, *_ in op["inputs"] if name in block], op["name"], 0
+        outputs = op["outputs"][:1] if kind == KERNEL else op["outputs"]
         copied = kind == "Reshape" and not strided.isdisjoint(given)
         if not given or (kind in VIEWS and not copied):  # without an input it is a constant, of hardly any size
             now += 1
-            for name, *_ in op["outputs"]:
+            for name, *_ in outputs:
                 block[name] = block[given[0]] if given else name
                 needed[block[name]].add(name)
                 if kind in STRIDED or not strided.isdisjoint(given):
                     strided.add(name)
         else:
             now += COST.get(kind, 2)
-            for output in op["outputs"]:
+            for output in outputs:
                 name, own = output[0], _bytes(output)
                 taken = None
                 for other in () if kind in NEW or copied else set(given):
@@ -116,14 +130,14 @@ def _peak(records: list[dict], n_weights: int, ahead: int) -> int:
                     alive += own
                 needed[block[name]].add(name)
             if ahead:
-                being_read.update({block[name] for name in given} - {block[name] for name, *_ in op["outputs"]})
-            if kind == "Convolution" and not on_gpu():
-                done = _unfolded(op)
+                being_read.update({block[name] for name in given} - {block[name] for name, *_ in outputs})
+            if not on_gpu():
+                done = _beside(op)
                 alive += done
         while freed and freed[0][0] < now - ahead:
             alive -= freed.popleft()[1]
         most = max(most, alive)
-        for name in {*given, *(name for name, *_ in op["outputs"])}:
+        for name in {*given, *(name for name, *_ in outputs)}:
             if last[name] == place and name not in results and name not in kept:
                 needed[block[name]].discard(name)
                 if not needed[block[name]]:
@@ -169,8 +183,13 @@ def _last_uses(made: list[dict], inputs: list[str]) -> tuple[dict[str, int], set
     return last, kept
 
 
-def _unfolded(op: dict) -> int:
-    """Bytes that a convolution writes out on the CPU: its input, padded, and all that its filters see of it."""
+def _beside(op: dict) -> int:
+    """Bytes that an operation takes on the CPU beside its output: for a kernel what it says, for a convolution its
+    input, padded, and all that its filters see of it."""
+    if op["name"] == KERNEL:
+        return _bytes(op["outputs"][1])
+    if op["name"] != "Convolution":
+        return 0
     (_, shape, dtype), (_, filters, _), (_, (*positions, _), _) = *op["inputs"][:2], op["outputs"][0]
     padded = math.prod(shape) if math.prod(filters[1:-1]) > 1 else 0
     return (math.prod(positions) * math.prod(filters[1:]) + padded) * dtype.size

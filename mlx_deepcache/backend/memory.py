@@ -9,6 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import UsageError, called
+from . import cpu
 from .ops import on_gpu
 
 CACHE_SHARE = 1 / 4  # of the memory, for freed buffers that MLX keeps for the next use; its own default is all of it
@@ -58,3 +59,14 @@ def limit_memory(gigabytes: float | None = None) -> int:
     if on_gpu() or gigabytes is not None:  # on the CPU the allocator below MLX keeps memory: see host.py
         mx.set_cache_limit(int(budget * CACHE_SHARE))
     return budget
+
+
+def reset_peak() -> None:
+    """Count the peak anew."""
+    mx.reset_peak_memory()
+    cpu.peak_memory = 0
+
+
+def peak() -> int:
+    """Most bytes since `reset_peak`: of MLX's arrays, and of what the CPU's kernels take beside them."""
+    return max(mx.get_peak_memory(), cpu.peak_memory)

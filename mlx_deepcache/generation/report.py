@@ -11,6 +11,7 @@ from importlib.metadata import version
 import mlx.core as mx
 
 from .._version import __version__
+from ..backend.memory import peak, reset_peak
 from ..cache.macs import unet_macs, work_macs
 from ..cache.text import write
 from ..sampler import Progress
@@ -45,8 +46,8 @@ class Clock:
         if self._phases:
             name = self._phases[-1]
             self.seconds[name] += now - self._since
-            self.peaks[name] = max(self.peaks[name], mx.get_peak_memory())
-        mx.reset_peak_memory()
+            self.peaks[name] = max(self.peaks[name], peak())
+        reset_peak()
         self._since = now
 
 
