@@ -381,7 +381,7 @@ def _by_tiles(
     """
     (B, _, _, C), c_out, n = x.shape, len(weight), len(FILTER)
     down, across, size = -(-height // TILE), -(-width // TILE), int(before.shape[1] ** 0.5)
-    block = max(min(TILES, B * down * across // cores()), 32)
+    block = max(min(TILES, B * down * across // cores()), 16)
     parts = [
         (b, *rows, *columns)
         for b in range(B)

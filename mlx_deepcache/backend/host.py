@@ -12,6 +12,10 @@ SLOW = "matrix products will be about 30 times slower than need be: "
 TOO_LATE = SLOW + "mlx.core was imported before mlx_deepcache, which brings it a fast BLAS; import mlx_deepcache first"
 NO_BLAS = SLOW + "no fast BLAS was found; `pip install cmeel-openblas` or `apt install libopenblas0-pthread`"
 
+# After each product a BLAS's threads go on turning for 25 ms (OpenBLAS) or 200 ms (MKL), in case there is another one:
+# on the cores that the next operation needs. Let them sleep after 2^14 turns, a few microseconds, and at once.
+NAP = {"OPENBLAS_THREAD_TIMEOUT": "14", "KMP_BLOCKTIME": "0"}
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
@@ -33,6 +37,8 @@ def _load_blas() -> str | None:
     if "mlx.core" in sys.modules:
         with open("/proc/self/maps") as maps:
             return TOO_LATE if "mlx_cpu.libs/libblas" in maps.read() else None
+    for name, value in NAP.items():
+        os.environ.setdefault(name, value)
     for library in _libraries():
         try:
             if "cmeel" in library:
