@@ -21,7 +21,8 @@ setup(
         "mlx[cpu]>=0.30; sys_platform == 'linux'",
         # MLX's Linux wheel comes with a BLAS that is 30 times slower; see mlx_deepcache/backend/host.py
         "cmeel-openblas; sys_platform == 'linux'",
-        "numpy",
+        "numpy>=2",
+        "threadpoolctl",
         "huggingface_hub",
         "safetensors",
         "tokenizers",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from .backend.ops import at_once
 from .cache.composition import CacheRun, Caches
 from .cache.policy import Call, Work
 from .diffusion.guidance import guide
@@ -155,7 +156,7 @@ def sample(
     noise: Callable[[], mx.array],
     keep: Callable[[mx.array, Level], mx.array] | None = None,
 ) -> Iterator[Progress]:
-    """Draw: yields after every step, evaluated, while the next one is under way; stop iterating to cancel.
+    """Draw: yields after every step, evaluated, on a GPU while the next one is under way; stop iterating to cancel.
 
     x: (N, h, w, C) float32, at the first step's level, or standard normal times the plan's `init_scale`; cache: says
     what is reused, and when; noise: draws like x, for the solvers that want fresh noise; keep: given latents and their
@@ -181,11 +182,14 @@ def sample(
         if keep is not None:
             x = keep(x, plan.steps[index + 1].here if index + 1 < len(plan.steps) else CLEAN)
         kept = run.arrays
-        mx.async_eval(x, denoised, kept)  # a GPU starts on this step while the one before is reported
-        if last is not None:
-            mx.eval(last.latents)
-            yield last
+        mx.async_eval(x, denoised, kept)
         sizes = {name: sum(array.nbytes for array in arrays) for name, arrays in kept.items()}
-        last = Progress(index, tuple(work), x, denoised, sizes)
-    mx.eval(last.latents)
-    yield last
+        progress = Progress(index, tuple(work), x, denoised, sizes)
+        # A GPU works on this step while the one before is reported; at once, this one is done
+        done, last = (progress, None) if at_once() else (last, progress)
+        if done is not None:
+            mx.eval(done.latents)
+            yield done
+    if last is not None:
+        mx.eval(last.latents)
+        yield last
