@@ -43,10 +43,9 @@ def _workers() -> tuple[ThreadPoolExecutor, ThreadpoolController]:
     return ThreadPoolExecutor(max(cores() - 1, 1), "mlx_deepcache"), ThreadpoolController()
 
 
-def _in_parallel(job: Callable[..., None], parts: Iterable[tuple]) -> None:
+def _in_parallel(job: Callable[..., None], parts: Iterable[tuple], numbers: int) -> None:
     """`job(*part)` of each part: every core takes the next one when it is done with its last, and has a BLAS of one
-    thread."""
-    pool, blas = _workers()
+    thread. So many numbers are passed over in all: where they are few, waking the others takes longer than the work."""
     waiting = deque(parts)
 
     def work() -> None:
@@ -58,6 +57,10 @@ def _in_parallel(job: Callable[..., None], parts: Iterable[tuple]) -> None:
                     break
                 job(*part)
 
+    if numbers < BLOCK or _busy(waiting) == 1:
+        work()
+        return
+    pool, blas = _workers()
     with blas.limit(limits=1, user_api="blas"):
         others = [pool.submit(work) for _ in range(_busy(waiting) - 1)]
         work()
@@ -200,7 +203,7 @@ def activation(x: mx.array, gated: mx.array | None = None, *, name: str) -> mx.a
         if values is not None:
             here *= values[start:stop]
 
-    _in_parallel(job, _spans(len(given), BLOCK // C))
+    _in_parallel(job, _spans(len(given), BLOCK // C), x.size)
     return made
 
 
@@ -223,7 +226,7 @@ def layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.
         here *= scale
         here += shift
 
-    _in_parallel(job, _spans(len(given), BLOCK // C))
+    _in_parallel(job, _spans(len(given), BLOCK // C), x.size)
     return made
 
 
@@ -247,7 +250,7 @@ def group_norm(
         off *= off
         squares[b, i] = ones @ off
 
-    _in_parallel(look, parts)
+    _in_parallel(look, parts, x.size)
     # Of each block's channels the mean and the squared distance from it; from these a group's (Chan et al. 1979, 2.1)
     counts = np.array([stop - start for start, stop in spans], np.float64)[:, None, None]
     means, squares = (a.astype(np.float64).reshape(B, len(spans), -1, group_size) for a in (means, squares))
@@ -266,7 +269,7 @@ def group_norm(
         if name is not None:
             ACTIVATIONS[name](here, here, np.empty_like(here))
 
-    _in_parallel(apply, parts)
+    _in_parallel(apply, parts, x.size)
     return made
 
 
@@ -311,7 +314,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, causal: bool = False) -> mx
                 o[:, :D], o[:, D : D + 1] if width > D else s.sum(axis=1, keepdims=True), out=out[b, start:stop, h]
             )
 
-    _in_parallel(job, parts)
+    _in_parallel(job, parts, B * heads * S * T)
     return made.swapaxes(1, 2)
 
 
@@ -424,8 +427,8 @@ def _by_tiles(
 
     for first, last in shares:
         filters = all_filters[:, : last - first]
-        _in_parallel(transform, _spans(last - first, 32))
-        _in_parallel(job, parts)
+        _in_parallel(transform, _spans(last - first, 32), n * (last - first) * C)
+        _in_parallel(job, parts, n * B * down * across * (C + last - first))
     return made
 
 
@@ -449,7 +452,7 @@ def _unfolded(
         _matmul(np.ascontiguousarray(seen).reshape(len(here), -1), filters, here)
         here += shift
 
-    _in_parallel(job, parts)
+    _in_parallel(job, parts, x.size * kh * kw)
     return made
 
 

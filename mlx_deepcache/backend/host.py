@@ -13,8 +13,8 @@ TOO_LATE = SLOW + "mlx.core was imported before mlx_deepcache, which brings it a
 NO_BLAS = SLOW + "no fast BLAS was found; `pip install cmeel-openblas` or `apt install libopenblas0-pthread`"
 
 # After each product a BLAS's threads go on turning for 25 ms (OpenBLAS) or 200 ms (MKL), in case there is another one:
-# on the cores that the next operation needs. Let them sleep after 2^14 turns, a few microseconds, and at once.
-NAP = {"OPENBLAS_THREAD_TIMEOUT": "14", "KMP_BLOCKTIME": "0"}
+# on the cores that the next operation needs. Let them sleep after 2^20 turns, about 0.3 ms, and after 1 ms.
+NAP = {"OPENBLAS_THREAD_TIMEOUT": "20", "KMP_BLOCKTIME": "1"}
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 

@@ -176,7 +176,7 @@ def test_an_error_in_a_worker_is_raised(monkeypatch):
             raise ValueError("three")
 
     with pytest.raises(ValueError, match="three"):
-        cpu._in_parallel(job, ((n,) for n in range(8)))
+        cpu._in_parallel(job, ((n,) for n in range(8)), 10**9)
 
 
 def test_what_is_taken_beside_arrays_is_counted():
