@@ -6,7 +6,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..backend.ops import conv2d, group_norm, layer_norm, linear
+from ..backend.ops import conv2d, group_norm, layer_norm, linear, quantized_linear
 
 
 class Linear(nn.Linear):
@@ -14,6 +14,18 @@ class Linear(nn.Linear):
 
     def __call__(self, x: mx.array) -> mx.array:
         return linear(x, self.weight, self.get("bias"))
+
+    def to_quantized(self, group_size: int | None = None, bits: int | None = None, mode: str = "affine", **_):
+        """What `nn.quantize` puts in its place."""
+        return QuantizedLinear.from_linear(self, group_size, bits, mode)
+
+
+class QuantizedLinear(nn.QuantizedLinear):
+    """The same with its weights packed."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        packed = self.weight, self.scales, self.biases
+        return quantized_linear(x, packed, self.get("bias"), group_size=self.group_size, bits=self.bits)
 
 
 class Conv2d(nn.Conv2d):

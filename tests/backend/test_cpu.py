@@ -135,6 +135,18 @@ def test_gates():
     assert error(ops.gated_gelu(*mx.split(both, 2, axis=-1)), expected) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
+def test_products(dtype):
+    """Half precision through float32, packed weights unpacked."""
+    x, w, b = (mx.array(a).astype(dtype) for a in (normal(2, 9, 128), normal(64, 128, seed=1), normal(64, seed=2)))
+    expected = F.linear(*(torch.tensor(np.array(a.astype(mx.float32)), dtype=torch.float64) for a in (x, w, b))).numpy()
+    assert error(ops.linear(x, w, b), expected) < (1e-4 if dtype == mx.float32 else 0.05)
+    packed = mx.quantize(w, 64, 8)
+    theirs = mx.quantized_matmul(x, *packed, transpose=True, group_size=64, bits=8) + b
+    ours = ops.quantized_linear(x, packed, b, group_size=64, bits=8)
+    assert ours.dtype == dtype and error(ours, np.array(theirs.astype(mx.float32))) < 0.05
+
+
 def everything():
     x, w = mx.array(normal(2, 40, 40, 64)), mx.array(filters(64, 3, 64))
     heads = x.reshape(2, 1600, 4, 16).swapaxes(1, 2)
