@@ -142,7 +142,8 @@ def test_products(dtype):
     expected = F.linear(*(torch.tensor(np.array(a.astype(mx.float32)), dtype=torch.float64) for a in (x, w, b))).numpy()
     assert error(ops.linear(x, w, b), expected) < (1e-4 if dtype == mx.float32 else 0.05)
     packed = mx.quantize(w, 64, 8)
-    theirs = mx.quantized_matmul(x, *packed, transpose=True, group_size=64, bits=8) + b
+    whole = [a if a.dtype == mx.uint32 else a.astype(mx.float32) for a in packed]
+    theirs = mx.quantized_matmul(x.astype(mx.float32), *whole, transpose=True, group_size=64, bits=8) + b
     ours = ops.quantized_linear(x, packed, b, group_size=64, bits=8)
     assert ours.dtype == dtype and error(ours, np.array(theirs.astype(mx.float32))) < 0.05
 
