@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -30,29 +31,15 @@ def parse(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv=None) -> None:
-    args = parse(argv)
+def calls(unet, side: int, pictures: int, branches: list[int], dtype, factor: int = 8) -> dict[str, Callable[[], None]]:
+    """What to time: a full step, and a cached one for each branch; side: of the latents, each `factor` pixels wide."""
     import mlx.core as mx
     import numpy as np
 
-    from mlx_deepcache.backend.ops import dtype_of
-    from mlx_deepcache.cache.macs import unet_macs
     from mlx_deepcache.nets.unet_parts import Conditioning
 
-    dtype = dtype_of(args.dtype)
-    if args.config == "emoji":
-        from mlx_deepcache.checkpoints.checkpoint import Checkpoint
-
-        checkpoint = Checkpoint.open(None)
-        unet, factor = checkpoint.load("unet", dtype), checkpoint.vae_config.factor
-    else:
-        unet, factor = mlx_unet(UNETS[args.config], dtype), 8
-    config = unet.config
-    side = args.size // factor if args.size else config.sample_size
-    branches = [int(b) for b in args.branches.split(",")]
-
-    rng = np.random.default_rng(0)
-    batch = 2 * args.batch
+    config, rng = unet.config, np.random.default_rng(0)
+    batch = 2 * pictures
     x = mx.array(rng.standard_normal((batch, side, side, 4))).astype(dtype)
     context = mx.array(rng.standard_normal((batch, 77, config.cross_attention_dim))).astype(dtype)
     pooled = time_ids = None
@@ -74,6 +61,28 @@ def main(argv=None) -> None:
         _, features = unet(x, temb, prompt, branch=branch)
         mx.eval(features)
         runs[f"cached {branch}"] = call(branch, features)
+    return runs
+
+
+def main(argv=None) -> None:
+    args = parse(argv)
+    from mlx_deepcache.backend.ops import dtype_of
+    from mlx_deepcache.cache.macs import unet_macs
+
+    dtype = dtype_of(args.dtype)
+    if args.config == "emoji":
+        from mlx_deepcache.checkpoints.checkpoint import Checkpoint
+
+        checkpoint = Checkpoint.open(None)
+        unet, factor = checkpoint.load("unet", dtype), checkpoint.vae_config.factor
+    else:
+        unet, factor = mlx_unet(UNETS[args.config], dtype), 8
+    config = unet.config
+    side = args.size // factor if args.size else config.sample_size
+    branches = [int(b) for b in args.branches.split(",")]
+
+    batch = 2 * args.batch
+    runs = calls(unet, side, args.batch, branches, dtype, factor)
     seconds = medians(runs, args.repeats)
 
     full_s = seconds["full"]
