@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -43,7 +43,18 @@ Ways = dict[str, Callable[[], AbstractContextManager]]
 
 def ways() -> Ways:
     """On the GPU and on the CPU; without a GPU on the CPU and, "plain", by MLX's own operations, as for a GPU."""
-    return {"gpu": nullcontext, "cpu": on_cpu} if ops.on_gpu() else {"cpu": nullcontext, "plain": ops.recording}
+    return {"gpu": nullcontext, "cpu": on_cpu} if ops.on_gpu() else {"cpu": nullcontext, "plain": plain}
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """MLX's activations are compiled functions, which on the CPU would take a compiler."""
+    mx.disable_compile()
+    try:
+        with ops.recording():
+            yield
+    finally:
+        mx.enable_compile()
 
 
 @contextmanager
@@ -233,10 +244,12 @@ def pieces(quick: bool) -> list[Piece]:
 
 
 class Net(NamedTuple):
-    """`run` gives arrays by name, in a type; an array that is named with `COMPILED` should be as the one without."""
+    """`load` reads or makes it, in float32; `run` has it compute arrays by name, in a type; an array that is named with
+    `COMPILED` should be as the one without."""
 
     name: str
-    run: Callable[[mx.Dtype], dict[str, mx.array]]
+    load: Callable[[], Any]
+    run: Callable[[Any, mx.Dtype], dict[str, mx.array]]
     limits: dict[str, float]
 
 
@@ -245,12 +258,9 @@ COMPILED = ", compiled"
 
 def unet_net(name: str, load: Callable[[], UNet2DConditionModel], side: int) -> Net:
     """A full and a cached step for one picture with guidance."""
-    loaded: list[UNet2DConditionModel] = []
 
-    def run(dtype):
-        if not loaded:
-            loaded.append(load())
-        unet, rng = loaded[0], np.random.default_rng(0)
+    def run(unet, dtype):
+        rng = np.random.default_rng(0)
         unet.set_dtype(dtype)
         x = mx.array(normal(rng, 2, side, side, 4)).astype(dtype)
         context = mx.array(normal(rng, 2, 77, unet.config.cross_attention_dim)).astype(dtype)
@@ -262,18 +272,18 @@ def unet_net(name: str, load: Callable[[], UNet2DConditionModel], side: int) -> 
             found["cached step" + kind], _ = net(x * 0.9, second, cond, reused=features)
         return found
 
-    return Net(name, run, NET_LIMITS)
+    return Net(name, load, run, NET_LIMITS)
 
 
 def bundled_run(steps: int) -> Net:
     """The bundled model, drawing."""
 
-    def run(dtype):
-        pipe = StableDiffusion.from_pretrained(None, str(dtype).removeprefix("mlx.core."))
+    def run(checkpoint, dtype):
+        pipe = StableDiffusion(checkpoint, str(dtype).removeprefix("mlx.core."))
         result = pipe(PROMPT, seeds=[1], steps=steps, cache_interval=3)
         return {"latents": result.latents, "picture": mx.array(np.array(result.images[0], np.float32))}
 
-    return Net(f"the bundled model, {steps} steps", run, RUN_LIMITS)
+    return Net(f"the bundled model, {steps} steps", lambda: Checkpoint.open(None), run, RUN_LIMITS)
 
 
 def nets(quick: bool) -> list[Net]:
@@ -328,12 +338,12 @@ def check_piece(piece: Piece, ways: Ways) -> Iterator[dict]:
 
 def check_net(net: Net, ways: Ways) -> Iterator[dict]:
     """A row for each type and output. What is right is the CPU's in float32."""
-    right = {}
+    loaded, right = net.load(), {}
     for dtype_name, dtype in DTYPES.items():
         errors: dict[str, dict] = {}
         for way, where in sorted(ways.items()):  # the CPU first
             with where():
-                found = {name: np.array(a.astype(mx.float32), np.float64) for name, a in net.run(dtype).items()}
+                found = {name: np.array(a.astype(mx.float32), np.float64) for name, a in net.run(loaded, dtype).items()}
             if not right:
                 right = found
                 continue

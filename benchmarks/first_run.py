@@ -14,7 +14,6 @@ Exit status 1 if an error is above its limit, with a line for each, or if someth
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import platform
 import subprocess
@@ -255,7 +254,8 @@ def memory_rows(pipe, size: int) -> list[dict]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the bundled model does not know this prompt
         seconds, peak = pipe.picture(size, 1, 2, 2, 0)
-    estimated = pipe.estimate(pipe.settings("a picture", steps=2, height=size, width=size, cache_interval=2))
+        settings = pipe.settings("a picture", steps=2, height=size, width=size, scheduler="ddim", cache_interval=2)
+    estimated = pipe.estimate(settings)
     return [
         {"size": size, "phase": p, "peak_bytes": peak[p], "estimated_bytes": estimated[p], "seconds": seconds[p]}
         for p in seconds
@@ -303,18 +303,15 @@ def main(argv=None) -> int:
     quick = args.quick or not gpu
     config, sizes, factor = ("emoji", [64], 4) if quick else ("sd15", args.sizes, 8)
     dtype, ways = dtype_of("auto"), checks.ways()
-    work = [(piece, checks.check_piece) for piece in checks.pieces(quick)]
-    work += [(net, checks.check_net) for net in checks.nets(quick)]
+    pieces, nets = checks.pieces(quick), checks.nets(quick)
+    work = [*((piece, checks.check_piece) for piece in pieces), *((net, checks.check_net) for net in nets)]
 
     args.json.parent.mkdir(parents=True, exist_ok=True)
     report = Report(args.json, len(work) + 2 * len(sizes) + 2)
     show_machine(report, about(str(dtype).removeprefix("mlx.core.")))
     show_correctness(report, list(ways))
-    while work:  # and let go of what was checked
-        item, checked = work.pop(0)
+    for item, checked in work:
         report.part(item.name, partial(check, report, checked(item, ways), list(ways)))
-    del item, checked
-    gc.collect()
     mx.clear_cache()
 
     shapes = QUICK_UPSAMPLINGS if quick else UNET_UPSAMPLINGS + VAE_UPSAMPLINGS

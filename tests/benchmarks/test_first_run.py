@@ -11,7 +11,9 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import checks, first_run
+from benchmarks.speed import models
 from mlx_deepcache.backend import cpu, ops
+from mlx_deepcache.errors import UsageError
 from mlx_deepcache.unet import UNet2DConditionModel
 
 PIECES = checks.pieces(quick=True)
@@ -78,17 +80,17 @@ def test_one_wrong_row_among_thousands_is_found():
 def run(monkeypatch, tmp_path, capsys):
     """first_run, without whole nets unless asked for: exit status, text, and figures."""
 
-    def call(nets=False):
+    def call(*options, nets=False):
         if not nets:
             monkeypatch.setattr(checks, "nets", lambda quick: [])
-        status = first_run.main(["--quick", "--json", str(tmp_path / "all.json")])
+        status = first_run.main([*options, "--json", str(tmp_path / "all.json")])
         return status, capsys.readouterr().out, json.loads((tmp_path / "all.json").read_text())
 
     return call
 
 
 def test_all_of_it(run):
-    status, text, data = run(nets=True)
+    status, text, data = run("--quick", nets=True)
     assert status == 0 and data["failures"] == [] and "FAIL" not in text
     rows = data["correctness"]
     assert len(rows) == len(re.findall("pass$", text, re.M)) == 2 * len(PIECES) + 2 * 3 * 2
@@ -115,7 +117,7 @@ def test_a_broken_operation_fails_by_name(run, monkeypatch):
         return out * 1.01 if name == "silu" else out
 
     monkeypatch.setattr(cpu, "activation", broken)
-    status, text, data = run()
+    status, text, data = run("--quick")
     assert status == 1
     assert [line.split(": ")[0] for line in data["failures"]] == ["SiLU, float32, cpu", "SiLU, float16, cpu"]
     assert all(f"FAIL  {line}" in text for line in data["failures"])
@@ -128,7 +130,7 @@ def test_what_cannot_be_run_fails_and_the_rest_goes_on(run, monkeypatch):
 
     monkeypatch.setattr(cpu, "layer_norm", absent)
     monkeypatch.setattr(first_run, "memory_rows", lambda pipe, size: [])
-    status, text, data = run()
+    status, text, data = run("--quick")
     assert status == 1 and len(data["failures"]) == 1
     assert re.search("^FAIL  layer norm.*: RuntimeError: no such kernel$", text, re.M)
     assert len(data["correctness"]) == 2 * len(PIECES) - 2
@@ -143,13 +145,51 @@ def test_a_losing_choice_is_told():
     assert first_run.otherwise(rows(faster, slower)).endswith(": theirs for place 1 (0.50 of the time)")
 
 
-def test_a_gpus_choices_are_timed(monkeypatch):
-    """As if there were one: heads padded where its kernels ask for it, and compiled steps beside plain ones."""
+@pytest.fixture
+def gpu(monkeypatch):
+    """As if the CPU were one; compiled nets are counted, not compiled."""
+    compiled = []
     monkeypatch.setattr(ops, "on_gpu", lambda: True)
-    rows = first_run.heads_rows(((40, 64, 64), (64, 64, 64), (40, 64, 77)), mx.float32)
-    assert [row["where"] for row in rows] == ["heads of 40, 64 to 64 positions", "heads of 40, 64 to 77 positions"]
-    built = []
-    monkeypatch.setattr(UNet2DConditionModel, "compiled", lambda unet: built.append(unet) or unet)
+    monkeypatch.setattr(UNet2DConditionModel, "compiled", lambda unet: compiled.append(unet) or unet)
+    mx.disable_compile()  # MLX's own activations too
+    yield compiled
+    mx.enable_compile()
+
+
+def test_compiled_calls_are_checked_on_a_gpu(gpu):
     net = checks.nets(quick=True)[0]
-    compiled = [row["piece"] for row in checks.check_net(net, checks.ways()) if row["piece"].endswith("compiled")]
-    assert len(compiled) == 4 and len(built) == 4
+    rows = [row["piece"] for row in checks.check_net(net, checks.ways()) if row["piece"].endswith("compiled")]
+    assert len(rows) == 4 and len(gpu) == 4
+
+
+def test_a_gpus_tables(gpu, run, monkeypatch):
+    """Of a small SD 1.5: heads padded where kernels ask for it, compiled steps beside plain ones, and what is too large
+    for the machine left out."""
+    small = {"block_out_channels": [32, 32, 32, 32]}
+    encoder = models.CLIP_L | {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    monkeypatch.setitem(models.UNETS, "sd15", models.SD15 | small | {"cross_attention_dim": 64})
+    monkeypatch.setitem(models.VAES, "sd15", models.VAE | small)
+    monkeypatch.setitem(models.TEXT_ENCODERS, "sd15", {"text_encoder": encoder | {"num_attention_heads": 4}})
+    monkeypatch.setattr(first_run, "HEADS", ((40, 64, 64), (64, 64, 64), (40, 64, 77)))
+    monkeypatch.setattr(first_run, "UNET_UPSAMPLINGS", first_run.QUICK_UPSAMPLINGS)
+    monkeypatch.setattr(first_run, "VAE_UPSAMPLINGS", ())
+    monkeypatch.setattr(checks, "pieces", lambda quick: [])
+    measure = first_run.memory_rows
+
+    def memory_rows(pipe, size):
+        if size == 128:
+            raise UsageError("it takes more memory than there is")
+        return measure(pipe, size)
+
+    monkeypatch.setattr(first_run, "memory_rows", memory_rows)
+    status, text, data = run("--sizes", "64,128")
+    assert status == 0 and "128 px: not run, it takes more memory" in text
+    assert {row["size"] for row in data["steps"] + data["memory"]} == {64}
+    assert all(set(row["seconds"]) == {"plain", "compiled"} for row in data["steps"]) and len(gpu) == 1
+    choices = [row["where"] for row in data["choices"] if row["ours"] == "padded heads"]
+    assert choices == ["heads of 40, 64 to 64 positions", "heads of 40, 64 to 77 positions"]
+    assert [row["where"] for row in data["choices"] if row["ours"] == "compiled steps"] == [
+        "64 px, full",
+        "64 px, cached 0",
+        "64 px, cached 1",
+    ]
