@@ -24,6 +24,7 @@ setup(
         "numpy",
         "huggingface_hub",
         "safetensors",
+        "threadpoolctl",
         "tokenizers",
         "pillow",
         "tqdm",
