@@ -123,6 +123,8 @@ def show_machine(report: Report, facts: dict) -> None:
     )
     if facts["gpu"] is None:
         report.line("No GPU was found: small sizes, and MLX's own operations on the CPU (plain) in a GPU's place.")
+    else:
+        report.line(", ".join(f"{name} {value}" for name, value in facts["gpu"].items()))
     report.data |= facts
 
 
