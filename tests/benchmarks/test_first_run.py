@@ -187,7 +187,7 @@ def test_a_gpus_tables(gpu, run, monkeypatch):
     status, text, data = run("--sizes", "64,128")
     assert status == 0 and "128 px: not run, it takes more memory" in text
     assert {row["size"] for row in data["steps"] + data["memory"]} == {64}
-    assert all(set(row["seconds"]) == {"plain", "compiled"} for row in data["steps"]) and len(gpu) == 1
+    assert all(set(row["seconds"]) == {"plain", "compiled"} for row in data["steps"]) and gpu
     choices = [row["where"] for row in data["choices"] if row["ours"] == "padded heads"]
     assert choices == ["heads of 40, 64 to 64 positions", "heads of 40, 64 to 77 positions"]
     assert [row["where"] for row in data["choices"] if row["ours"] == "compiled steps"] == [
