@@ -25,6 +25,7 @@ setup(
         "threadpoolctl",
         "huggingface_hub",
         "safetensors",
+        "threadpoolctl",
         "tokenizers",
         "pillow",
         "tqdm",

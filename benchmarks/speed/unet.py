@@ -56,7 +56,7 @@ def inputs(config, batch: int, side: int) -> dict[str, np.ndarray]:
     return given
 
 
-def our_calls(unet, given: dict[str, np.ndarray], branches: list[int], dtype) -> dict[str, Callable[[], None]]:
+def calls(unet, given: dict[str, np.ndarray], branches: list[int], dtype) -> dict[str, Callable[[], None]]:
     """A full call, and a cached one of each branch."""
     import mlx.core as mx
 
@@ -140,7 +140,7 @@ def main(argv=None) -> None:
         side = (args.size or 512) // factor
     batch = 2 * args.batch
     given = inputs(unet.config, batch, side)
-    runs = {f"ours, {kind}": run for kind, run in our_calls(unet, given, args.branches, dtype).items()}
+    runs = {f"ours, {kind}": run for kind, run in calls(unet, given, args.branches, dtype).items()}
     about = machine(name, TORCH_PACKAGES if args.against else ("mlx",))
     if args.against:
         theirs, about["torch_device"] = their_calls(args.config, given, args.branches, name)
