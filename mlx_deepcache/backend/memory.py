@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import UsageError, called
-from .ops import on_gpu
+from . import ops
 
 CACHE_SHARE = 1 / 4  # of the memory, for freed buffers that MLX keeps for the next use; its own default is all of it
 
@@ -53,8 +53,8 @@ def limit_memory(gigabytes: float | None = None) -> int:
     budget = max(machine_memory() - _BESIDE, 0)
     if gigabytes is not None:
         budget = min(int(gigabytes * 1e9), budget)
-    if gigabytes is not None or not on_gpu():
+    if gigabytes is not None or not ops.on_gpu():
         mx.set_memory_limit(budget)
-    if on_gpu() or gigabytes is not None:  # on the CPU the allocator below MLX keeps memory: see host.py
+    if ops.on_gpu() or gigabytes is not None:  # on the CPU the allocator below MLX keeps memory: see host.py
         mx.set_cache_limit(int(budget * CACHE_SHARE))
     return budget

@@ -7,7 +7,7 @@ import copy
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..backend.ops import on_gpu
+from ..backend import ops
 from ..checkpoints.adapters.applied import Addons
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.part import load_controlnet
@@ -36,7 +36,7 @@ class Components:
         addons: Addons | None = None,
     ):
         self.checkpoint, self.dtype, self.keep, self.bits = checkpoint, dtype, keep, bits
-        self.compile = on_gpu() if compile == "auto" else compile == "on"
+        self.compile = ops.on_gpu() if compile == "auto" else compile == "on"
         self.addons = Addons(checkpoint) if addons is None else addons
         self.held: dict = {}
         self._started: set[str] = set()  # whose weights are still being read

@@ -10,7 +10,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from ..backend.ops import on_gpu
+from ..backend import ops
 from .autoencoder import AutoencoderKL, VAEConfig
 
 TILE = 64  # latents a side, as in diffusers for SD
@@ -26,7 +26,7 @@ def tiled(tiling: str, config: VAEConfig, size: tuple[int, int], itemsize: int, 
     height, width = size
     # At full size the widest layer has the second level's channels. On the CPU, where a convolution writes out all its
     # inputs, 31 times that was measured with SD's VAE (128 to 384 px); 8 for a GPU is an estimate.
-    pixel = max(config.block_out_channels[:2]) * itemsize * (8 if on_gpu() else 31)
+    pixel = max(config.block_out_channels[:2]) * itemsize * (8 if ops.on_gpu() else 31)
     whole = height * width * config.factor**2 * pixel
     return max(size) > TILE and (tiling == "on" or (tiling == "auto" and whole > budget / 2))
 
