@@ -122,21 +122,31 @@ class UNet2DConditionModel(Encoder):
     def compiled(self) -> UNet2DConditionModel:
         """This U-Net with each of the three parts compiled by itself, with the weights that it has now.
 
-        A graph is built for each shape and cut, and for what the attention layers do. The folded weights of upsampling
-        are computed first: left to the graph, they would be folded anew in every step.
+        A graph is built for each shape and cut, and for what the attention layers do. What is made of weights alone is
+        computed before it, the folds of upsampling and the split at the cut: left to the graph, that would be done anew
+        in every step.
         """
-        mx.eval([layer.upsample.fold() for layer in self.up_layers() if layer.upsample is not None])
+        layers = self.up_layers()
+        mx.eval([layer.upsample.fold() for layer in layers if layer.upsample is not None])
+
+        def split(cut: int, skip: mx.array) -> None:
+            resnet = layers[-1 - cut].resnet
+            mx.eval(resnet.split(resnet.norm1.weight.size - skip.shape[-1]))
+
         unet = copy.copy(self)
-        unet.shallow, unet.deep, unet.finish = map(_compiled, (self.shallow, self.deep, self.finish))
+        unet.shallow = _compiled(self.shallow)
+        unet.deep = _compiled(self.deep, lambda skip, temb, cond, cut, *_: split(cut, skip))
+        unet.finish = _compiled(self.finish, lambda skips, features, temb, cond, cut, *_: split(cut, skips[-1]))
         return unet
 
 
-def _compiled(part: Callable) -> Callable:
+def _compiled(part: Callable, prepare: Callable[..., None] = lambda *inputs: None) -> Callable:
     """One of the U-Net's parts through `mx.compile`: a function for each way of running attention, which is given what
-    that reuses and returns what it keeps."""
+    that reuses and returns what it keeps; prepare: called with the inputs, outside of the graph."""
     functions: dict[tuple, Callable] = {}
 
     def call(*inputs, attend: Attend = PLAIN):
+        prepare(*inputs)
         key = attend.do, attend.inner
         if key not in functions:
 
