@@ -14,8 +14,19 @@ from contextlib import contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import UsageError
+from ..errors import Failure, UsageError
 from . import cpu
+
+# Before it, Metal's Winograd convolution could run out of memory and give zeros without an error
+OLDEST = "0.32.2"
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
+
+
+if _numbers(mx.__version__) < _numbers(OLDEST):
+    raise Failure(f"MLX should be {OLDEST} or newer, got {mx.__version__}; try pip install --upgrade mlx")
 
 # Head sizes for which MLX has fused attention kernels; at others it stores every score. (At 192 and 256 Metal has some
 # too, but goes another way.)
@@ -154,12 +165,12 @@ def _kernels(dtype: mx.Dtype) -> str:
         return "cuda"
     architecture = str(mx.device_info(mx.default_device()).get("architecture", ""))
     found = re.fullmatch(r"applegpu_g(\d+)([a-z])", architecture)
-    new = found is not None and int(found[1]) >= (18 if found[2] == "p" else 17) and _macos() >= (26, 2)
+    new = (
+        found is not None
+        and int(found[1]) >= (18 if found[2] == "p" else 17)
+        and _numbers(platform.mac_ver()[0]) >= [26, 2]
+    )
     return "neural" if new and dtype != mx.float32 else "metal"
-
-
-def _macos() -> tuple[int, ...]:
-    return tuple(int(number) for number in platform.mac_ver()[0].split(".") if number)
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, *, causal: bool = False) -> mx.array:

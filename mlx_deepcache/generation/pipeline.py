@@ -184,7 +184,7 @@ class StableDiffusion:
         `given` picture that has a mask, every pixel outside the mask is its own.
 
         Raises:
-            Failure: a picture holds values that are not finite.
+            Failure: a picture holds values that are not finite, or is all one colour.
         """
         latents, channels = take_latents(latents), self.checkpoint.vae_config.latent_channels
         if latents.shape[-1] != channels:
@@ -207,6 +207,12 @@ class StableDiffusion:
                     raise Failure(
                         f"the VAE's picture holds NaN or infinite values in {dtype_name(dtype)}; try "
                         + called("dtype", "float32")
+                    )
+                if (image == image[:, :1, :1]).all():
+                    raise Failure(
+                        "the VAE's picture is all one colour, which is a fault of the device or of the checkpoint; try "
+                        + " or ".join([called("vae_tiling", "on"), called("dtype", "float32")])
+                        + ", and check the VAE"
                     )
             yield to_uint8(image)[0]
         del vae
