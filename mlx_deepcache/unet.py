@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-from .backend.ops import recording
+from .backend.ops import compiled
 from .errors import UsageError
 from .nets.attend import PLAIN, Attend
 from .nets.blocks import Features
@@ -150,12 +150,11 @@ def _compiled(part: Callable, prepare: Callable[..., None] = lambda *inputs: Non
         key = attend.do, attend.inner
         if key not in functions:
 
-            def traced(given, *inputs):
+            def function(given, *inputs):
                 inside = Attend(key[0], given, key[1])
-                with recording():
-                    return part(*inputs, attend=inside), inside.kept
+                return part(*inputs, attend=inside), inside.kept
 
-            functions[key] = mx.compile(traced)
+            functions[key] = compiled(function)
         output, kept = functions[key](attend.given, *inputs)
         for mine, outputs in zip(attend.kept, kept, strict=True):
             mine += outputs  # as an uncompiled call would have: inside of a traced one nothing can be kept

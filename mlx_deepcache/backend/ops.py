@@ -59,6 +59,23 @@ def recording() -> Iterator[None]:
         _recording = before
 
 
+def compiled(function: Callable) -> Callable:
+    """It through `mx.compile`: a graph for each shape that it is given."""
+
+    def traced(*inputs):
+        with recording():
+            return function(*inputs)
+
+    return mx.compile(traced)
+
+
+def done(x: mx.array) -> mx.array:
+    """x, once it is computed, so that nothing that led to it is held; in a graph that is recorded, as it is."""
+    if not _recording:
+        mx.eval(x)
+    return x
+
+
 def _in_float32(kernel: Callable[..., mx.array | None], x: mx.array, *arrays: mx.array | None, **how) -> mx.array:
     """What a CPU kernel makes of these, in x's type."""
     x32, *arrays = (a if a is None or a.dtype == mx.float32 else a.astype(mx.float32) for a in (x, *arrays))
