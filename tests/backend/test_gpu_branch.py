@@ -149,7 +149,8 @@ def test_a_compiled_vae_decodes_the_same(vae, taesd, tiny):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 1e-2)])
 def test_a_whole_run_is_the_cpus(monkeypatch, dtype, tolerance):
     """The bundled model, compiled, full and cached steps, against the CPU's own kernels in float32. On Metal itself
-    float16 is coarser yet: Winograd's F(6x6, 3x3) keeps its transforms in half precision, 0.4 to 0.7% of an output."""
+    float16 is coarser: Winograd's F(6x6, 3x3) keeps its transforms in half precision, which is 0.8% of an output on
+    random numbers (simulated), so a parity test in float16 should allow a percent at each convolution there."""
     options = {"steps": 7, "cache_interval": 3, "cache_branch": 2, "seeds": [3], "height": 64, "width": 64}
     with monkeypatch.context() as patch:
         patch.setattr(ops, "on_gpu", lambda: False)
