@@ -17,12 +17,12 @@ setup(
     packages=find_packages(include=["mlx_deepcache", "mlx_deepcache.*"]),
     package_data={"mlx_deepcache": ["checkpoints/bundled/**/*", "apps/*.txt"]},
     install_requires=[
-        "mlx>=0.30; sys_platform == 'darwin'",
-        "mlx[cpu]>=0.30; sys_platform == 'linux'",
+        # Before 0.32.2 a large convolution could come out as zeros on Metal; see mlx_deepcache/backend/ops.py
+        "mlx>=0.32.2; sys_platform == 'darwin'",
+        "mlx[cpu]>=0.32.2; sys_platform == 'linux'",
         # MLX's Linux wheel comes with a BLAS that is 30 times slower; see mlx_deepcache/backend/host.py
         "cmeel-openblas; sys_platform == 'linux'",
         "numpy>=2",
-        "threadpoolctl",
         "huggingface_hub",
         "safetensors",
         "threadpoolctl",
@@ -40,7 +40,7 @@ setup(
     extras_require={
         "completion": ["argcomplete"],
         "mkl": ["mkl"],
-        "cuda": ["mlx[cuda]>=0.30; sys_platform == 'linux'"],
+        "cuda": ["mlx[cuda]>=0.32.2; sys_platform == 'linux'"],
         "test": [
             "torch==2.13.0",
             "diffusers",

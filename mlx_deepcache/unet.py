@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-from .backend.ops import recording
+from .backend.ops import compiled
 from .errors import UsageError
 from .nets.attend import PLAIN, Attend
 from .nets.blocks import Features
@@ -122,30 +122,39 @@ class UNet2DConditionModel(Encoder):
     def compiled(self) -> UNet2DConditionModel:
         """This U-Net with each of the three parts compiled by itself, with the weights that it has now.
 
-        A graph is built for each shape and cut, and for what the attention layers do. The folded weights of upsampling
-        are computed first: left to the graph, they would be folded anew in every step.
+        A graph is built for each shape and cut, and for what the attention layers do. What is made of weights alone is
+        computed before it, the folds of upsampling and the split at the cut: left to the graph, that would be done anew
+        in every step.
         """
-        mx.eval([layer.upsample.fold() for layer in self.up_layers() if layer.upsample is not None])
+        layers = self.up_layers()
+        mx.eval([layer.upsample.fold() for layer in layers if layer.upsample is not None])
+
+        def split(cut: int, skip: mx.array) -> None:
+            resnet = layers[-1 - cut].resnet
+            mx.eval(resnet.split(resnet.norm1.weight.size - skip.shape[-1]))
+
         unet = copy.copy(self)
-        unet.shallow, unet.deep, unet.finish = map(_compiled, (self.shallow, self.deep, self.finish))
+        unet.shallow = _compiled(self.shallow)
+        unet.deep = _compiled(self.deep, lambda skip, temb, cond, cut, *_: split(cut, skip))
+        unet.finish = _compiled(self.finish, lambda skips, features, temb, cond, cut, *_: split(cut, skips[-1]))
         return unet
 
 
-def _compiled(part: Callable) -> Callable:
+def _compiled(part: Callable, prepare: Callable[..., None] = lambda *inputs: None) -> Callable:
     """One of the U-Net's parts through `mx.compile`: a function for each way of running attention, which is given what
-    that reuses and returns what it keeps."""
+    that reuses and returns what it keeps; prepare: called with the inputs, outside of the graph."""
     functions: dict[tuple, Callable] = {}
 
     def call(*inputs, attend: Attend = PLAIN):
+        prepare(*inputs)
         key = attend.do, attend.inner
         if key not in functions:
 
-            def traced(given, *inputs):
+            def function(given, *inputs):
                 inside = Attend(key[0], given, key[1])
-                with recording():
-                    return part(*inputs, attend=inside), inside.kept
+                return part(*inputs, attend=inside), inside.kept
 
-            functions[key] = mx.compile(traced)
+            functions[key] = compiled(function)
         output, kept = functions[key](attend.given, *inputs)
         for mine, outputs in zip(attend.kept, kept, strict=True):
             mine += outputs  # as an uncompiled call would have: inside of a traced one nothing can be kept

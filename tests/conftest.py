@@ -9,6 +9,7 @@ import torch  # noqa: E402, I001
 import mlx_deepcache  # noqa: E402
 import tiny  # noqa: E402
 import pytest  # noqa: E402
+from mlx_deepcache.backend import ops  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -37,6 +38,12 @@ def pipeline(checkpoint):
         return pipes[kind]
 
     return loaded
+
+
+@pytest.fixture
+def gpu_branch(monkeypatch):
+    """What a GPU would be asked for, on the CPU, which has all of MLX's operations too."""
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,8 @@
 """What several tests share: layouts, one measure of error, U-Net inputs, and pictures to start from."""
 
+import re
+from collections import Counter
+
 import mlx.core as mx
 import numpy as np
 import oracle
@@ -11,6 +14,12 @@ def error(ours, reference) -> float:
     ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
     assert ours.shape == reference.shape
     return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))
+
+
+def primitives(folder, *outputs) -> Counter:
+    """How many of each of MLX's operations are still to be done for these arrays; folder: for a file."""
+    mx.export_to_dot(str(folder / "graph.dot"), *outputs)
+    return Counter(re.findall(r'label ?= ?"(\w+)", shape=rectangle', (folder / "graph.dot").read_text()))
 
 
 def to_mlx(channels_first) -> mx.array:

@@ -1,11 +1,10 @@
 """The U-Net's three parts through `mx.compile`: the same numbers, and built no more often than shapes ask for."""
 
-import re
 import shutil
 
 import mlx.core as mx
 import pytest
-from helpers import at, conditioning, error, unet_inputs
+from helpers import at, conditioning, error, primitives, unet_inputs
 
 from mlx_deepcache import StableDiffusion
 from mlx_deepcache.backend.ops import on_gpu
@@ -121,17 +120,20 @@ def test_every_cache_runs_compiled(checkpoint, pipeline, monkeypatch, cache):
     assert 0 < counts[0] == counts[1]
 
 
-def test_upsampling_is_not_folded_anew_in_each_step(unet, tmp_path):
-    """Folding splits weights; without it, the graph of a call splits at the gates of the feed-forward layers only."""
+def test_weights_are_folded_and_split_before_the_graph(unet, gpu_branch, tmp_path):
+    """In a compiled full step nothing is made of weights alone: the gates of the feed-forward layers are all that
+    splits. At branch 0 no group straddles the cut, and skips being joined are all that concatenates."""
     x, temb, cond = inputs(unet)
     mx.eval(unet.parameters(), temb, cond)
-    gates = sum(isinstance(module, GEGLU) for module in unet.modules())
-    assert any(isinstance(module, Upsample2D) for module in unet.modules())
+    gates, folds = (sum(isinstance(m, kind) for m in unet.modules()) for kind in (GEGLU, Upsample2D))
 
-    def splits(net):
-        output, features = net(x, temb, cond, branch=BRANCH)
-        mx.export_to_dot(str(tmp_path / "graph.dot"), output, *features)
-        return len(re.findall(r'label ?= ?"Split"', (tmp_path / "graph.dot").read_text()))
+    def step(net):
+        output, features = net(x, temb, cond, branch=0)
+        return primitives(tmp_path, output, *features)
 
-    assert splits(unet) > gates  # folds are in the graph while they are not computed
-    assert splits(unet.compiled()) == gates
+    plain, joined = step(unet), len(unet.up_layers()) - 1
+    assert folds == 2
+    assert plain["Split"] == gates + 3 * folds + 1  # a fold's rows, and both kinds' columns; the weights at the cut
+    assert plain["Concatenate"] == joined + 7 * folds
+    compiled = step(unet.compiled())
+    assert (compiled["Split"], compiled["Concatenate"]) == (gates, joined)

@@ -1,4 +1,5 @@
-"""On Linux without a GPU, MLX's CPU backend is as fast as the BLAS and the allocator it finds: give it good ones."""
+"""What MLX finds in its process. On Linux without a GPU it is as fast as the BLAS and the allocator there: give it good
+ones."""
 
 from __future__ import annotations
 
@@ -20,10 +21,13 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def prepare() -> str | None:
-    """Make MLX's CPU backend fast, before it is first imported; does nothing elsewhere than on Linux without a GPU.
+    """Before MLX is first imported: make its CPU backend fast, on Linux without a GPU; and keep GPUs from rounding
+    float32 to TF32 for their matrix units (Apple's from M5 on, and NVIDIA's), unless the environment says otherwise.
+    MLX looks for that once, at its first product.
 
     Returns what to tell the user if matrix products will be slow, as far as can be told.
     """
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")
     if not sys.platform.startswith("linux") or glob.glob("/dev/nvidia[0-9]*"):
         return None
     _keep_memory()

@@ -9,10 +9,10 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import UsageError, called
-from . import cpu
-from .ops import on_gpu
+from . import cpu, ops
 
 CACHE_SHARE = 1 / 4  # of the memory, for freed buffers that MLX keeps for the next use; its own default is all of it
+METAL_SHARE = 0.9  # of what Metal recommends to hold at once; MLX's own default is one and a half times that
 
 
 _LEAST_GB = 0.25
@@ -22,7 +22,8 @@ _BESIDE = 300_000_000  # bytes that Python and the libraries take, measured on L
 def machine_memory() -> int:
     """Bytes that the device can use: the GPU's, which on Apple Silicon are the machine's, or the machine's; less where
     a container or `ulimit` allows this process less."""
-    size = mx.device_info(mx.default_device()).get("memory_size", 0) if hasattr(mx, "device_info") else 0
+    info = mx.device_info(mx.default_device())
+    size = info.get("memory_size", info.get("total_memory", 0))  # as Metal and CUDA call it
     return min(int(size) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_allowed())
 
 
@@ -43,8 +44,8 @@ def _allowed() -> list[int]:
 
 def limit_memory(gigabytes: float | None = None) -> int:
     """Cap what MLX keeps of freed memory in proportion to the machine's, or to `gigabytes`, which then also caps what
-    it takes: beyond that it finishes work before it allocates more, as it does on the CPU near the machine's end.
-    Returns the bytes that its arrays may take.
+    it takes: beyond that it finishes work before it allocates more, as it does on the CPU near the machine's end and on
+    Metal near the end of what that recommends. Returns the bytes that its arrays may take.
 
     Raises:
         UsageError: the limit is too small to be meant.
@@ -52,11 +53,14 @@ def limit_memory(gigabytes: float | None = None) -> int:
     if gigabytes is not None and not gigabytes >= _LEAST_GB:
         raise UsageError(f"{called('memory_limit')} should be at least {_LEAST_GB} GB, got {gigabytes:g}")
     budget = max(machine_memory() - _BESIDE, 0)
+    recommended = mx.device_info(mx.default_device()).get("max_recommended_working_set_size")  # Metal has it
+    if recommended is not None:
+        budget = min(int(METAL_SHARE * recommended), budget)
     if gigabytes is not None:
         budget = min(int(gigabytes * 1e9), budget)
-    if gigabytes is not None or not on_gpu():
+    if gigabytes is not None or recommended is not None or not ops.on_gpu():
         mx.set_memory_limit(budget)
-    if on_gpu() or gigabytes is not None:  # on the CPU the allocator below MLX keeps memory: see host.py
+    if ops.on_gpu() or gigabytes is not None:  # on the CPU the allocator below MLX keeps memory: see host.py
         mx.set_cache_limit(int(budget * CACHE_SHARE))
     return budget
 

@@ -6,17 +6,35 @@ once and in float32, also for half precision, whose products are slow there.
 
 from __future__ import annotations
 
+import platform
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import UsageError
+from ..errors import Failure, UsageError
 from . import cpu
 
-# Head sizes that MLX's fused attention kernels take; others make it fall back to storing every score.
-FUSED_HEAD_DIMS = (64, 80, 128)
+# Before it, Metal's Winograd convolution could run out of memory and give zeros without an error
+OLDEST = "0.32.2"
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
+
+
+if _numbers(mx.__version__) < _numbers(OLDEST):
+    raise Failure(f"MLX should be {OLDEST} or newer, got {mx.__version__}; try pip install --upgrade mlx")
+
+# Head sizes for which MLX has fused attention kernels; at others it stores every score. (At 192 and 256 Metal has some
+# too, but goes another way.)
+FUSED_HEADS = {
+    "metal": (64, 72, 80, 96, 128),
+    "neural": (64, 96, 128),  # the kernels for half precision that use an M5's matrix units, which the others do not
+    "cuda": tuple(range(8, 129, 8)),
+}
 
 _recording = False
 
@@ -39,6 +57,23 @@ def recording() -> Iterator[None]:
         yield
     finally:
         _recording = before
+
+
+def compiled(function: Callable) -> Callable:
+    """It through `mx.compile`: a graph for each shape that it is given."""
+
+    def traced(*inputs):
+        with recording():
+            return function(*inputs)
+
+    return mx.compile(traced)
+
+
+def done(x: mx.array) -> mx.array:
+    """x, once a GPU has computed it, so that nothing that led to it is held; in a graph that is recorded, as it is."""
+    if not (at_once() or _recording):
+        mx.eval(x)
+    return x
 
 
 def _in_float32(kernel: Callable[..., mx.array | None], x: mx.array, *arrays: mx.array | None, **how) -> mx.array:
@@ -91,9 +126,10 @@ def group_norm(
     B, H, W, C = x.shape
     groups = C // group_size
     grouped = x.reshape(B, H * W, groups, -1).swapaxes(1, 2).reshape(B, groups, -1)
-    normed = mx.fast.layer_norm(grouped, None, None, eps)
-    normed = normed.reshape(B, groups, H * W, -1).swapaxes(1, 2).reshape(B, H, W, C) * weight + bias
-    return nn.silu(normed) if then_silu else normed
+    normed = mx.fast.layer_norm(grouped, None, None, eps).reshape(B, groups, H * W, -1).swapaxes(1, 2)
+    # The rest reads that view and writes in the order of x, so that no copy need do it
+    normed = normed * weight.reshape(groups, -1) + bias.reshape(groups, -1)
+    return (nn.silu(normed) if then_silu else normed).reshape(B, H, W, C)
 
 
 # Products
@@ -141,10 +177,28 @@ def pad_heads(x: mx.array) -> mx.array:
     """x: (B, heads, S, D) -> the same with zeros up to a head size that the GPU's fused attention takes, if there is
     one. SD 1.x's 40 becomes 64; its 160 has none, but occurs only where there are few positions."""
     D = x.shape[-1]
-    if not on_gpu() or D in FUSED_HEAD_DIMS:
-        return x
-    larger = [dim for dim in FUSED_HEAD_DIMS if dim > D]
-    return mx.pad(x, [(0, 0), (0, 0), (0, 0), (0, larger[0] - D)]) if larger else x
+    taken = FUSED_HEADS[_kernels(x.dtype)] if on_gpu() else ()
+    return _padded(x, min((size for size in taken if size >= D), default=D))
+
+
+def _padded(x: mx.array, size: int) -> mx.array:
+    D = x.shape[-1]
+    return x if size == D else mx.pad(x, [(0, 0), (0, 0), (0, 0), (0, size - D)])
+
+
+def _kernels(dtype: mx.Dtype) -> str:
+    """Whose fused attention this GPU runs, see `FUSED_HEADS`: told as in is_nax_available, of MLX's device.cpp. Matrix
+    units take float32 too, but rounded, which host.py forbids."""
+    if mx.cuda.is_available():
+        return "cuda"
+    architecture = str(mx.device_info(mx.default_device()).get("architecture", ""))
+    found = re.fullmatch(r"applegpu_g(\d+)([a-z])", architecture)
+    new = (
+        found is not None
+        and int(found[1]) >= (18 if found[2] == "p" else 17)
+        and _numbers(platform.mac_ver()[0]) >= [26, 2]
+    )
+    return "neural" if new and dtype != mx.float32 else "metal"
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, *, causal: bool = False) -> mx.array:
@@ -154,7 +208,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, causal: bool = False) ->
     if at_once():
         return _in_float32(cpu.attention, q, k, v, causal=causal)
     mask = "causal" if causal else None
-    return mx.fast.scaled_dot_product_attention(pad_heads(q), k, v, scale=D**-0.5, mask=mask)[..., :D]
+    return mx.fast.scaled_dot_product_attention(_padded(q, k.shape[-1]), k, v, scale=D**-0.5, mask=mask)[..., :D]
 
 
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
@@ -167,7 +221,7 @@ def dtype_of(name: str) -> mx.Dtype:
         UsageError: the name is not known.
     """
     if name == "auto":
-        return mx.float16 if mx.default_device() == mx.gpu else mx.float32
+        return mx.float16 if on_gpu() else mx.float32
     if name not in DTYPES:
         raise UsageError(f"dtype should be auto, {', '.join(DTYPES)}, got {name!r}")
     return DTYPES[name]

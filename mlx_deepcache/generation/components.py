@@ -7,22 +7,22 @@ import copy
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..backend.ops import on_gpu
+from ..backend import ops
 from ..checkpoints.adapters.applied import Addons
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.part import load_controlnet
 from ..checkpoints.weights import quantize, stored_bits
 from ..errors import UsageError, called
 from ..nets.controlnet import Controlled
-from ..unet import UNet2DConditionModel
 from .options import Control
 
 
 class Components:
     """The parts of one checkpoint, by their names in the diffusers layout.
 
-    keep: hold them; else `release` frees them. compile: run the U-Net through `mx.compile`; auto does on a GPU, as on
-    the CPU it gains nothing. bits: 4 or 8, of the U-Net's and text encoders' linear layers, after LoRAs.
+    keep: hold them; else `release` frees them. compile: run the U-Net and the VAE's decoder through `mx.compile`; auto
+    does on a GPU, as on the CPU it gains nothing. bits: 4 or 8, of the U-Net's and text encoders' linear layers, after
+    LoRAs.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Components:
         addons: Addons | None = None,
     ):
         self.checkpoint, self.dtype, self.keep, self.bits = checkpoint, dtype, keep, bits
-        self.compile = on_gpu() if compile == "auto" else compile == "on"
+        self.compile = ops.on_gpu() if compile == "auto" else compile == "on"
         self.addons = Addons(checkpoint) if addons is None else addons
         self.held: dict = {}
         self._started: set[str] = set()  # whose weights are still being read
@@ -72,14 +72,14 @@ class Components:
             self._started.discard(name)
         return self.held[name]
 
-    def unet(self) -> UNet2DConditionModel:
-        """The U-Net, compiled or not."""
-        unet = self.network("unet")
+    def to_run(self, name: str) -> nn.Module:
+        """The U-Net, or the VAE to decode with: compiled or not."""
+        net = self.network(name)
         if not self.compile:
-            return unet
-        if "compiled unet" not in self.held:
-            self.held["compiled unet"] = unet.compiled()
-        return self.held["compiled unet"]
+            return net
+        if _compiled(name) not in self.held:
+            self.held[_compiled(name)] = net.compiled()
+        return self.held[_compiled(name)]
 
     def controlled(self, control: Control) -> Controlled:
         """A ControlNet, ready to be used, with its picture."""
@@ -109,12 +109,18 @@ class Components:
         if not self.keep:
             for name in names:
                 self.held.pop(name, None)
+                self.held.pop(_compiled(name), None)
             mx.clear_cache()
 
     def _quantize(self, module: nn.Module, name: str) -> None:
         if any(isinstance(layer, nn.QuantizedLinear) for layer in module.modules()):
             raise UsageError(f"{self.checkpoint.part(name).where} is quantized already; leave out {called('quantize')}")
         quantize(module, self.bits)
+
+
+def _compiled(name: str) -> str:
+    """What a network is held as once it is compiled."""
+    return f"compiled {name}"
 
 
 def name_of(control: Control) -> str:

@@ -504,7 +504,7 @@ class ModelOptions:
     refiner: Model | None = option(None, "the model that draws the last steps, such as sdxl-refiner", REFINER)
     dtype: str = option("auto", "auto: float16 on a GPU, else float32", MACHINE, choices=("auto", *DTYPES))
     compile: str = option(
-        "auto", "fuse the U-Net's operations; auto: on a GPU", MACHINE, choices=SWITCH, recorded=False
+        "auto", "fuse the operations of U-Net and VAE; auto: on a GPU", MACHINE, choices=SWITCH, recorded=False
     )
     quantize: int | None = option(None, "bits of the linear layers, to save memory", MACHINE, choices=(4, 8))
     low_memory: bool = option(False, "one thing at a time: slower, in less memory", MACHINE, recorded=False)

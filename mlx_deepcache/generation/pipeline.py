@@ -184,7 +184,7 @@ class StableDiffusion:
         `given` picture that has a mask, every pixel outside the mask is its own.
 
         Raises:
-            Failure: a picture holds values that are not finite.
+            Failure: a picture holds values that are not finite, or is all one colour.
         """
         latents, channels = take_latents(latents), self.checkpoint.vae_config.latent_channels
         if latents.shape[-1] != channels:
@@ -196,9 +196,10 @@ class StableDiffusion:
         """The pictures, (H, W, 3) in 0-255, one after the other."""
         components = self.models[0]
         with clock.phase("load"):
-            vae, dtype = components.network("vae"), components.dtype_of("vae")
+            vae, dtype = components.to_run("vae"), components.dtype_of("vae")
         tiling = "on" if self.low_memory and vae_tiling == "auto" else vae_tiling
-        in_tiles = tiled(tiling, vae.config, latents.shape[1:3], dtype.size, self.budget)
+        room = self.budget - mx.get_active_memory()
+        in_tiles = tiled(tiling, vae.config, latents.shape[1:3], dtype.size, room)
         for i in range(len(latents)):
             with clock.phase("decode"):
                 z = latents[i : i + 1].astype(dtype)
@@ -207,6 +208,12 @@ class StableDiffusion:
                     raise Failure(
                         f"the VAE's picture holds NaN or infinite values in {dtype_name(dtype)}; try "
                         + called("dtype", "float32")
+                    )
+                if (image == image[:, :1, :1]).all():
+                    raise Failure(
+                        "the VAE's picture is all one colour, which is a fault of the device or of the checkpoint; try "
+                        + " or ".join([called("vae_tiling", "on"), called("dtype", "float32")])
+                        + ", and check the VAE"
                     )
             yield to_uint8(image)[0]
         del vae
@@ -305,7 +312,7 @@ class Generation(Iterator[Progress]):
     def sample(self, leg: Leg, components: Components, cond: Conditioning, started: Started) -> Iterator[Progress]:
         """A leg's steps."""
         with self.clock.phase("load"):
-            unet, nets = components.unet(), [components.controlled(control) for control in leg.controls]
+            unet, nets = components.to_run("unet"), [components.controlled(control) for control in leg.controls]
         with self.clock.phase("denoise"):
             times = [step.here.t for step in leg.plan.steps]
             denoiser = Denoiser(
@@ -325,7 +332,7 @@ class Generation(Iterator[Progress]):
                     break
                 yield progress
         del denoiser, steps, unet, nets
-        components.release("unet", "compiled unet", *map(name_of, leg.controls))
+        components.release("unet", *map(name_of, leg.controls))
 
     def pictures(self) -> Iterator[np.ndarray]:
         """Decode: each picture once it is there, (H, W, 3) in 0-255; outside of a mask they are the picture's that they

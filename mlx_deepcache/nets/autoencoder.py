@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..backend.ops import compiled, done
 from ..errors import CheckpointError
 from .blocks import Attention, Downsample2D, ResnetBlock2D, Upsample2D
 from .config import build_config, check_split
@@ -139,11 +143,25 @@ class Decoder(nn.Module):
         self.conv_out = Conv2d(channels[-1], config.out_channels, 3, padding=1)
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = self.mid_block(self.conv_in(x))
-        for block in self.up_blocks:
-            for layer in [*block.resnets, *block.get("upsamplers", [])]:
-                x = layer(x)
+        for stage in self.stages():
+            x = done(stage(x))  # maps are large here, and a GPU is asked for several operations ahead
+        return x
+
+    def stages(self) -> list[Callable[[mx.array], mx.array]]:
+        """What it does one after the other, up to the last layer of each size."""
+        return [self._start, *(partial(_up, block) for block in self.up_blocks), self._end]
+
+    def _start(self, x: mx.array) -> mx.array:
+        return self.mid_block(self.conv_in(x))
+
+    def _end(self, x: mx.array) -> mx.array:
         return self.conv_out(self.conv_norm_out(x, then_silu=True))
+
+
+def _up(block: nn.Module, x: mx.array) -> mx.array:
+    for layer in [*block.resnets, *block.get("upsamplers", [])]:
+        x = layer(x)
+    return x
 
 
 class AutoencoderKL(nn.Module):
@@ -174,8 +192,17 @@ class AutoencoderKL(nn.Module):
     def decode(self, latents: mx.array) -> mx.array:
         """latents: (B, h, w, latent_channels) -> (B, f*h, f*w, 3), about [-1, 1]."""
         mean, std = self._statistics()
-        z = latents / self.config.scaling_factor * std + mean
+        z = (latents / self.config.scaling_factor * std + mean).astype(latents.dtype)  # as the weights are
         return self.decoder(self.post_quant_conv(z) if "post_quant_conv" in self else z)
+
+    def compiled(self) -> AutoencoderKL:
+        """This VAE with each stage of the decoder compiled by itself, with the weights that it has now; the folds of
+        upsampling are computed first, as in the U-Net."""
+        mx.eval([layer.fold() for layer in self.decoder.modules() if isinstance(layer, Upsample2D)])
+        vae, decoder = copy.copy(self), copy.copy(self.decoder)
+        stages = [compiled(stage) for stage in self.decoder.stages()]
+        vae.decoder, decoder.stages = decoder, lambda: stages
+        return vae
 
     def _statistics(self):
         """Mean and deviation that the config takes out of the raw latents: a channel's, or a shift for all."""

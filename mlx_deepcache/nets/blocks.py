@@ -47,13 +47,22 @@ class TimestepEmbedding(nn.Module):
 class Features(NamedTuple):
     """What a resnet makes of an input that stays the same from step to step; see `ResnetBlock2D.fixed_part`.
 
-    conv: (B, H, W, C_out), shortcut: (B, H, W, C_out, or C without a shortcut convolution), straddling: (B, H, W, fewer
-    channels than a group has).
+    conv: (B, H, W, C_out), shortcut: (B, H, W, C_out, or C without a shortcut convolution), straddling: (B, H, W, the
+    channels that `conv` leaves over): normalised as far as their groups are whole, then as they are.
     """
 
     conv: mx.array
     shortcut: mx.array
     straddling: mx.array
+
+
+FAST_CHANNELS = 32  # MLX's Winograd convolution for Metal takes multiples of it
+
+
+def _joined(parts: list[mx.array]) -> mx.array:
+    """Side by side in the last axis; without a copy where only one has any channels."""
+    filled = [part for part in parts if part.shape[-1]] or parts[:1]
+    return filled[0] if len(filled) == 1 else mx.concatenate(filled, axis=-1)
 
 
 class ResnetBlock2D(nn.Module):
@@ -69,6 +78,7 @@ class ResnetBlock2D(nn.Module):
         self.conv2 = Conv2d(c_out, c_out, 3, padding=1)
         if c_in != c_out:
             self.conv_shortcut = Linear(c_in, c_out)
+        self._halves = None  # no parameter: made from the weights when first used
 
     def __call__(self, x: mx.array, temb: mx.array | None = None) -> mx.array:
         """x: (B, H, W, C_in), temb: (B, temb_dim) after its activation -> (B, H, W, C_out)."""
@@ -80,26 +90,45 @@ class ResnetBlock2D(nn.Module):
 
         Group normalisation looks at each group by itself, and convolutions are sums over channels. So the groups that
         lie wholly inside x, their share of `conv1`, and x's share of the shortcut are fixed; the channels of a group
-        that straddles the border are kept for `join`. x: (B, H, W, C).
+        that straddles the border are kept for `join`, and so are some before them, see `split`. x: (B, H, W, C).
         """
         C = x.shape[-1]
-        inside = C - C % self.norm1.group_size
+        inside, (ours, _) = self._inside(C), self.split(C)
+        cut = ours.shape[-1]
         h = self.norm1(x[..., :inside], then_silu=True)
-        conv = conv2d(h, self.conv1.weight[..., :inside], padding=1)
+        conv = conv2d(h[..., :cut], ours, padding=1)
         shortcut = linear(x, self.conv_shortcut.weight[:, :C]) if "conv_shortcut" in self else x
-        return Features(conv, shortcut, x[..., inside:])
+        return Features(conv, shortcut, _joined([h[..., cut:], x[..., inside:]]))
 
     def join(self, features: Features, skip: mx.array, temb: mx.array) -> mx.array:
         """What the block gives for [x, skip], from `fixed_part(x)`; skip: (B, H, W, C_skip)."""
-        x = mx.concatenate([features.straddling, skip], axis=-1)
-        inside = self.norm1.weight.size - x.shape[-1]
-        h = self.norm1(x, start=inside, then_silu=True)
-        h = conv2d(h, self.conv1.weight[..., inside:], padding=1) + (features.conv + self.conv1.bias)
+        C = self.norm1.weight.size - skip.shape[-1]
+        inside, (ours, others) = self._inside(C), self.split(C)
+        normed = inside - ours.shape[-1]
+        x = _joined([features.straddling[..., normed:], skip])
+        h = _joined([features.straddling[..., :normed], self.norm1(x, start=inside, then_silu=True)])
+        h = conv2d(h, others, padding=1) + (features.conv + self.conv1.bias)
         h = self._second_half(h, temb)
         if "conv_shortcut" not in self:
             return h + mx.concatenate([features.shortcut, skip], axis=-1)
         shortcut = linear(skip, self.conv_shortcut.weight[:, -skip.shape[-1] :])
         return h + (shortcut + (features.shortcut + self.conv_shortcut.bias))
+
+    def _inside(self, C: int) -> int:
+        """Of the first C input channels those in groups that lie wholly among them."""
+        return C - C % self.norm1.group_size
+
+    def split(self, C: int) -> tuple[mx.array, mx.array]:
+        """`conv1`'s weights for the input channels that are fixed with the first C, and for the others; kept for as
+        long as the weights stay the same. They are cut at a multiple of 32, which Metal's fastest convolution needs."""
+        weight = self.conv1.weight
+        if self._halves is None or self._halves[0] is not weight or self._halves[1] != C:
+            inside = self._inside(C)
+            cut = inside - inside % FAST_CHANNELS or inside
+            halves = mx.split(weight, [cut], axis=-1)
+            # Flattening copies them, as mx.contiguous does, with which MLX cannot record a graph
+            self._halves = weight, C, tuple(mx.flatten(half).reshape(half.shape) for half in halves)
+        return self._halves[2]
 
     def _second_half(self, h: mx.array, temb: mx.array | None) -> mx.array:
         if temb is not None:
@@ -141,9 +170,10 @@ class Upsample2D(nn.Module):
         doubled = conv2d_doubled(x, self.conv.weight, self.conv.bias)
         if doubled is not None:
             return doubled
-        y = conv2d(x, self.fold(), padding=1).reshape(B, H + 1, W + 1, 2, 2, C)
-        rows = [mx.stack([y[:, a : a + H, b : b + W, a, b] for b in (0, 1)], axis=3) for a in (0, 1)]
-        return mx.stack(rows, axis=2).reshape(B, 2 * H, 2 * W, C) + self.conv.bias
+        y = conv2d(x, self.fold(), padding=1)  # (B, H + 1, W + 1, 4C): of each place four parities, rows first
+        row, column = (W + 1) * 4 * C, 4 * C  # an odd one's output lies a place further on, and one or two C further in
+        steps = ((H + 1) * row, row, row + 2 * C, column, column + C, 1)
+        return (mx.as_strided(y, (B, H, 2, W, 2, C), steps) + self.conv.bias).reshape(B, 2 * H, 2 * W, C)
 
     def fold(self) -> mx.array:
         """The convolution's weights for the small picture, kept for as long as the weights stay the same."""

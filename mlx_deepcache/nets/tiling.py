@@ -10,25 +10,27 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from ..backend.ops import on_gpu
+from ..backend import ops
 from .autoencoder import AutoencoderKL, VAEConfig
 
 TILE = 64  # latents a side, as in diffusers for SD
 
 
 OVERLAP = 1 / 4
+SHARE = 3 / 4  # of the memory, to plan with
 
 
-def tiled(tiling: str, config: VAEConfig, size: tuple[int, int], itemsize: int, budget: int) -> bool:
-    """Whether to decode in tiles latents of this (height, width): "auto" does if the whole would take over half of
-    `budget` bytes.
+def tiled(tiling: str, config: VAEConfig, size: tuple[int, int], itemsize: int, room: int) -> bool:
+    """Whether to decode in tiles latents of this (height, width): "auto" does if the whole would take over `SHARE` of
+    the `room`, in bytes, that there is beside the weights.
     """
     height, width = size
-    # At full size the widest layer has the second level's channels. On the CPU, where a convolution writes out all its
-    # inputs, 31 times that was measured with SD's VAE (128 to 384 px); 8 for a GPU is an estimate.
-    pixel = max(config.block_out_channels[:2]) * itemsize * (8 if on_gpu() else 31)
-    whole = height * width * config.factor**2 * pixel
-    return max(size) > TILE and (tiling == "on" or (tiling == "auto" and whole > budget / 2))
+    # At full size the widest layer has the second level's channels. With SD's VAE, five maps of it are alive at once
+    # along the graph that a GPU is given (512 and 1024 px); on the CPU 12 bytes for each of its numbers were measured
+    # in float32, and 16 in half precision (256 and 384 px).
+    number = 5 * itemsize if ops.on_gpu() else 16
+    whole = height * width * config.factor**2 * max(config.block_out_channels[:2]) * number
+    return max(size) > TILE and (tiling == "on" or (tiling == "auto" and whole > SHARE * room))
 
 
 def decode_tiled(vae: AutoencoderKL, latents: mx.array, tile: int = TILE) -> np.ndarray:

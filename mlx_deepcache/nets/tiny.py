@@ -5,12 +5,14 @@ All convolutions and ReLU, a hundredth of AutoencoderKL's work: made for preview
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..backend.ops import compiled
 from ..errors import CheckpointError
 from .config import build_config, per_level
 from .layers import Conv2d
@@ -133,3 +135,9 @@ class AutoencoderTiny(nn.Module):
         """latents: (B, h, w, latent_channels) -> (B, f*h, f*w, 3), about [-1, 1]."""
         z = latents / self.config.scaling_factor + (self.config.shift_factor or 0)
         return self.decoder(mx.tanh(z / CLAMP) * CLAMP) * 2 - 1
+
+    def compiled(self) -> AutoencoderTiny:
+        """This VAE with its decoder compiled, with the weights that it has now."""
+        vae = copy.copy(self)
+        vae.decode = compiled(self.decode)
+        return vae

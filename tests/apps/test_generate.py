@@ -719,6 +719,20 @@ def test_nan_in_the_vae(draw, copy, capfd):
     assert_fails(capfd, draw("--quiet", "--save-latents", "l.safetensors", model=model), 1, "VAE", "NaN")
 
 
+@pytest.mark.parametrize("colour", [0, 0.3])
+def test_a_picture_that_is_all_one_colour(draw, copy, capfd, colour):
+    """As MLX has given on Metal, without an error, where a convolution ran out of memory."""
+
+    def flat(tensors):
+        tensors["decoder.conv_out.weight"].fill(0)
+        tensors["decoder.conv_out.bias"][:] = colour * np.arange(3)
+
+    model = copy()
+    edit_tensors(model / VAE, flat)
+    words = "all one colour", "--vae-tiling on", "--dtype float32", "check the VAE"
+    assert_fails(capfd, draw("--quiet", model=model), 1, *words)
+
+
 @pytest.mark.parametrize("quiet", [[], ["--quiet"]])
 def test_ctrl_c(draw, capfd, monkeypatch, quiet):
     steps = []

@@ -52,17 +52,39 @@ def test_attention(positions, tokens, size, scale):
     assert error(ops.attention(mx.array(q), mx.array(k), mx.array(v)), expected) < 3e-6
 
 
-def test_attention_pads_heads_where_the_fused_kernels_want_it(monkeypatch):
-    """As on a GPU, whose public operations the CPU has too."""
-    monkeypatch.setattr(ops, "on_gpu", lambda: True)
-    for size, padded in ((40, 64), (64, 64), (72, 80), (80, 80), (96, 128), (160, 160)):
-        q, k, v = (normal(1, 2, 20, size, seed=i) for i in range(3))
-        k_, v_ = ops.pad_heads(mx.array(k)), ops.pad_heads(mx.array(v))
-        assert k_.shape[-1] == v_.shape[-1] == padded
-        expected = F.scaled_dot_product_attention(*map(torch.tensor, (q, k, v)))
-        ours = ops.attention(mx.array(q), k_, v_)
+HEADS = (8, 40, 64, 72, 80, 96, 128, 160)
+METAL = (64, 64, 64, 72, 80, 96, 128, 160)
+M5 = (64, 64, 64, 96, 96, 96, 128, 160)  # half precision
+
+
+@pytest.mark.parametrize(
+    ("architecture", "macos", "cuda", "dtype", "padded"),
+    [
+        ("applegpu_g14s", "26.2", False, mx.float16, METAL),
+        ("applegpu_g17s", "26.1", False, mx.float16, METAL),
+        ("applegpu_g17s", "26.2", False, mx.float16, M5),
+        ("applegpu_g17s", "26.2", False, mx.float32, METAL),
+        ("applegpu_g17p", "27.0", False, mx.bfloat16, METAL),  # an iPhone's, which got them a generation later
+        ("applegpu_g18p", "27.0", False, mx.bfloat16, M5),
+        ("sm_90", "", True, mx.float16, HEADS),
+        ("x86_64", "", False, mx.float16, METAL),  # the CPU, where a test takes it for a GPU
+    ],
+)
+def test_attention_pads_heads_where_the_fused_kernels_want_it(
+    gpu_branch, monkeypatch, architecture, macos, cuda, dtype, padded
+):
+    """As on a GPU, whose public operations the CPU has too; sizes as in has_fused_kernel of MLX 0.32.2."""
+    monkeypatch.setattr(mx, "device_info", lambda device: {"architecture": architecture})
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr("platform.mac_ver", lambda: (macos, ("", "", ""), ""))
+    for size, expected_size in zip(HEADS, padded, strict=True):
+        q, k, v = (mx.array(normal(1, 2, 20, size, seed=i)).astype(dtype) for i in range(3))
+        k_, v_ = ops.pad_heads(k), ops.pad_heads(v)
+        assert k_.shape[-1] == v_.shape[-1] == expected_size
+        expected = F.scaled_dot_product_attention(*(torch.tensor(np.array(a.astype(mx.float32))) for a in (q, k, v)))
+        ours = ops.attention(q, k_, v_)
         assert ours.shape == q.shape
-        assert error(ours, expected) < 3e-6
+        assert error(ours.astype(mx.float32), expected) < {mx.float32: 3e-6, mx.float16: 1e-3, mx.bfloat16: 1e-2}[dtype]
 
 
 @pytest.mark.parametrize("size", [None, (10, 14), (9, 14), (10, 13), (12, 17)])
@@ -80,7 +102,7 @@ def test_upsampling(size):
 
 @pytest.mark.parametrize(
     ("features", "skip", "out", "groups"),
-    [(32, 32, 32, 8), (64, 32, 32, 32), (40, 24, 16, 4), (20, 12, 32, 4), (30, 66, 32, 8)],
+    [(32, 32, 32, 8), (64, 32, 32, 32), (40, 24, 16, 4), (20, 12, 32, 4), (30, 66, 32, 8), (80, 40, 48, 8)],
 )
 def test_the_fixed_part_of_a_resnet(features, skip, out, groups):
     """[features, skip] at once, or the features' share first; with borders inside groups and without a shortcut."""
