@@ -106,7 +106,7 @@ def _macs(settings: Settings, models: Sequence[Components], steps: Sequence[Prog
 def device_name() -> str:
     """The device that MLX computes on, in words."""
     device = mx.default_device()
-    info = mx.device_info(device) if hasattr(mx, "device_info") else {}
+    info = mx.device_info(device)
     return str(info.get("device_name", platform.processor() or platform.machine())) + f" ({device.type.name})"
 
 
