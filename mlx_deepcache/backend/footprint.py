@@ -16,11 +16,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from . import ops
 from .cpu import planning
-from .ops import on_gpu, recording
 
 # Operations that take no memory: their output is another way to look at their input, in steps of its own for `STRIDED`
-STRIDED = {"Broadcast", "Slice", "Split", "Transpose"}
+STRIDED = {"AsStrided", "Broadcast", "Slice", "Split", "Transpose"}
 VIEWS = STRIDED | {"ExpandDims", "Flatten", "Reshape", "Squeeze", "StopGradient", "Unflatten"}
 KERNEL = "Depends"  # of the CPU, see `planning`: its second output is what it takes beside the first
 # Operations that need an array of their own; all others write to their input's place if nothing else reads it
@@ -71,14 +71,14 @@ def footprint(module: nn.Module, call: Callable[..., Any], *inputs: mx.array) ->
     weight_bytes = sum(weight.nbytes for weight in weights)
     empty = [mx.zeros(weight.shape, weight.dtype) for weight in weights]
     try:
-        with recording() if on_gpu() else planning():
+        with ops.recording() if ops.on_gpu() else planning():
             mx.export_function(records.append, traced, *empty, *inputs)
     except (ValueError, OverflowError, TypeError):  # no shape that MLX can have
         return Footprint(weight_bytes, ENDLESS, ENDLESS, 0)
     made = [given for record in records if record["type"] == "primitive" for given in record["outputs"]]
     if any(side >= INDICES for _, shape, _ in made for side in shape):
         return Footprint(weight_bytes, ENDLESS, ENDLESS, 0)
-    most, least = (_peak(records, len(weights), ahead) for ahead in (AHEAD if on_gpu() else 0, 0))
+    most, least = (_peak(records, len(weights), ahead) for ahead in (AHEAD if ops.on_gpu() else 0, 0))
     results = [given for record in records if record["type"] == "outputs" for given in record["outputs"]]
     return Footprint(weight_bytes, most, least, sum(map(_bytes, results)))
 
@@ -94,7 +94,7 @@ def _peak(records: list[dict], n_weights: int, ahead: int) -> int:
     inputs = [given[0] for record in records if record["type"] == "inputs" for given in record["inputs"]]
     results = [given[0] for record in records if record["type"] == "outputs" for given in record["outputs"]]
     made = [record for record in records if record["type"] == "primitive"]
-    if on_gpu():
+    if ops.on_gpu():
         made = _in_order(made, results)
     last, kept = _last_uses(made, inputs[n_weights:])
     size: dict[str, int] = {}  # of each block of memory
@@ -131,7 +131,7 @@ def _peak(records: list[dict], n_weights: int, ahead: int) -> int:
                 needed[block[name]].add(name)
             if ahead:
                 being_read.update({block[name] for name in given} - {block[name] for name, *_ in outputs})
-            if not on_gpu():
+            if not ops.on_gpu():
                 done = _beside(op)
                 alive += done
         while freed and freed[0][0] < now - ahead:

@@ -1,7 +1,7 @@
 """Convolutions, norms, activations and attention by device: the one place that knows what a backend is fast at.
 
 On a GPU, and wherever a graph is recorded, they are MLX's own. On the CPU they are those of cpu.py, which compute at
-once and in float32, also for half precision, whose products are slow there.
+once and in float32, also where weights are in half precision, whose products are slow there.
 """
 
 from __future__ import annotations
@@ -76,11 +76,10 @@ def done(x: mx.array) -> mx.array:
     return x
 
 
-def _in_float32(kernel: Callable[..., mx.array | None], x: mx.array, *arrays: mx.array | None, **how) -> mx.array:
-    """What a CPU kernel makes of these, in x's type."""
-    x32, *arrays = (a if a is None or a.dtype == mx.float32 else a.astype(mx.float32) for a in (x, *arrays))
-    out = kernel(x32, *arrays, **how)
-    return out if out is None or x.dtype == mx.float32 else out.astype(x.dtype)
+def _in_float32(kernel: Callable[..., mx.array], *arrays: mx.array | None, **how) -> mx.array:
+    """What a CPU kernel makes of these. It stays in float32: half precision is for weights there, and large maps would
+    only be converted to and fro."""
+    return kernel(*(a if a is None else a.astype(mx.float32) for a in arrays), **how)
 
 
 # Activations
@@ -137,9 +136,7 @@ def group_norm(
 
 def linear(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
     """x weight^T + bias; weight: (O, C)."""
-    if at_once() and x.dtype != mx.float32:
-        return _in_float32(_linear, x, weight, bias)
-    return _linear(x, weight, bias)
+    return _in_float32(_linear, x, weight, bias) if at_once() else _linear(x, weight, bias)
 
 
 def _linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:

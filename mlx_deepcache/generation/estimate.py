@@ -139,7 +139,7 @@ def estimate(
         phase("encode", texts, keep)
         phase("denoise", unet | controls, keep)
     tiling = "on" if low_memory and settings.vae_tiling == "auto" else settings.vae_tiling
-    if isinstance(vae, VAEConfig) and tiled(tiling, vae, (h, w), vae_dtype.size, budget):
+    if isinstance(vae, VAEConfig) and tiled(tiling, vae, (h, w), vae_dtype.size, budget - sum(held.values())):
         h, w = min(h, TILE), min(w, TILE)
     phase("decode", {(0, "vae"): _vae_decoder(vae, vae_dtype, h, w)}, keep)
     return peaks
