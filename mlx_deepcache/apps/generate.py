@@ -228,10 +228,11 @@ def _draw(pipe: StableDiffusion, settings: Settings, watch: Watcher, quiet: bool
 def _cost(stats: dict) -> str:
     """Two lines of `report.stats`."""
     phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in stats["seconds"].items())
+    controls = f"{stats['controlnet_macs'] / 1e9:,.1f} G in ControlNets, " if stats["controlnet_macs"] else ""
     return (
         f"{stats['full_steps']} full and {stats['cached_steps']} cached steps, "
         f"{stats['unet_macs'] / 1e9:,.1f} of {stats['unet_macs_uncached'] / 1e9:,.1f} G multiply-adds in the U-Net, "
-        f"{stats['device']}, {stats['dtype']}\n"
+        f"{controls}{stats['device']}, {stats['dtype']}\n"
         f"{phases}, peak memory {stats['peak_memory_bytes'] / 2**20:,.0f} MiB"
     )
 

@@ -9,7 +9,8 @@ import mlx.nn as nn
 
 from ..nets.attend import Do
 from ..nets.blocks import Attention
-from ..nets.unet_parts import Layer
+from ..nets.controlnet import ControlNetModel
+from ..nets.unet_parts import Encoder, Layer
 from ..unet import UNet2DConditionModel
 from .policy import DEEP, Work
 
@@ -47,20 +48,42 @@ def work_macs(unet: UNet2DConditionModel, size: tuple[int, int], branch: int, wo
 
 def parts_macs(unet: UNet2DConditionModel, size: tuple[int, int], branch: int, tokens: int) -> list[Macs]:
     """Of the shallow part, with the time embedding, of the deep one, and of the one that finishes; see `unet_macs`."""
-    sizes, down = [], []
-    for layer in unet.down_layers():
-        if hasattr(layer.conv, "pad_all_round"):  # a stride-2 convolution, padded by one
-            size = ((size[0] + 1) // 2, (size[1] + 1) // 2)
-        sizes.append(size)
-        down.append(_layer_macs(layer, size, size, tokens))
-    mid = [_layer_macs(layer, size, size, tokens) for layer in unet.mid_layers()]
+    sizes, down, mid, times = _encoder_macs(unet, size, tokens)
     places = zip(unet.up_layers(), sizes[::-1], [*sizes[-2::-1], sizes[0]], strict=True)
     up = [_layer_macs(layer, here, after, tokens) for layer, here, after in places]
-    times = [Macs(_leaf_macs(unet[name], 1)) for name in ("time_embedding", "add_embedding") if name in unet]
     out = Macs(_leaf_macs(unet.conv_out, sizes[0][0] * sizes[0][1]))
     n = unet.cut(branch) + 1  # layers that always run, of the encoder and of the decoder
     parts = [*times, *down[:n]], [*down[n:], *mid, *up[:-n]], [*up[-n:], out]
     return [Macs(*map(sum, zip(*part, strict=True))) for part in parts]
+
+
+def control_macs(net: ControlNetModel, size: tuple[int, int], cut: int | None, tokens: int) -> int:
+    """Multiply-adds of a ControlNet's call for one latent: up to skip `cut`, or all of it. Its picture's are
+    not among them, as it is embedded once."""
+    sizes, down, mid, times = _encoder_macs(net, size, tokens)
+    last = len(down) - 1 if cut is None else cut
+    joints = zip(net.controlnet_down_blocks, sizes[: last + 1], strict=False)
+    total = sum(_leaf_macs(conv, h * w) for conv, (h, w) in joints)
+    parts = [*times, *down[: last + 1]]
+    if cut is None:
+        parts += mid
+        total += _leaf_macs(net.controlnet_mid_block, sizes[-1][0] * sizes[-1][1])
+    return total + sum(part.total for part in parts)
+
+
+def _encoder_macs(
+    net: Encoder, size: tuple[int, int], tokens: int
+) -> tuple[list[tuple[int, int]], list[Macs], list[Macs], list[Macs]]:
+    """The size of each skip, and what encoder layers, the middle's and the time embedding take."""
+    sizes, down = [], []
+    for layer in net.down_layers():
+        if hasattr(layer.conv, "pad_all_round"):  # a stride-2 convolution, padded by one
+            size = ((size[0] + 1) // 2, (size[1] + 1) // 2)
+        sizes.append(size)
+        down.append(_layer_macs(layer, size, size, tokens))
+    mid = [_layer_macs(layer, size, size, tokens) for layer in net.mid_layers()]
+    times = [Macs(_leaf_macs(net[name], 1)) for name in ("time_embedding", "add_embedding") if name in net]
+    return sizes, down, mid, times
 
 
 def _layer_macs(layer: Layer, here: tuple[int, int], after: tuple[int, int], tokens: int) -> Macs:

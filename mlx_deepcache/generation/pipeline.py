@@ -21,6 +21,7 @@ from PIL import Image
 
 from ..backend.memory import limit_memory
 from ..backend.ops import dtype_of
+from ..cache.macs import control_macs
 from ..checkpoints.adapters.applied import Addons
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.folder import read_prompts
@@ -251,6 +252,7 @@ class Generation(Iterator[Progress]):
         note_only_text(told, weighted=not settings.plain_prompt)
         self.pipe, self.settings, self.clock = pipe, replace(settings, prompts=prompts), Clock()
         self.steps: list[Progress] = []
+        self.control_macs = 0
         self._noise = BatchNoise(settings.rng, list(settings.seeds))
         self._legs = self._run()
 
@@ -315,13 +317,14 @@ class Generation(Iterator[Progress]):
             unet, nets = components.to_run("unet"), [components.controlled(control) for control in leg.controls]
         with self.clock.phase("denoise"):
             times = [step.here.t for step in leg.plan.steps]
+            controls = Controls(nets, cond, times, self.settings.control_every_step) if nets else None
             denoiser = Denoiser(
                 unet,
                 cond,
                 leg.plan,
                 leg.guidance_scale,
                 beside=started.beside,
-                controls=Controls(nets, cond, times, self.settings.control_every_step) if nets else None,
+                controls=controls,
                 in_turn=self.pipe.low_memory,
             )
         with closing(sample(denoiser, started.x, self.settings.cache, self.noise, started.keep)) as steps:
@@ -331,7 +334,9 @@ class Generation(Iterator[Progress]):
                 if progress is None:
                     break
                 yield progress
-        del denoiser, steps, unet, nets
+        for net, pictures, cut in controls.ran if controls is not None else ():
+            self.control_macs += pictures * control_macs(net, started.x.shape[1:3], cut, denoiser.tokens)
+        del denoiser, steps, unet, nets, controls
         components.release("unet", *map(name_of, leg.controls))
 
     def pictures(self) -> Iterator[np.ndarray]:
@@ -348,7 +353,7 @@ class Generation(Iterator[Progress]):
     def stats(self) -> dict:
         """What it cost: see `report.stats`."""
         estimated = self.pipe.estimate(self.settings)
-        return stats(self.settings, self.pipe.models, self.steps, self.clock, estimated)
+        return stats(self.settings, self.pipe.models, self.steps, self.control_macs, self.clock, estimated)
 
     def _run(self) -> Iterator[Progress]:
         self.pipe.use_loras(self.pipe.checkpoint, self._loras)

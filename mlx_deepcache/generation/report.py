@@ -55,12 +55,14 @@ def stats(
     settings: Settings,
     models: Sequence[Components],
     steps: Sequence[Progress],
+    control_macs: int,
     clock: Clock,
     estimated: dict[str, int],
 ) -> dict:
     """What these steps cost, one of the models a leg: the seeds, seconds by phase, each step's kind, U-Net
-    multiply-adds against an uncached run, the most bytes that each cache remembered, what an adaptive cache decided and
-    from which relative change, peak memory, what it was estimated to be beforehand, and where it ran."""
+    multiply-adds against an uncached run, and those of ControlNets, the most bytes that each cache remembered, what an
+    adaptive cache decided and from which relative change, peak memory, what it was estimated to be beforehand, and
+    where it ran."""
     macs, macs_uncached = (sum(counts) for counts in zip(*_macs(settings, models, steps), strict=True))
     return {
         "seeds": list(settings.seeds),
@@ -70,6 +72,7 @@ def stats(
         "cached_steps": sum(not step.full for step in steps),
         "unet_macs": macs,
         "unet_macs_uncached": macs_uncached,
+        "controlnet_macs": control_macs,
         "caches": [write(policy) for policy in settings.cache.policies],
         "cache_bytes": {name: max(step.cache_bytes[name] for step in steps) for name in steps[-1].cache_bytes},
         "decisions": [

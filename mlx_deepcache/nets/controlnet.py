@@ -118,13 +118,15 @@ class Controls:
     """ControlNets at work on one batch: their residuals, added up.
 
     The prompt's and the timesteps' share of the work, and the pictures', is done here, once. times: the timestep of
-    each step. every_step: run the nets on cached steps too, as far as their residuals are read there.
+    each step. every_step: run the nets on cached steps too, as far as their residuals are read there. ran: each call of
+    a net: which, for how many latents, and up to which skip.
     """
 
     def __init__(
         self, controlled: Sequence[Controlled], cond: Conditioning, times: Sequence[float], every_step: bool = False
     ):
         self.controlled, self.every_step, self.batch = controlled, every_step, len(cond.context)
+        self.ran: list[tuple[ControlNetModel, int, int | None]] = []
         self.steps, times = len(times), list(dict.fromkeys(times))
         self.conds = [c.net.prepare(cond) for c in controlled]
         self.pictures = [c.net.embed_picture(c.picture) for c in controlled]
@@ -146,5 +148,6 @@ class Controls:
             if len(x) < self.batch:  # the conditional half alone
                 cond, row = cond.rows(slice(-len(x), None)), row[-len(x) :]
             residuals = [c.scale * r for r in c.net(x, row, cond, picture, cut=cut)]
+            self.ran.append((c.net, len(x), cut))
             total = [a + b for a, b in zip(total, residuals, strict=True)] if total else residuals
         return total

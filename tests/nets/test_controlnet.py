@@ -2,14 +2,18 @@
 
 import json
 
+import diffusers
 import mlx.core as mx
 import numpy as np
 import oracle
 import pytest
+import torch
 from cache_oracle import Calls, drop, fresh
 from helpers import PICTURE, at, conditioning, error, smooth, to_mlx, to_torch_layout, unet_inputs
 from safetensors.numpy import load_file, save_file
 from tiny import write_controlnet
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from mlx_deepcache import Control, DeepCache, GuidanceInterval, StableDiffusion
 from mlx_deepcache.apps.generate import main_generate
@@ -107,13 +111,34 @@ def test_it_runs_on_full_steps_only(pipeline, net, monkeypatch):
         calls.append(cut)
         return run(self, *args, cut=cut)
 
-    monkeypatch.setattr(ControlNetModel, "__call__", counted)
     options = {"controls": [Control(net("sd15"), PICTURE)], "steps": 5, "cache_interval": 2, "scheduler": "ddim"}
+    pipe = pipeline("sd15")
+    pipe.estimate(pipe.settings("a cat", height=64, width=64, **options))  # which calls it too, once
+    monkeypatch.setattr(ControlNetModel, "__call__", counted)
     pipeline("sd15")("a cat", height=64, width=64, **options)
     assert calls == [None, None, None]
     calls.clear()
     pipeline("sd15")("a cat", height=64, width=64, control_every_step=True, cache_branch=3, **options)
     assert calls == [None, 3, None, 3, None]
+
+
+def test_stats_count_its_multiply_adds(pipeline, net):
+    """PyTorch counts its own; a multiply-add is two of its operations. Two full steps, and up to skip 3 in two more."""
+    folder = net("sd15")
+    theirs = diffusers.ControlNetModel.from_pretrained(folder)
+    x, context, _ = unet_inputs(theirs.config, (8, 8), batch=1)
+    picture = torch.zeros(1, 3, 64, 64)
+    with FlopCounterMode(display=False, depth=10) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        theirs(torch.tensor(x), 500, torch.tensor(context), picture)
+    flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    full = flops["Global"] - flops["ControlNetModel.controlnet_cond_embedding"]
+    once = {"controls": [Control(folder, PICTURE)], "steps": 4, "cache_interval": 2, "cache_branch": 3}
+    once |= {"height": 64, "width": 64, "scheduler": "ddim", "guidance_scale": 3.0}
+    alone, twice = (
+        pipeline("sd15")("a cat", control_every_step=every, **once).stats["controlnet_macs"] for every in (False, True)
+    )
+    assert abs(alone / (2 * 2 * full / 2) - 1) < 1e-3  # two steps, both halves of guidance
+    assert alone < twice < 2 * alone
 
 
 def test_compiled_it_is_the_same(pipeline, net):
