@@ -172,13 +172,13 @@ def _in_order(made: list[dict], results: list[str]) -> list[dict]:
 
 
 def _last_uses(made: list[dict], inputs: list[str]) -> tuple[dict[str, int], set[str]]:
-    """Where each array is read last, and which are made of weights alone and stay for the next call."""
+    """Where each array is read last, and which are made of weights alone and, on a GPU, stay for the next call."""
     last, kept, varies = {}, set(), set(inputs)
     for place, op in enumerate(made):
         given, outputs = ([name for name, *_ in op[side]] for side in ("inputs", "outputs"))
         if not varies.isdisjoint(given):
             varies.update(outputs)
-            kept.update(name for name in given if name not in varies)
+            kept.update(name for name in given if name not in varies and ops.on_gpu())
         last.update(dict.fromkeys((*given, *outputs), place))
     return last, kept
 

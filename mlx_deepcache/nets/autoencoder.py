@@ -143,23 +143,23 @@ class Decoder(nn.Module):
         self.conv_out = Conv2d(channels[-1], config.out_channels, 3, padding=1)
 
     def __call__(self, x: mx.array) -> mx.array:
-        for stage in self.stages():
-            x = done(stage(x))  # maps are large here, and a GPU is asked for several operations ahead
+        for layers in self.stages():
+            for layer in layers:
+                x = layer(x)
+            x = done(x)  # maps are large here, and a GPU is asked for several operations ahead
         return x
 
-    def stages(self) -> list[Callable[[mx.array], mx.array]]:
-        """What it does one after the other, up to the last layer of each size."""
-        return [self._start, *(partial(_up, block) for block in self.up_blocks), self._end]
-
-    def _start(self, x: mx.array) -> mx.array:
-        return self.mid_block(self.conv_in(x))
+    def stages(self) -> list[list[Callable[[mx.array], mx.array]]]:
+        """Its layers, up to the last one of each size."""
+        ups = ([*block.resnets, *block.get("upsamplers", [])] for block in self.up_blocks)
+        return [[self.conv_in, self.mid_block], *ups, [self._end]]
 
     def _end(self, x: mx.array) -> mx.array:
         return self.conv_out(self.conv_norm_out(x, then_silu=True))
 
 
-def _up(block: nn.Module, x: mx.array) -> mx.array:
-    for layer in [*block.resnets, *block.get("upsamplers", [])]:
+def _one_after_another(layers: list[Callable[[mx.array], mx.array]], x: mx.array) -> mx.array:
+    for layer in layers:
         x = layer(x)
     return x
 
@@ -200,7 +200,7 @@ class AutoencoderKL(nn.Module):
         upsampling are computed first, as in the U-Net."""
         mx.eval([layer.fold() for layer in self.decoder.modules() if isinstance(layer, Upsample2D)])
         vae, decoder = copy.copy(self), copy.copy(self.decoder)
-        stages = [compiled(stage) for stage in self.decoder.stages()]
+        stages = [[compiled(partial(_one_after_another, layers))] for layers in self.decoder.stages()]
         vae.decoder, decoder.stages = decoder, lambda: stages
         return vae
 
