@@ -81,7 +81,8 @@ class UNet2DConditionModel(Encoder):
         if residuals:
             h = h + residuals[-1]
         *inner, joint = self.up_layers()[: len(skips)]
-        h = run_up(inner, h, [skip, *added(skips[1:], residuals)], temb, cond.up[: len(inner)], attend)
+        skips = [skip, *added(skips[1:], residuals)]
+        h = run_up(inner, h, skips, temb, cond.up[: len(inner)], attend)
         return joint.resnet.fixed_part(h)
 
     def finish(

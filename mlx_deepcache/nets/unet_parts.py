@@ -272,10 +272,13 @@ def run(layers: Sequence[Layer], x: mx.array, temb: mx.array, own: list, attend:
 def run_up(
     layers: Sequence[Layer], x: mx.array, skips: list[mx.array], temb: mx.array, own: list, attend: Attend = PLAIN
 ) -> mx.array:
-    """Decoder layers, each reading the last skip not yet read; upsamplers aim at the size of the next one."""
+    """Decoder layers, each reading the last of the skips, which it takes away; upsamplers aim at the size of the next
+    one."""
     for layer, share in zip(layers, own, strict=True):
-        x = layer(mx.concatenate([x, skips[-1]], axis=-1), temb, share, attend, next_size(skips))
-        skips = skips[:-1]
+        size = next_size(skips)
+        x = mx.concatenate([x, skips.pop()], axis=-1)  # nothing holds these maps longer than they are needed
+        x = layer.resnet(x, temb)
+        x = layer.after_resnet(x, share, attend, size)
     return x
 
 
