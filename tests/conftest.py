@@ -8,6 +8,7 @@ for library in ("MKL", "OPENBLAS"):  # the nets are tiny: threads would only wai
 import torch  # noqa: E402, I001
 import mlx_deepcache  # noqa: E402
 import tiny  # noqa: E402
+import tiny_video  # noqa: E402
 import pytest  # noqa: E402
 
 torch.set_num_threads(1)
@@ -24,6 +25,12 @@ def checkpoint(tmp_path_factory):
         return built[kind]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def video_checkpoint(tmp_path_factory):
+    """The folder of a tiny Stable Video Diffusion checkpoint."""
+    return tiny_video.build(tmp_path_factory.mktemp("svd"))
 
 
 @pytest.fixture(scope="session")
