@@ -463,8 +463,8 @@ class ModelOptions:
     model: Model | None = option(
         None,
         "a folder from convert.py or in the diffusers layout, a single .safetensors file in the original layout, a hub "
-        "id (owner/name[@revision][:file]), or sd15, sd21, sdxl, sdxl-refiner, sdxl-turbo, sd-turbo; default: the "
-        "small model that comes with the package",
+        "id (owner/name[@revision][:file]), or sd15, sd21, sdxl, sdxl-refiner, sdxl-turbo, sd-turbo, svd, svd-xt; "
+        "default: the small model that comes with the package",
         MODEL,
         a1111="Model",
     )
