@@ -50,3 +50,9 @@ def pipeline(checkpoint):
 def taesd(tmp_path_factory):
     """The folder of a tiny AutoencoderTiny."""
     return tiny.write_taesd(tmp_path_factory.mktemp("taesd"))
+
+
+@pytest.fixture(scope="session")
+def video_pipeline(video_checkpoint):
+    """Our pipeline over that checkpoint in float32, kept loaded."""
+    return mlx_deepcache.StableDiffusion.from_pretrained(str(video_checkpoint), "float32")

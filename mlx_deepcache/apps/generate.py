@@ -194,7 +194,9 @@ def _options(args: argparse.Namespace, pipe: StableDiffusion) -> dict:
     if "latents" in options:  # their number and size are the pictures'
         latents, factor = read_latents(options["latents"]), pipe.checkpoint.vae_config.factor
         n = len(latents) if n is None else n
-        options = {"height": latents.shape[1] * factor, "width": latents.shape[2] * factor} | options
+        size = {"height": latents.shape[-3] * factor, "width": latents.shape[-2] * factor}
+        frames = {"frames": latents.shape[1]} if latents.ndim == 5 else {}
+        options = size | frames | options
     return options | {"seeds": seeds if len(seeds) > 1 else range(seeds[0], seeds[0] + (n or 1))}
 
 

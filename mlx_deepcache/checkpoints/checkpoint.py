@@ -138,6 +138,27 @@ class Checkpoint:
         return self.native_size[1]
 
     @property
+    def frames(self) -> int | None:
+        """How many frames the U-Net was trained for; None for pictures."""
+        return self.unet_config.num_frames
+
+    @property
+    def fps(self) -> int:
+        return self.family.told["fps"]
+
+    @property
+    def motion_bucket(self) -> int:
+        return self.family.told["motion_bucket"]
+
+    @property
+    def noise_aug(self) -> float:
+        return self.family.told["noise_aug"]
+
+    @property
+    def min_guidance_scale(self) -> float:
+        return self.family.told["min_guidance_scale"]
+
+    @property
     def few_step(self) -> FewStep | None:
         """The defaults of a model made for few steps, or None."""
         path = self.source.path

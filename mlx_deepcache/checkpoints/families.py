@@ -39,19 +39,19 @@ class Family:
     """What the checkpoints of a family have in common.
 
     text: the text encoders by folder; variants: what the U-Net predicts -> the pixels along a side that it was trained
-    for, and the scheduler of its own repository; the first is what a file that says nothing is taken for.
-    pipeline: how the names of diffusers' classes start; tasks: and how they go on; index: what model_index.json says
-    beside the parts. sees: the folder of an encoder of pictures, where it is a picture that is read and not a prompt,
-    and videos are drawn; size: (height, width) to draw at, where that is not the U-Net's `sample_size`.
-    head_size: of the U-Net's attention, or None where there are 8 heads everywhere; linear: whether its transformers
-    are entered by a linear layer, and not by a convolution; penultimate: whether it reads the text encoders' hidden
-    states before the last layer, unnormalised; time_ids: what it is told beside the pooled text, by the picture's
-    height and width in pixels and whether the prompt is wanted (or is the negative one); None: the prompt is all.
-    strength, inpainting_strength: how much of a picture is changed by default; second_prompt: whether the last text
-    encoder may read a text of its own; refines: whether it needs a picture; refinable: whether two models of this kind
-    may share a picture's steps; upcasts_vae: whether the VAE's `force_upcast` counts; corrections: what diffusers'
-    pipelines change in a scheduler's config as they load it; colours: red, green and blue in [-1, 1] as a linear
-    function of the latents, as ComfyUI publishes them (comfy/latent_formats.py).
+    for, and the scheduler of its own repository; the first is what a file that says nothing is taken for. pipeline: how
+    the names of diffusers' classes start; tasks: and how they go on; index: what model_index.json says beside the
+    parts. sees: the folder of an encoder of pictures, where it is a picture that is read and not a prompt, and videos
+    are drawn; told: the defaults of what else is said of a video; size: (height, width) to draw at, where that is not
+    the U-Net's `sample_size`. head_size: of the U-Net's attention, or None where there are 8 heads everywhere; linear:
+    whether its transformers are entered by a linear layer, and not by a convolution; penultimate: whether it reads the
+    text encoders' hidden states before the last layer, unnormalised; time_ids: what it is told beside the pooled text,
+    by the picture's height and width in pixels and whether the prompt is wanted (or is the negative one); None: the
+    prompt is all. strength, inpainting_strength: how much of a picture is changed by default; second_prompt: whether
+    the last text encoder may read a text of its own; refines: whether it needs a picture; refinable: whether two models
+    of this kind may share a picture's steps; upcasts_vae: whether the VAE's `force_upcast` counts; corrections: what
+    diffusers' pipelines change in a scheduler's config as they load it; colours: red, green and blue in [-1, 1] as a
+    linear function of the latents, as ComfyUI publishes them (comfy/latent_formats.py).
     """
 
     name: str
@@ -69,6 +69,7 @@ class Family:
     scaling_factor: float = 0.18215
     steps: int = 50
     guidance_scale: float = 7.5
+    told: dict[str, float] = field(default_factory=dict)
     strength: float = 0.8
     inpainting_strength: float = 1.0
     second_prompt: bool = False
@@ -186,6 +187,7 @@ SVD = Family(
     size=(576, 1024),
     steps=25,
     guidance_scale=3.0,
+    told={"fps": 7, "motion_bucket": 127, "noise_aug": 0.02, "min_guidance_scale": 1.0},
     upcasts_vae=True,
     colours=SD1.colours,
 )

@@ -1,0 +1,228 @@
+"""Whole videos of Stable Video Diffusion against diffusers with the pip package DeepCache."""
+
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import video_oracle
+from helpers import PICTURE, error, smooth
+from PIL import Image
+from safetensors.numpy import save_file
+
+from mlx_deepcache import StableDiffusion
+from mlx_deepcache.apps.generate import main_generate
+from mlx_deepcache.cache.macs import unet_macs
+from mlx_deepcache.diffusion.levels import Prediction, split
+from mlx_deepcache.errors import UsageError
+from mlx_deepcache.nets.unet_parts import UNetConfig
+from mlx_deepcache.unet import UNet2DConditionModel
+
+THEIRS = {
+    "frames": "num_frames",
+    "steps": "num_inference_steps",
+    "guidance_scale": "max_guidance_scale",
+    "motion_bucket": "motion_bucket_id",
+    "noise_aug": "noise_aug_strength",
+    "decode_chunk": "decode_chunk_size",
+}
+SMALL = {"height": 64, "width": 96, "frames": 3, "steps": 6}
+
+
+def reference(folder, image, output_type="latent", interval=1, branch=0, seed=0, **options):
+    options = {THEIRS.get(name, name): value for name, value in options.items()}
+    return video_oracle.generate(folder, image, interval, branch, seed, output_type, **options)
+
+
+def channels_first(latents):
+    return np.moveaxis(np.array(latents), -1, -3)
+
+
+def cases():
+    """Every interval at seven branches; sizes (the second does not halve exactly), frame counts and what the model is
+    told take turns."""
+    count = 0
+    for interval in (1, 2, 3, 5):
+        for branch in (0, 1, 2, 4, 7, 10, 11):
+            size = ({"height": 64, "width": 96}, {"height": 72, "width": 104})[count % 2]
+            told = (
+                {},
+                {"fps": 12, "motion_bucket": 40, "noise_aug": 0.3, "guidance_scale": 2.5, "min_guidance_scale": 1.5},
+                {"guidance_scale": 1.0},
+            )[count % 3]
+            yield interval, branch, {"frames": (3, 5, 1, 4)[count % 4], "steps": 6} | size | told
+            count += 1
+
+
+@pytest.mark.parametrize(("interval", "branch", "options"), list(cases()))
+def test_latents_are_those_of_diffusers_and_deepcache(video_checkpoint, video_pipeline, interval, branch, options):
+    """Of two videos of one picture, with seeds of their own."""
+    expected, full = reference(video_checkpoint, [PICTURE] * 2, "latent", interval, branch, [3, 4], **options)
+    steps = []
+    result = video_pipeline(
+        image=PICTURE, seeds=[3, 4], cache_interval=interval, cache_branch=branch, on_step=steps.append, **options
+    )
+    assert error(channels_first(result.latents), expected) < 1e-4
+    assert [step.full for step in steps] == full
+    assert error(result.latents[0], result.latents[1]) > 0.05
+
+
+def test_25_steps_and_frames_decoded_in_chunks(video_checkpoint, video_pipeline):
+    options = {"frames": 5, "height": 64, "width": 64, "decode_chunk": 2}
+    expected, _ = reference(video_checkpoint, PICTURE, "latent", 3, 1, 5, **options)
+    result = video_pipeline(image=PICTURE, seeds=[5], cache_interval=3, cache_branch=1, **options)
+    assert len(result.stats["steps"]) == 25
+    assert error(channels_first(result.latents), expected) < 1e-3
+    theirs, _ = reference(video_checkpoint, PICTURE, "np", 3, 1, 5, **options)
+    ours = np.stack([np.asarray(frame) for frame in result.videos[0]]).astype(float)
+    assert ours.shape == (5, 64, 64, 3)
+    assert np.abs(ours - (theirs[0] * 255).round()).mean() < 0.1  # grey levels
+    whole = video_pipeline.decode(result.latents)
+    assert np.abs(whole[0] - ours).mean() > 1  # a chunk sees only itself
+
+
+@pytest.mark.parametrize("make", ["alpha", "tall", "small"])
+def test_pictures_of_all_kinds(video_checkpoint, video_pipeline, make):
+    """Transparency is white, for which diffusers is given the picture without any."""
+    if make == "alpha":
+        picture = smooth(60, 80).convert("RGBA")
+        picture.putalpha(Image.fromarray(np.tile(np.linspace(0, 255, 80).astype(np.uint8), (60, 1))))
+        given = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    else:
+        picture = given = smooth(*{"tall": (300, 40), "small": (9, 11)}[make])
+    expected, _ = reference(video_checkpoint, given, seed=1, **SMALL)
+    result = video_pipeline(image=picture, seeds=[1], cache_interval=1, **SMALL)
+    assert error(channels_first(result.latents), expected) < 1e-4
+
+
+def test_the_picture_says_what_is_drawn(video_pipeline):
+    one, other = (video_pipeline(image=smooth(64, 96, seed=seed), cache_interval=1, **SMALL) for seed in (0, 1))
+    assert error(one.latents, other.latents) > 0.01
+
+
+@pytest.mark.parametrize("option", [{"fps": 12}, {"motion_bucket": 200}, {"noise_aug": 0.2}, {"min_guidance_scale": 2}])
+def test_each_option_changes_the_video(video_pipeline, option):
+    plain = video_pipeline(image=PICTURE, cache_interval=1, **SMALL)
+    assert error(video_pipeline(image=PICTURE, cache_interval=1, **SMALL, **option).latents, plain.latents) > 1e-3
+
+
+def test_interval_1_is_bit_equal_to_a_loop_without_cache_code(video_pipeline):
+    """The plain loop below knows nothing of features, branches or schedules."""
+    settings = video_pipeline.settings(image=PICTURE, cache_interval=1, seeds=[1, 2], **SMALL)
+    *_, last = video_pipeline.denoise(settings)
+    run = video_pipeline.denoise(settings)
+    started, unet, plan = run.prepare_latents(), video_pipeline.component("unet"), settings.legs[0].plan
+    cond = unet.prepare(run.encode())
+    temb = unet.time_embed(mx.array([step.here.t for step in plan.steps]), cond)
+    scale, x = mx.array(settings.legs[0].guidance_scale).reshape(-1, 1, 1, 1), started.x
+    for i, step in enumerate(plan.steps):
+
+        def denoise(x, level, i=i):
+            shown = mx.concatenate([mx.concatenate([x, x]), started.beside], axis=-1)
+            without, given = mx.split(unet(shown, temb[i], cond)[0], 2)
+            out = without + scale * (given - without)
+            return Prediction(out, *split("v_prediction", out, x, level), x)
+
+        x, _ = plan.solver(denoise, x, step, None, run.noise)
+    assert mx.array_equal(x, last.latents)
+
+
+def test_nothing_survives_a_generation(video_pipeline):
+    options = {"image": PICTURE, "cache_interval": 3, "seeds": [7]} | SMALL
+    first = video_pipeline(**options)
+    video_pipeline(**options | {"frames": 2, "height": 128, "cache_branch": 5})
+    steps = video_pipeline.denoise(video_pipeline.settings(**options))
+    next(steps), next(steps), steps.close()  # cancelled on a cached step
+    assert mx.array_equal(video_pipeline(**options).latents, first.latents)
+
+
+def test_guidance_in_turn_and_a_compiled_unet_are_the_same(video_checkpoint, video_pipeline):
+    options = {"image": PICTURE, "cache_interval": 2, "seeds": [7]} | SMALL
+    plain = video_pipeline(**options)
+    for how in ({"low_memory": True}, {"compile": "on"}):
+        other = StableDiffusion(video_pipeline.checkpoint, "float32", **how)(**options)
+        assert error(other.latents, plain.latents) < 1e-5
+
+
+@pytest.mark.parametrize("cache", ["adaptive:threshold=0", "taylorseer:order=1", "spectrum", "guidance:end=0.5"])
+def test_other_caches(video_pipeline, cache):
+    options = {"image": PICTURE, "seeds": [7]} | SMALL | {"steps": 10}
+    plain = video_pipeline(**options, cache_interval=1)
+    if cache.startswith("adaptive"):  # never reuses
+        assert mx.array_equal(video_pipeline(**options, cache=cache).latents, plain.latents)
+        loose = video_pipeline(**options, cache="adaptive:threshold=0.5")
+        assert loose.stats["cached_steps"] > 0
+    elif cache.startswith("guidance"):
+        halved = video_pipeline(**options, cache=[cache], cache_interval=1)
+        assert halved.stats["unet_macs"] == plain.stats["unet_macs"] * 3 // 4
+        assert error(halved.latents, plain.latents) > 1e-4
+    else:  # the third full step's features are the first that differ from copied ones
+        copied = video_pipeline(**options, cache_interval=3)
+        forecast = video_pipeline(**options, cache=[cache], cache_interval=3)
+        assert forecast.stats["steps"] == copied.stats["steps"]
+        assert 0 < error(forecast.latents, copied.latents) < 1
+
+
+def test_half_precision_is_close(video_checkpoint, video_pipeline):
+    options = {"image": PICTURE, "cache_interval": 1} | SMALL
+    half = StableDiffusion.from_pretrained(str(video_checkpoint), "float16")(**options)
+    assert error(half.latents, video_pipeline(**options).latents) < 0.05
+
+
+def test_multiply_adds_are_those_counted_of_diffusers():
+    """Of one half of guidance, 14 frames of 576 x 1024: with the two products of attention 22,401 G on a full call and
+    1,896 G on a cached one at branch 0, by hooks on diffusers' own layers."""
+    unet = UNet2DConditionModel(UNetConfig.from_dict({"_class_name": "UNetSpatioTemporalConditionModel"}))
+    full, cached = unet_macs(unet, (14, 72, 128), 0, 1)
+    assert full == pytest.approx(22401e9, rel=0.01)
+    assert cached == pytest.approx(1896e9, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--prompt", "a rocket", "--image", "in.png"], "reads a picture and no prompt; leave the prompt out"),
+        (["--prompt", ""], "makes a video of a picture: give --image"),
+        ([], "expected --prompt TEXT"),
+        (["--image", "in.png", "--negative-prompt", "blurry"], "--negative-prompt is for models of pictures"),
+        (["--image", "in.png", "--strength", "0.5"], "--strength is for models of pictures"),
+        (["--image", "in.png", "--mask", "in.png"], "--mask is for models of pictures"),
+        (["--image", "in.png", "--scheduler", "ddim"], "its scheduler can be euler only"),
+        (["--image", "in.png", "--cache", "pab"], "pab is for pictures"),
+        (["--image", "in.png", "--height", "100"], "--height should be a positive multiple of 8 pixels, got 100"),
+        (["--image", "in.png", "--frames", "0"], "expected a whole number, 1 or more, got '0'"),
+        (["--image", "in.png", "--cache-branch", "12", "--cache-interval", "2"], "cache branch must be in [0, 12)"),
+        (["--image", "in.png", "--vae-tiling", "on"], "--decode-chunk takes less memory too"),
+        (["--image", "in.png", "--lora", "a.safetensors"], "LoRAs and embeddings are for models of pictures"),
+    ],
+)
+def test_what_cannot_be_is_one_line(video_checkpoint, tmp_path, monkeypatch, capfd, flags, words):
+    monkeypatch.chdir(tmp_path)
+    smooth(64, 96).save("in.png")
+    save_file({"a": np.zeros(2, np.float32)}, "a.safetensors")
+    one_error(["--model", str(video_checkpoint), *flags, "--quiet"], words, capfd)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    "flags", [["--fps", "7"], ["--frames", "8"], ["--motion-bucket", "9"], ["--decode-chunk", "1"]]
+)
+def test_a_model_of_pictures_knows_nothing_of_videos(checkpoint, tmp_path, monkeypatch, capfd, flags):
+    monkeypatch.chdir(tmp_path)
+    words = f"{flags[0]} is for models of videos, and this one, Stable Diffusion 1.x, draws pictures"
+    one_error(["--model", str(checkpoint("sd15")), "--prompt", "x", *flags, "--quiet"], words, capfd)
+
+
+def one_error(flags, words, capfd):
+    try:
+        code = main_generate(flags)
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capfd.readouterr()
+    assert code == 2 and out == "" and words in err and err.count("\n") == 1
+
+
+def test_latents_of_another_shape(video_pipeline):
+    with pytest.raises(UsageError, match=r"\(1, 3, 8, 12, 4\), \(N, frames, height, .*channels first: transpose"):
+        video_pipeline(image=PICTURE, latents=np.zeros((1, 3, 4, 8, 12), np.float32), **SMALL)
+    with pytest.raises(UsageError, match=r"should have shape \(N, frames, height, width, 4\), got \(1, 8, 12, 4\)"):
+        video_pipeline.decode(mx.zeros((1, 8, 12, 4)))
