@@ -38,6 +38,7 @@ setup(
     extras_require={
         "completion": ["argcomplete"],
         "mkl": ["mkl"],
+        "video": ["av"],
         "cuda": ["mlx[cuda]>=0.30; sys_platform == 'linux'"],
         "test": [
             "torch==2.13.0",
@@ -46,6 +47,7 @@ setup(
             "transformers",
             "peft",
             "argcomplete",
+            "av",
             "openai-clip",
             "hypothesis",
             "psutil",

@@ -197,7 +197,7 @@ def _check_kind(checkpoint: Checkpoint, asked: Options, prompt: object, refiner:
             raise UsageError(f"{called(o.name)} is for models of {o.only}, and this one, {family.name}, draws {kind}")
     if not checkpoint.video:
         if prompt is None:
-            raise UsageError(f"{family.name} draws from text: give it a prompt")
+            raise UsageError(f"{family.name} draws from text: give it a {called('prompt')}")
         return
     if any(prompt if isinstance(prompt, (list, tuple)) else [prompt]):
         raise UsageError(
@@ -214,7 +214,7 @@ def _check_kind(checkpoint: Checkpoint, asked: Options, prompt: object, refiner:
 def _guidance(scale: float, said: dict) -> float | tuple[float, ...] | None:
     """A leg's guidance: of a video it rises from the first frame to the last."""
     scales = np.linspace(said["min_guidance_scale"], scale, said["frames"], dtype=np.float32).tolist() if said else []
-    if max([scale, *scales]) <= 1:
+    if max(scales or [scale]) <= 1:
         return None
     return tuple(scales) or scale
 
