@@ -50,9 +50,10 @@ def check(
     written: dict[Hashable, str] = {}
     for flag, file, suffix, default in outputs:
         if suffix:
-            if file.name:  # which an empty text lacks
-                check_writable(file)
             suffixes = (suffix, *others) if flag == "--output" else (suffix,)
+            folder = "" in suffixes and not file.suffix and file.is_dir()  # of frames
+            if file.name:  # which an empty text lacks
+                check_writable(file / "frame-001.png" if folder else file)
             if not is_stream(file) and file.suffix.lower() not in suffixes:
                 known = ", ".join(dict.fromkeys(filter(None, suffixes))) + " or be a folder" * ("" in suffixes)
                 raise UsageError(f"{flag} should end in {known}, got {str(file)!r}")

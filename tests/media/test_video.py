@@ -30,7 +30,7 @@ def read(file):
         return frames, image.info["duration"] / 1000
 
 
-@pytest.mark.parametrize(("suffix", "near"), [(".png", 0), (".gif", 12), (".webp", 4), (".mp4", 4)])
+@pytest.mark.parametrize(("suffix", "near"), [(".png", 0), (".gif", 12), (".webp", 4), (".mp4", 5)])
 @pytest.mark.parametrize("fps", [7, 25])
 def test_frames_and_their_time(tmp_path, suffix, near, fps):
     write_video(tmp_path / f"a{suffix}", FRAMES, fps, TEXTS)
