@@ -54,15 +54,15 @@ INDEX = {
 }
 
 
-def build(folder: Path) -> Path:
-    """Write it to `folder`, in float32, and return the folder. Groups have 32 channels in diffusers, so widths are
-    multiples of that."""
+def build(folder: Path, widths=(32, 64, 96, 96), heads=(2, 4, 6, 6), seeing=(32, 4)) -> Path:
+    """Write it to `folder`, in float32, and return the folder. widths: of the U-Net, multiples of 32, as groups have 32
+    channels in diffusers; seeing: width and heads of CLIP's encoder of pictures."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(2000)
         unet = UNetSpatioTemporalConditionModel(
             sample_size=16,
-            block_out_channels=(32, 64, 96, 96),
-            num_attention_heads=(2, 4, 6, 6),
+            block_out_channels=widths,
+            num_attention_heads=heads,
             cross_attention_dim=24,
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=24,
@@ -77,10 +77,10 @@ def build(folder: Path) -> Path:
         vae.decoder.conv_in.weight.mul_(0.18215)
         vae.save_pretrained(folder / "vae")
         config = CLIPVisionConfig(
-            hidden_size=32,
+            hidden_size=seeing[0],
             intermediate_size=64,
             num_hidden_layers=3,
-            num_attention_heads=4,
+            num_attention_heads=seeing[1],
             image_size=224,
             patch_size=56,
             hidden_act="gelu",
