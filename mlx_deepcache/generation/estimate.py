@@ -20,6 +20,7 @@ from ..nets.autoencoder import VAEConfig
 from ..nets.clip import CLIPConfig, CLIPTextModel, CLIPVisionConfig
 from ..nets.clip_vision import CLIPVisionModelWithProjection
 from ..nets.controlnet import ControlNetConfig, ControlNetModel
+from ..nets.temporal_vae import frames_together
 from ..nets.tiling import TILE, tiled
 from ..nets.tiny import TinyVAEConfig
 from ..nets.unet_parts import Conditioning, Encoder, Prepared, UNetConfig
@@ -66,8 +67,6 @@ def check_fits(settings: Settings, peak: Peak, frugal: Peak, budget: int) -> Non
         cures.append(f"the largest size that fits is {' '.join(sides)}")
     if frugal(one, least=True) <= budget:
         cures.append(f"with {called('low_memory')} it fits")
-    if settings.frames is not None and settings.decode_chunk is None:
-        cures.append(f"{called('decode_chunk', 2)} decodes a few frames at a time")
     if not cures:
         cures.append(f"try {called('low_memory')}, {called('quantize', 4)} or a smaller model")
     raise UsageError(f"{what} would take {amount}, and there are {budget / 1e9:.1f} GB; {', and '.join(cures)}")
@@ -150,8 +149,10 @@ def estimate(
     tiling = "on" if low_memory and settings.vae_tiling == "auto" else settings.vae_tiling
     if isinstance(vae, VAEConfig) and tiled(tiling, vae, (h, w), vae_dtype.size, budget):
         h, w = min(h, TILE), min(w, TILE)
-    together = [min(settings.decode_chunk or count, count) for count in frames]
-    phase("decode", {(0, "vae"): _vae_decoder(vae, vae_dtype, (*together, h, w))}, keep)
+    if frames:
+        chunk = settings.decode_chunk or frames_together(vae, (*frames, h, w), vae_dtype.size, budget)
+        frames = [min(chunk, *frames)]
+    phase("decode", {(0, "vae"): _vae_decoder(vae, vae_dtype, (*frames, h, w))}, keep)
     return peaks
 
 

@@ -641,7 +641,7 @@ class Options:
     )
     decode_chunk: int | None = option(
         None,
-        "decode so many frames together, in less memory, but each sees only those; default: all",
+        "decode so many frames together, which see each other; default: all, or as many as the memory is for",
         VIDEO,
         check=at_least(1),
         only=VIDEOS,

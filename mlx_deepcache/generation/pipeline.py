@@ -30,7 +30,7 @@ from ..errors import Failure, UsageError, called
 from ..fields import valued
 from ..media.pictures import Given, to_uint8
 from ..nets.controlnet import Controls
-from ..nets.temporal_vae import decode_frames
+from ..nets.temporal_vae import decode_frames, frames_together
 from ..nets.tiling import decode_tiled, tiled
 from ..nets.unet_parts import Conditioning
 from ..sampler import Denoiser, Progress, sample
@@ -218,7 +218,8 @@ class StableDiffusion:
             with clock.phase("decode"):
                 z = latents[i : i + 1].astype(dtype)
                 if video:
-                    image = decode_frames(vae, z[0], chunk or z.shape[1])[None]
+                    together = chunk or frames_together(vae.config, z.shape[1:4], dtype.size, self.budget)
+                    image = decode_frames(vae, z[0], together)[None]
                 else:
                     image = decode_tiled(vae, z) if in_tiles else np.array(vae.decode(z).astype(mx.float32))
                 if not np.isfinite(image).all():

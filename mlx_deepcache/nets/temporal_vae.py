@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..backend.ops import on_gpu
 from .autoencoder import EPS, AutoencoderKL, VAEAttention, VAEConfig
 from .blocks import Upsample2D
 from .layers import Conv2d, GroupNorm
@@ -69,6 +70,14 @@ class AutoencoderKLTemporalDecoder(AutoencoderKL):
     def __init__(self, config: TemporalVAEConfig):
         super().__init__(config)
         self.decoder = TemporalDecoder(config)
+
+
+def frames_together(config: TemporalVAEConfig, latents: tuple[int, ...], itemsize: int, budget: int) -> int:
+    """How many frames to decode together, where nobody says: all, or what takes half of `budget` bytes; latents: (F, h,
+    w). The more, the less they flicker."""
+    frames, height, width = latents
+    pixel = max(config.block_out_channels[:2]) * itemsize * (8 if on_gpu() else 31)  # as `tiling.tiled` counts
+    return min(max(budget // (2 * height * width * config.factor**2 * pixel), 1), frames)
 
 
 def decode_frames(vae: AutoencoderKLTemporalDecoder, latents: mx.array, chunk: int) -> np.ndarray:

@@ -10,7 +10,12 @@ from mlx.utils import tree_flatten
 
 from mlx_deepcache.checkpoints.folder import Part
 from mlx_deepcache.nets.layers import GroupNorm
-from mlx_deepcache.nets.temporal_vae import AutoencoderKLTemporalDecoder, TemporalVAEConfig, decode_frames
+from mlx_deepcache.nets.temporal_vae import (
+    AutoencoderKLTemporalDecoder,
+    TemporalVAEConfig,
+    decode_frames,
+    frames_together,
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +34,13 @@ def test_frames_are_decoded_in_chunks_that_see_each_other(video_checkpoint, vae,
     assert error(to_torch_layout(ours), expected) < 1e-5
     together = decode_frames(vae, to_mlx(latents), 5)
     assert (error(ours, together) > 1e-3) == (chunk < 5)
+
+
+def test_as_many_frames_together_as_memory_is_for(vae):
+    """Half of it: a frame of 8 x 8 latents is counted as 64 x 64 pixels of 32 channels."""
+    frame = 64 * 64 * 32 * 4 * 31
+    for budget, expected in ((2**40, 5), (2 * 3 * frame, 3), (2 * 3 * frame - 1, 2), (0, 1)):
+        assert frames_together(vae.config, (5, 8, 8), 4, budget) == expected
 
 
 def test_encode(video_checkpoint, vae):
