@@ -52,6 +52,14 @@ def test_attention(positions, tokens, size, scale):
     assert error(ops.attention(mx.array(q), mx.array(k), mx.array(v)), expected) < 3e-6
 
 
+@pytest.mark.parametrize(("problems", "frames"), [(300, 14), (300, 25), (2, 25), (300, 40)])
+def test_attention_over_frames(problems, frames):
+    """Many short problems, which another kernel does, and what lies beside them."""
+    q, k, v = (normal(problems, 2, frames, 8, seed=i) for i in range(3))
+    expected = F.scaled_dot_product_attention(*(torch.tensor(a, dtype=torch.float64) for a in (q, k, v)))
+    assert error(ops.attention(mx.array(q), mx.array(k), mx.array(v)), expected) < 3e-6
+
+
 def test_attention_pads_heads_where_the_fused_kernels_want_it(monkeypatch):
     """As on a GPU, whose public operations the CPU has too."""
     monkeypatch.setattr(ops, "on_gpu", lambda: True)
