@@ -9,9 +9,11 @@ from diffusers import UNetSpatioTemporalConditionModel
 from helpers import at, error
 from mlx.utils import tree_flatten
 
+from mlx_deepcache.backend import cpu
 from mlx_deepcache.checkpoints.folder import Part
 from mlx_deepcache.errors import CheckpointError
 from mlx_deepcache.nets.layers import GroupNorm, LayerNorm
+from mlx_deepcache.nets.spatiotemporal import TemporalConv
 from mlx_deepcache.nets.unet_parts import Conditioning, UNetConfig
 from mlx_deepcache.unet import UNet2DConditionModel
 
@@ -107,3 +109,16 @@ def test_its_three_parts_compile(unet):
     assert error(out, plain) < 1e-5
     cached, _ = compiled(channels_last(x), at(unet, cond, 0.3), cond, branch=1, reused=its)
     assert error(cached, unet(channels_last(x), at(unet, cond, 0.3), cond, branch=1, reused=features)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("positions", [30, 300])  # more than one block of the CPU's
+@pytest.mark.parametrize("large", [0, cpu.LARGE])
+def test_a_convolution_over_frames(monkeypatch, positions, large):
+    """Both ways that the CPU has, which it takes by how much the filters see."""
+    monkeypatch.setattr(cpu, "LARGE", large)
+    theirs, ours = torch.nn.Conv3d(6, 10, (3, 1, 1), padding=(1, 0, 0)), TemporalConv(6, 10)
+    ours.weight = mx.array(theirs.weight.detach().numpy()[..., 0, 0].swapaxes(1, 2))
+    ours.bias = mx.array(theirs.bias.detach().numpy())
+    x = torch.randn(2, 6, 5, positions, 1)
+    expected = theirs(x)[..., 0].permute(0, 2, 3, 1).detach().numpy()
+    assert error(ours(mx.array(x[..., 0].permute(0, 2, 3, 1).numpy())), expected) < 1e-6
