@@ -49,10 +49,10 @@ class Family:
     by the picture's height and width in pixels and whether the prompt is wanted (or is the negative one); None: the
     prompt is all. strength, inpainting_strength: how much of a picture is changed by default; second_prompt: whether
     the last text encoder may read a text of its own; refines: whether it needs a picture; refinable: whether two models
-    of this kind may share a picture's steps; upcasts_vae: whether the VAE's `force_upcast` counts; corrections: what
-    diffusers' pipelines change in a scheduler's config as they load it; schedule: what it says beside what all others
-    say; colours: red, green and blue in [-1, 1] as a linear function of the latents, as ComfyUI publishes them
-    (comfy/latent_formats.py).
+    of this kind may share a picture's steps; upcasts_vae, upcasts_encoder: whether the `force_upcast` of the VAE
+    counts, or that of its encoder alone; corrections: what diffusers' pipelines change in a scheduler's config as they
+    load it; schedule: what it says beside what all others say; colours: red, green and blue in [-1, 1] as a linear
+    function of the latents, as ComfyUI publishes them (comfy/latent_formats.py).
     """
 
     name: str
@@ -77,6 +77,7 @@ class Family:
     refines: bool = False
     refinable: bool = False
     upcasts_vae: bool = False
+    upcasts_encoder: bool = False
     corrections: dict = field(default_factory=dict)
     schedule: dict = field(default_factory=dict)
     colours: dict[str, tuple] = field(default_factory=dict)
@@ -190,7 +191,7 @@ SVD = Family(
     steps=25,
     guidance_scale=3.0,
     told={"fps": 7, "motion_bucket": 127, "noise_aug": 0.02, "min_guidance_scale": 1.0},
-    upcasts_vae=True,
+    upcasts_encoder=True,
     schedule={
         "interpolation_type": "linear",
         "sigma_max": 700.0,

@@ -127,7 +127,7 @@ def estimate(
         return dict.fromkeys(peaks, ENDLESS)
     vae, vae_dtype = checkpoint.vae_config, models[0].dtype_of("vae")
     if settings.image is not None:
-        phase("encode", {(0, "vae"): _vae_encoder(vae, vae_dtype, h, w)}, keep)
+        phase("encode", {(0, "vae"): _vae_encoder(vae, models[0].encodes_in, h, w)}, keep)
     for leg, (model, drawn) in enumerate(zip(models, settings.legs, strict=True)):
         config, dtype = model.checkpoint.unet_config, model.dtype
         x = (n if low_memory or drawn.guidance_scale is None else 2 * n, *frames, h, w)

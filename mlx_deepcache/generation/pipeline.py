@@ -435,9 +435,14 @@ class Generation(Iterator[Progress]):
         batch's latents, (N, h, w, C)."""
         components = self.pipe.models[0]
         with self.clock.phase("load"):
-            vae, dtype = components.network("vae"), components.dtype_of("vae")
+            vae, own, dtype = components.network("vae"), components.dtype_of("vae"), components.encodes_in
         with self.clock.phase("encode"):
+            if dtype != own:
+                vae.set_dtype(dtype)
             latents = vae.encode(picture.astype(dtype), None if noise is None else noise.astype(dtype))
+            if dtype != own:  # exactly what they were
+                mx.eval(latents)
+                vae.set_dtype(own)
             shape = len(self.settings.seeds), *self.settings.latent_shape[-3:]
             latents = mx.broadcast_to(latents.astype(mx.float32), shape)
             if not mx.isfinite(latents).all():

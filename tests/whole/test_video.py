@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import video_oracle
 from helpers import PICTURE, error, smooth
+from mlx.utils import tree_flatten
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -13,6 +14,7 @@ from mlx_deepcache.apps.generate import main_generate
 from mlx_deepcache.cache.macs import unet_macs
 from mlx_deepcache.diffusion.levels import Prediction, split
 from mlx_deepcache.errors import UsageError
+from mlx_deepcache.media.pictures import to_uint8
 from mlx_deepcache.nets.unet_parts import UNetConfig
 from mlx_deepcache.unet import UNet2DConditionModel
 
@@ -173,6 +175,23 @@ def test_half_precision_is_close(video_checkpoint, video_pipeline):
     options = {"image": PICTURE, "cache_interval": 1} | SMALL
     half = StableDiffusion.from_pretrained(str(video_checkpoint), "float16")(**options)
     assert error(half.latents, video_pipeline(**options).latents) < 0.05
+
+
+def test_the_vae_encodes_in_float32_and_decodes_in_half(video_checkpoint, video_pipeline):
+    """As in diffusers: its encoder alone would overflow."""
+    half = StableDiffusion.from_pretrained(str(video_checkpoint), "float16")
+    settings = half.settings(image=PICTURE, **SMALL)
+    beside = half.denoise(settings).prepare_latents().beside
+    vae = half.component("vae")
+    assert {p.dtype for _, p in tree_flatten(vae.parameters())} == {mx.float16}
+    latents = mx.random.normal((1, 2, 8, 8, 4), key=mx.random.key(0))
+    half.decode(latents)
+    expected = np.array(vae.decode(latents.astype(mx.float16)).astype(mx.float32))
+    vae.set_dtype(mx.float32)
+    pixels = mx.array(settings.start.picture)[None].astype(mx.float32) / 255 * 2 - 1
+    noisy = pixels + settings.noise_aug * half.denoise(settings).noise(settings.start.picture.shape)
+    assert error(beside[1, 0], vae.encode(noisy)[0] / settings.start.scaling) < 1e-6
+    assert np.abs(to_uint8(expected) - half.decode(latents).astype(float)).max() <= 1  # from float32 weights
 
 
 def test_multiply_adds_are_those_counted_of_diffusers():
