@@ -98,8 +98,9 @@ def _draw_all(args: argparse.Namespace) -> None:
         say("model: the bundled text-to-emoji model; --model sd15 or --model sdxl draws anything, after a download")
     prompts = _prompts(args)
     pipe = _pipeline(args, keep=False)
-    settings = pipe.settings(prompts[0] if len(prompts) == 1 else "", **_options(args, pipe))  # each may fail alone
     video = pipe.checkpoint.video
+    first = prompts[0] if len(prompts) == 1 or video else ""  # of several each may fail alone
+    settings = pipe.settings(first, **_options(args, pipe))
     if not video and args.output.suffix.lower() != ".png" and not is_stream(args.output):
         raise UsageError(f"--output of a model of pictures should end in .png, got {str(args.output)!r}")
     if (note := _about_cache(args, pipe, settings)) is not None:

@@ -523,7 +523,12 @@ class Options:
     """What to draw and how. None leaves a choice to the model, or means that there is no such thing."""
 
     steps: int | None = option(
-        None, "default 50; few-step models such as sdxl-turbo: 4", HOW, check=at_least(1), model="steps", a1111="Steps"
+        None,
+        "default 50, of videos 25; few-step models such as sdxl-turbo: 4",
+        HOW,
+        check=at_least(1),
+        model="steps",
+        a1111="Steps",
     )
     scheduler: str | None = option(
         None,

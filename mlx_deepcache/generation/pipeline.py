@@ -29,6 +29,8 @@ from ..diffusion.noise import BatchNoise
 from ..errors import Failure, UsageError, called
 from ..fields import valued
 from ..media.pictures import Given, to_uint8
+from ..media.png import write_image
+from ..media.video import check_format, write_video
 from ..nets.controlnet import Controls
 from ..nets.temporal_vae import decode_frames, frames_together
 from ..nets.tiling import decode_tiled, tiled
@@ -48,12 +50,27 @@ from .tags import NamedLoras, note_only_text, note_unknown, take_loras
 @dataclass(frozen=True)
 class Result:
     """images: PIL; latents: (N, h, w, C) float32, as they went into the VAE; stats: see `report.stats`; videos: of a
-    model that draws these, a list of frames each, instead of images, and latents are (N, F, h, w, C)."""
+    model that draws these, a list of frames each, instead of images, and latents are (N, F, h, w, C); fps: theirs."""
 
     images: list[Image.Image]
     latents: mx.array
     stats: dict
     videos: list[list[Image.Image]] = field(default_factory=list)
+    fps: int | None = None
+
+    def save(self, file: str | Path, number: int = 0) -> None:
+        """Write one of the videos, as its file's suffix says (see `write_video`), or of the images, as PNG.
+
+        Raises:
+            UsageError: a video cannot be written in this format here.
+            Failure: the file cannot be written.
+        """
+        file = Path(file)
+        if not self.videos:
+            write_image(file, np.asarray(self.images[number]))
+            return
+        check_format(file)
+        write_video(file, [np.asarray(frame) for frame in self.videos[number]], self.fps)
 
 
 class StableDiffusion:
@@ -247,9 +264,8 @@ class StableDiffusion:
                 on_step(progress)
         drawn = run.decode()
         if self.checkpoint.video:
-            return Result(
-                [], run.latents, run.stats(), [[Image.fromarray(frame) for frame in video] for video in drawn]
-            )
+            videos = [[Image.fromarray(frame) for frame in video] for video in drawn]
+            return Result([], run.latents, run.stats(), videos, run.settings.fps)
         return Result([Image.fromarray(image) for image in drawn], run.latents, run.stats())
 
 

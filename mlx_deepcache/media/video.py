@@ -24,6 +24,9 @@ _QUALITY = {"crf": "17"}  # x264's, at which hardly anything is lost
 
 def check_format(file: Path) -> None:
     """Raises UsageError, before any work, if a video of this kind cannot be written here."""
+    if file.suffix.lower() not in SUFFIXES and not is_stream(file):
+        known = ", ".join(filter(None, SUFFIXES))
+        raise UsageError(f"a video's file should end in {known}, or be a folder, got {str(file)!r}")
     if file.suffix.lower() == ".mp4" and find_spec("av") is None:
         raise UsageError(
             "an .mp4 file needs PyAV: pip install 'mlx_deepcache[video]', or name a .webp, .gif or .png file, or a "

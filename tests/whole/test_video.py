@@ -103,6 +103,16 @@ def test_pictures_of_all_kinds(video_checkpoint, video_pipeline, make):
     assert error(channels_first(result.latents), expected) < 1e-4
 
 
+def test_results_are_saved(video_pipeline, tmp_path):
+    result = video_pipeline(image=PICTURE, seeds=[1, 2], cache_interval=1, **SMALL)
+    assert result.images == [] and [len(video) for video in result.videos] == [3, 3]
+    result.save(tmp_path / "a.png", 1)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.n_frames == 3 and image.info["duration"] == pytest.approx(1000 / 7, abs=1)
+        image.seek(2)
+        assert np.array_equal(np.asarray(image.convert("RGB")), np.asarray(result.videos[1][2]))
+
+
 def test_the_picture_says_what_is_drawn(video_pipeline):
     one, other = (video_pipeline(image=smooth(64, 96, seed=seed), cache_interval=1, **SMALL) for seed in (0, 1))
     assert error(one.latents, other.latents) > 0.01
@@ -207,6 +217,7 @@ def test_multiply_adds_are_those_counted_of_diffusers():
     ("flags", "words"),
     [
         (["--prompt", "a rocket", "--image", "in.png"], "reads a picture and no prompt; leave the prompt out"),
+        (["--prompt-file", "prompts", "--image", "in.png"], "reads a picture and no prompt"),
         (["--prompt", ""], "makes a video of a picture: give --image"),
         ([], "expected --prompt TEXT"),
         (["--image", "in.png", "--negative-prompt", "blurry"], "--negative-prompt is for models of pictures"),
@@ -224,6 +235,7 @@ def test_multiply_adds_are_those_counted_of_diffusers():
 def test_what_cannot_be_is_one_line(video_checkpoint, tmp_path, monkeypatch, capfd, flags, words):
     monkeypatch.chdir(tmp_path)
     smooth(64, 96).save("in.png")
+    (tmp_path / "prompts").write_text("a rocket\na cat\n")
     save_file({"a": np.zeros(2, np.float32)}, "a.safetensors")
     one_error(["--model", str(video_checkpoint), *flags, "--quiet"], words, capfd)
     assert not list(tmp_path.glob("out*"))

@@ -94,6 +94,8 @@ def test_without_pyav(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="an .mp4 file needs PyAV: pip install"):
         check_format(tmp_path / "a.mp4")
     check_format(tmp_path / "a.webp")
+    with pytest.raises(UsageError, match="should end in .mp4, .gif, .webp, .png, or be a folder, got '.*a.avi'"):
+        check_format(tmp_path / "a.avi")
     with pytest.raises(Failure, match="needs PyAV"):
         read_comment(tmp_path / "a.mp4")
 
