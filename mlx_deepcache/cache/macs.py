@@ -81,7 +81,7 @@ def _layer_macs(layer: Layer, here: tuple[int, ...], after: tuple[int, ...], tok
         if isinstance(module, Attention):  # queries with keys, and weights with values
             own += 2 * positions * keys * module.to_out[0].weight.shape[0]
         total += own
-        if "attn" in name and not over_frames:
+        if "attn" in name:
             attention[cross] += own
     if layer.upsample is not None:
         total += _leaf_macs(layer.upsample, prod(after))

@@ -131,7 +131,7 @@ class TemporalBasicTransformerBlock(BasicTransformerBlock):
         self.ff_in = FeedForward(dims)
 
     def __call__(self, x: mx.array, prompt: tuple[mx.array, mx.array], attend: Attend = PLAIN) -> mx.array:
-        """x: (B, positions, F, dims); prompt: keys and values of `attn2`."""
+        """x: (B, positions, F, dims); prompt: keys and values of `attn2`; attend: runs the attention layers."""
         return super().__call__(x + self.ff_in(self.norm_in(x)), prompt, attend)
 
 
@@ -156,14 +156,14 @@ class TransformerSpatioTemporalModel(nn.Module):
         return [tuple(block.attn2.keys_values(context) for block in pair) for pair in pairs]
 
     def __call__(self, x: mx.array, prompt: list, attend: Attend = PLAIN) -> mx.array:
-        """x: (B, F, H, W, C); prompt: what `keys_values` returned; attend: runs the attention layers of frames. Those
-        over frames always run."""
+        """x: (B, F, H, W, C); prompt: what `keys_values` returned; attend: runs the attention layers, of frames and
+        over them in turn."""
         B, F, H, W, C = x.shape
         h = self.proj_in(by_frame(self.norm, x).reshape(B, F, H * W, C))
         places = self.time_pos_embed(timestep_embedding(mx.arange(F), C).astype(x.dtype))[:, None]
         blocks = zip(self.transformer_blocks, self.temporal_transformer_blocks, prompt, strict=True)
         for spatial, temporal, (its_keys_values, other_keys_values) in blocks:
             h = spatial(h, its_keys_values, attend)
-            over_frames = temporal((h + places).swapaxes(1, 2), other_keys_values).swapaxes(1, 2)
+            over_frames = temporal((h + places).swapaxes(1, 2), other_keys_values, attend).swapaxes(1, 2)
             h = self.time_mixer(h, over_frames)
         return x + self.proj_out(h).reshape(x.shape)

@@ -1,16 +1,21 @@
 """Whole videos of Stable Video Diffusion against diffusers with the pip package DeepCache."""
 
+import copy
+
+import cache_oracle
 import mlx.core as mx
 import numpy as np
 import pytest
+import torch
 import video_oracle
 from helpers import PICTURE, error, smooth
 from mlx.utils import tree_flatten
 from PIL import Image
 from safetensors.numpy import save_file
 
-from mlx_deepcache import StableDiffusion
+from mlx_deepcache import PyramidAttentionBroadcast, StableDiffusion
 from mlx_deepcache.apps.generate import main_generate
+from mlx_deepcache.cache.deepcache import CacheWarning
 from mlx_deepcache.cache.macs import unet_macs
 from mlx_deepcache.diffusion.levels import Prediction, split
 from mlx_deepcache.errors import UsageError
@@ -181,6 +186,38 @@ def test_other_caches(video_pipeline, cache):
         assert 0 < error(forecast.latents, copied.latents) < 1
 
 
+@pytest.mark.parametrize(("spatial", "cross"), [(2, 3), (3, None), (None, 2)])
+def test_pyramid_attention_broadcast(video_checkpoint, video_pipeline, spatial, cross):
+    """diffusers' hooks, which take self-attention over frames for spatial too, inside a window of its timesteps."""
+    window, options = (-1, 2), SMALL | {"steps": 10}
+    shared = video_oracle.shared(str(video_checkpoint))
+    pipe = type(shared)(**shared.components | {"unet": copy.deepcopy(shared.unet)})
+    pipe.set_progress_bar_config(disable=True)
+    cache_oracle.broadcast(
+        pipe,
+        cache_oracle.Calls(pipe),
+        spatial_attention_block_skip_range=spatial,
+        cross_attention_block_skip_range=cross,
+        spatial_attention_timestep_skip_range=window,
+        cross_attention_timestep_skip_range=window,
+    )
+    renamed = {THEIRS.get(name, name): value for name, value in options.items()}
+    with torch.no_grad():
+        expected = pipe(PICTURE, generator=torch.Generator().manual_seed(3), output_type="latent", **renamed).frames
+    policy = PyramidAttentionBroadcast(spatial, cross, window, window)
+    result = video_pipeline(image=PICTURE, seeds=[3], cache=[policy], **options)
+    assert error(channels_first(result.latents), expected) < 1e-4
+    plain = video_pipeline(image=PICTURE, seeds=[3], cache_interval=1, **options)
+    changed = error(plain.latents, result.latents)
+    assert changed > 1e-3 if spatial else changed < 1e-5  # all attend to one token, which gives the same at every step
+    assert result.stats["unet_macs"] < plain.stats["unet_macs"]
+
+
+def test_windows_of_other_timesteps_are_told(video_pipeline):
+    with pytest.warns(CacheWarning, match="pab uses nothing again: these steps' timesteps, 1.6.* to -1.5"):
+        video_pipeline.settings(image=PICTURE, cache=["pab"])
+
+
 def test_half_precision_is_close(video_checkpoint, video_pipeline):
     options = {"image": PICTURE, "cache_interval": 1} | SMALL
     half = StableDiffusion.from_pretrained(str(video_checkpoint), "float16")(**options)
@@ -224,7 +261,7 @@ def test_multiply_adds_are_those_counted_of_diffusers():
         (["--image", "in.png", "--strength", "0.5"], "--strength is for models of pictures"),
         (["--image", "in.png", "--mask", "in.png"], "--mask is for models of pictures"),
         (["--image", "in.png", "--scheduler", "ddim"], "its scheduler can be euler only"),
-        (["--image", "in.png", "--cache", "pab"], "pab is for pictures"),
+        (["--image", "in.png", "--cache", "fastercache"], "fastercache is for pictures"),
         (["--image", "in.png", "--height", "100"], "--height should be a positive multiple of 8 pixels, got 100"),
         (["--image", "in.png", "--frames", "0"], "expected a whole number, 1 or more, got '0'"),
         (["--image", "in.png", "--cache-branch", "12", "--cache-interval", "2"], "cache branch must be in [0, 12)"),
