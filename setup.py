@@ -40,6 +40,7 @@ setup(
     extras_require={
         "completion": ["argcomplete"],
         "mkl": ["mkl"],
+        "video": ["av"],
         "cuda": ["mlx[cuda]>=0.32.2; sys_platform == 'linux'"],
         "test": [
             "torch==2.13.0",
@@ -48,6 +49,7 @@ setup(
             "transformers",
             "peft",
             "argcomplete",
+            "av",
             "openai-clip",
             "hypothesis",
             "psutil",

@@ -7,7 +7,7 @@ the caches before each call: `run.call` is their answer, and `run.keep` tells th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -30,8 +30,9 @@ class Denoiser:
     they should (Ho and Salimans 2022). With None, the U-Net is run as it is.
 
     What does not change from step to step is computed here, once: the prompt's keys and values, and the embeddings of
-    all timesteps. `beside`, (N, h, w, C'), is shown to the U-Net beside the latents: an inpainting net's mask and
-    masked picture. controls: ControlNets, (x, t, step, cut on a cached step or None) -> residuals, or None if those of
+    all timesteps. guidance_scale: of a video one a frame. `beside`, (N, h, w, C'), is shown to the U-Net beside the
+    latents: an inpainting net's mask and masked picture, a video's picture; (2N, ...) where guidance's halves are shown
+    other things. controls: ControlNets, (x, t, step, cut on a cached step or None) -> residuals, or None if those of
     the last full step serve. in_turn: run guidance's halves one after the other where no cache looks at both.
 
     The first axis of all that is held here and by the caches counts pictures, in guidance twice.
@@ -42,13 +43,15 @@ class Denoiser:
         unet: UNet2DConditionModel,
         cond: Conditioning,
         plan: Plan,
-        guidance_scale: float | None,
+        guidance_scale: float | Sequence[float] | None,
         *,
         beside: mx.array | None = None,
         controls: Callable[[mx.array, float, int, int | None], list[mx.array] | None] | None = None,
         in_turn: bool = False,
     ):
         self.unet, self.plan, self.guidance_scale = unet, plan, guidance_scale
+        if isinstance(guidance_scale, Sequence):
+            self.guidance_scale = mx.array(guidance_scale).reshape(-1, 1, 1, 1)
         self.beside, self.controls, self.in_turn = beside, controls, in_turn
         self.cond = unet.prepare(cond)
         times = list(dict.fromkeys(step.here.t for step in plan.steps))
@@ -59,8 +62,11 @@ class Denoiser:
     def __call__(self, x: mx.array, index: int, level: Level, run: CacheRun) -> tuple[Prediction, Work]:
         """x: (N, h, w, C) float32, on step `index` of the plan, at this level."""
         call, cut = run.call(index, level), self.unet.cut(run.branch)
-        shown = x if self.beside is None else mx.concatenate([x, self.beside], axis=-1)
-        batch = (mx.concatenate([shown, shown]) if call.both else shown).astype(self.dtype)
+        batch = mx.concatenate([x, x]) if call.both else x
+        if self.beside is not None:
+            beside = self.beside if len(self.beside) >= len(batch) else mx.concatenate([self.beside, self.beside])
+            batch = mx.concatenate([batch, beside[-len(batch) :]], axis=-1)  # the last half is the conditional one
+        batch = batch.astype(self.dtype)
         fresh = None  # residuals, if the ControlNets run in this call
         if self.controls is not None:
             cached = not call.full and call.decide is None  # if that is not known yet, all residuals may be needed

@@ -23,6 +23,7 @@ from .errors import UsageError
 from .nets.attend import PLAIN, Attend
 from .nets.blocks import Features
 from .nets.layers import Conv2d, GroupNorm
+from .nets.spatiotemporal import by_frame
 from .nets.unet_parts import Encoder, Layer, Prepared, UNetConfig, added, layers_of, next_size, run, run_up, up_blocks
 
 Residuals = Sequence[mx.array]
@@ -31,7 +32,8 @@ Residuals = Sequence[mx.array]
 class UNet2DConditionModel(Encoder):
     """Predicts noise (or v, or the clean latents) from noisy latents, a timestep and a prompt.
 
-    x: (B, H, W, in_channels) noisy latents; temb: (B or 1, temb_dim), one row of `time_embed`'s; cond: from `prepare`;
+    x: (B, H, W, in_channels) noisy latents, or a video's, (B, F, H, W, in_channels), for which all that goes in and
+    comes out has that axis of frames; temb: (B or 1, temb_dim), one row of `time_embed`'s; cond: from `prepare`;
     cut: the last skip that every step computes, see `cut`; residuals: what ControlNets add to skips, outermost first,
     and to the middle; attend: runs the attention layers.
     """
@@ -101,7 +103,7 @@ class UNet2DConditionModel(Encoder):
         x = joint.resnet.join(features, skips[-1], temb)
         x = joint.after_resnet(x, own, attend, next_size(skips))
         x = run_up(outer, x, skips[:-1], temb, others, attend)
-        return self.conv_out(self.conv_norm_out(x, then_silu=True))
+        return by_frame(self.conv_out, by_frame(self.conv_norm_out, x, then_silu=True))
 
     def up_layers(self) -> list[Layer]:
         """Decoder layers, innermost first."""
@@ -131,8 +133,7 @@ class UNet2DConditionModel(Encoder):
         mx.eval([layer.upsample.fold() for layer in layers if layer.upsample is not None])
 
         def split(cut: int, skip: mx.array) -> None:
-            resnet = layers[-1 - cut].resnet
-            mx.eval(resnet.split(resnet.norm1.weight.size - skip.shape[-1]))
+            mx.eval(layers[-1 - cut].resnet.made_for(skip.shape[-1]))
 
         unet = copy.copy(self)
         unet.shallow = _compiled(self.shallow)

@@ -8,6 +8,7 @@ for library in ("MKL", "OPENBLAS"):  # the nets are tiny: threads would only wai
 import torch  # noqa: E402, I001
 import mlx_deepcache  # noqa: E402
 import tiny  # noqa: E402
+import tiny_video  # noqa: E402
 import pytest  # noqa: E402
 from mlx_deepcache.backend import ops  # noqa: E402
 
@@ -25,6 +26,12 @@ def checkpoint(tmp_path_factory):
         return built[kind]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def video_checkpoint(tmp_path_factory):
+    """The folder of a tiny Stable Video Diffusion checkpoint."""
+    return tiny_video.build(tmp_path_factory.mktemp("svd"))
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +57,9 @@ def gpu_branch(monkeypatch):
 def taesd(tmp_path_factory):
     """The folder of a tiny AutoencoderTiny."""
     return tiny.write_taesd(tmp_path_factory.mktemp("taesd"))
+
+
+@pytest.fixture(scope="session")
+def video_pipeline(video_checkpoint):
+    """Our pipeline over that checkpoint in float32, kept loaded."""
+    return mlx_deepcache.StableDiffusion.from_pretrained(str(video_checkpoint), "float32")

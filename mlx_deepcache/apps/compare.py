@@ -52,5 +52,23 @@ def comparison(
     return captioned(stacked(shown), lines)
 
 
+def comparisons(
+    cache: Caches,
+    videos: Sequence[np.ndarray],
+    seconds: float,
+    uncached: Sequence[tuple[Sequence[np.ndarray], float]],
+) -> list[np.ndarray]:
+    """The same of videos, (F, H, W, 3) each, frame by frame."""
+    return [
+        comparison(
+            cache,
+            [video[i] for video in videos],
+            seconds,
+            [([video[i] for video in batch], time) for batch, time in uncached],
+        )
+        for i in range(len(videos[0]))
+    ]
+
+
 def _uncached() -> Caches:
     return Caches.of([DeepCache(1)])

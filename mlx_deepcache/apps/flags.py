@@ -157,7 +157,7 @@ def generate_parser() -> Parser:
         "generate.py",
         "mlx-deepcache-generate",
         usage="%(prog)s --prompt TEXT [--model M] [--output FILE.png] [more, all optional]",
-        description="Draw pictures with Stable Diffusion on Apple Silicon, with DeepCache.",
+        description="Draw pictures and videos with Stable Diffusion on Apple Silicon, with DeepCache.",
     )
     groups = {title: parser.add_argument_group(title) for title in (*GROUPS, "see it happen", FILES)}
     what = groups[PICTURE]
@@ -177,7 +177,8 @@ def generate_parser() -> Parser:
         "--from-image",
         type=Named(),
         metavar="FILE.png",
-        help="draw a picture again from the settings in it, A1111's too; other flags override them",
+        help="draw a picture again from the settings in it, A1111's too, or a video (.mp4, .webp, .png); other flags "
+        "override them",
     )
     what.add_argument(
         "--num-images",
@@ -194,7 +195,12 @@ def generate_parser() -> Parser:
 
     picture, folder = Named(written=True, suffix=".png"), Named(written=True)
     watch = groups["see it happen"]
-    watch.add_argument("--preview", type=picture, metavar="FILE.png", help="rewrite this picture after every step")
+    watch.add_argument(
+        "--preview",
+        type=picture,
+        metavar="FILE.png",
+        help="rewrite this picture after every step; a video's middle frame",
+    )
     watch.add_argument(
         "--save-steps",
         type=folder,
@@ -221,7 +227,8 @@ def generate_parser() -> Parser:
         default=Path("out.png"),
         metavar="FILE",
         help="default out.png; if there is one already, out-2.png and so on. Settings by name, {n}, {date} and {time} "
-        "are filled in: '{prompt}-{seed}.png'",
+        "are filled in: '{prompt}-{seed}.png'. A video's may end in .mp4 (with PyAV), .gif, .webp or .png, or be a "
+        "folder",
     )
     files.add_argument("--overwrite", action="store_true", help="replace pictures of the same name")
     files.add_argument("--no-metadata", action="store_true", help="leave prompt and settings out of the PNG")

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from ..errors import Failure, UsageError
 from ..fields import shown
 from ..generation.options import MOST, Control, ModelOptions, Options, option_of, options_of
-from ..media.files import read_text, write_text
+from ..media.files import is_stream, read_text, write_text
+from ..media.video import SUFFIXES, check_format
 from .command import run
 from .flags import Parser, complete, generate_parser, given
 from .outputs import Pictures, check, to_stdout
@@ -41,9 +42,10 @@ def _flags(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.from_image is not None:
         args = _as_drawn(parser, args, argv)
-    elif args.prompt is None and args.prompt_file is None and not args.list_prompts:
+    elif args.prompt is None and args.prompt_file is None and not args.list_prompts and not hasattr(args, "image"):
         parser.error("expected --prompt TEXT, what to draw, or --prompt-file or --from-image")
-    named = check(parser, args)
+    named = check(parser, args, SUFFIXES if not args.prompt and args.prompt_file is None else ())
+    check_format(args.output)
     args.files = Pictures(args, named)
     args.say = (lambda text: None) if args.quiet else partial(print, file=sys.stderr if to_stdout(named) else None)
     return args
@@ -65,7 +67,7 @@ def _as_drawn(parser: Parser, args: argparse.Namespace, argv: list[str]) -> argp
     parser.parse_args(flags)  # so that an error tells whose it is
     parser.origin = None
     args = parser.parse_args([*flags, *argv])
-    if args.prompt is None and args.prompt_file is None:
+    if args.prompt is None and args.prompt_file is None and not hasattr(args, "image"):
         parser.error(f"{args.from_image} has no prompt in it; expected --prompt TEXT")
     return args
 
@@ -84,7 +86,8 @@ def _draw_all(args: argparse.Namespace) -> None:
     from ..media.latents import write_latents
     from ..media.png import write_image
     from ..media.sheets import grid, psnr
-    from .compare import check_comparable, comparison, without_cache
+    from ..media.video import write_video
+    from .compare import check_comparable, comparison, comparisons, without_cache
 
     if args.list_prompts:
         print("\n".join(_listed(getattr(args, "model", None))))
@@ -95,7 +98,11 @@ def _draw_all(args: argparse.Namespace) -> None:
         say("model: the bundled text-to-emoji model; --model sd15 or --model sdxl draws anything, after a download")
     prompts = _prompts(args)
     pipe = _pipeline(args, keep=False)
-    settings = pipe.settings(prompts[0] if len(prompts) == 1 else "", **_options(args, pipe))  # each may fail alone
+    video = pipe.checkpoint.video
+    first = prompts[0] if len(prompts) == 1 or video else ""  # of several each may fail alone
+    settings = pipe.settings(first, **_options(args, pipe))
+    if not video and args.output.suffix.lower() != ".png" and not is_stream(args.output):
+        raise UsageError(f"--output of a model of pictures should end in .png, got {str(args.output)!r}")
     if (note := _about_cache(args, pipe, settings)) is not None:
         say(note)
     n = len(settings.seeds)
@@ -107,7 +114,7 @@ def _draw_all(args: argparse.Namespace) -> None:
     ]
     if together < n and not model.low_memory:
         say(f"{n} pictures, {together} at a time, as that many fit into the memory")
-    files.number(n * len(prompts))
+    files.number(n * len(prompts), frames=settings.frames or 1)
     if args.compare:
         check_comparable(settings)
     for checkpoint in pipe.checkpoints:
@@ -118,14 +125,14 @@ def _draw_all(args: argparse.Namespace) -> None:
     for number, (place, prompt, rows) in enumerate(batches, 1):
         if place in failed:
             continue
-        batch = settings.batch(prompt, rows)
+        batch = settings.batch(prompt or "", rows)
         watch.begin(f"{number}-" if len(batches) > 1 else "")
         try:
             drawn, pictures, written = _draw_and_write(args, model, pipe, batch, watch, place * n + rows.start)
             if args.compare:
                 uncached.append(without_cache(pipe, batch))
                 near = ", ".join(f"{psnr(*pair):.1f}" for pair in zip(pictures, uncached[-1][0], strict=True))
-                say(f"PSNR to the uncached picture: {near} dB")
+                say(f"PSNR to the uncached {'video' if video else 'picture'}: {near} dB")
         except (UsageError, Failure) as error:
             if len(prompts) == 1:
                 raise
@@ -141,11 +148,16 @@ def _draw_all(args: argparse.Namespace) -> None:
     if len(failed) == len(prompts):
         raise Failure("none of the prompts could be drawn")
     if args.grid:
-        say(f"wrote {files.save_sheet('grid', partial(write_image, image=grid(images)))}")
+        shown = [frame for frames in images for frame in frames] if video else images
+        say(f"wrote {files.save_sheet('grid', partial(write_image, image=grid(shown)), '.png')}")
     if args.compare:
         seconds = sum(report["seconds"]["denoise"] for report in stats)
-        sheet = comparison(settings.cache, images, seconds, uncached)
-        say(f"wrote {files.save_sheet('compare', partial(write_image, image=sheet))}")
+        if video:
+            frames = comparisons(settings.cache, images, seconds, uncached)
+            put = partial(write_video, frames=frames, fps=settings.fps)
+        else:
+            put = partial(write_image, image=comparison(settings.cache, images, seconds, uncached))
+        say(f"wrote {files.save_sheet('compare', put)}")
     if args.save_latents is not None:
         write_latents(args.save_latents, mx.concatenate(finals))
     if args.stats is not None:
@@ -158,7 +170,7 @@ def _draw_and_write(
     args: argparse.Namespace, model: ModelOptions, pipe: StableDiffusion, batch: Settings, watch: Watcher, first: int
 ) -> tuple[Generation, list[np.ndarray], list[str]]:
     """Draw a batch, and write each picture once it is decoded; first: its number among all."""
-    from ..generation.record import describe, save_png
+    from ..generation.record import describe, save_png, save_video
     from ..generation.report import dtype_name
 
     drawn, pictures, written = _draw(pipe, batch, watch, args.quiet), [], []
@@ -166,7 +178,11 @@ def _draw_and_write(
         zip(drawn.pictures(), batch.prompts, batch.seeds, strict=True), first
     ):
         about = describe(batch, model, dtype_name(pipe.dtype), prompt, seed)
-        put = partial(save_png, image=image, settings=None if args.no_metadata else about)
+        about_it = None if args.no_metadata else about
+        if pipe.checkpoint.video:
+            put = partial(save_video, frames=image, fps=batch.fps, settings=about_it)
+        else:
+            put = partial(save_png, image=image, settings=about_it)
         written.append(str(args.files.save(number, about, put)))
         args.say(f"wrote {written[-1]}")
         pictures.append(image)
@@ -194,7 +210,9 @@ def _options(args: argparse.Namespace, pipe: StableDiffusion) -> dict:
     if "latents" in options:  # their number and size are the pictures'
         latents, factor = read_latents(options["latents"]), pipe.checkpoint.vae_config.factor
         n = len(latents) if n is None else n
-        options = {"height": latents.shape[1] * factor, "width": latents.shape[2] * factor} | options
+        size = {"height": latents.shape[-3] * factor, "width": latents.shape[-2] * factor}
+        frames = {"frames": latents.shape[1]} if latents.ndim == 5 else {}
+        options = size | frames | options
     return options | {"seeds": seeds if len(seeds) > 1 else range(seeds[0], seeds[0] + (n or 1))}
 
 
@@ -248,8 +266,8 @@ def _listed(model: str | None) -> list[str]:
     return [name if not others else f"{name} (also: {', '.join(others)})" for name, *others in things]
 
 
-def _prompts(args: argparse.Namespace) -> list[str]:
-    """The prompt, or those of a file."""
+def _prompts(args: argparse.Namespace) -> list[str | None]:
+    """The prompt, None if there is only a picture, or those of a file."""
     if args.prompt_file is None:
         return [args.prompt]
     if not (lines := [line.strip() for line in read_text(args.prompt_file).splitlines() if line.strip()]):

@@ -24,9 +24,11 @@ STEP = re.compile(r"(\d+-)?step-\d{3,}\.png")  # as a `Watcher` calls them
 LONGEST = 120  # bytes that a field has in a file's name, which may have 255
 
 
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[Hashable, str]:
+def check(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, others: tuple[str, ...] = ()
+) -> dict[Hashable, str]:
     """Look at all files that flags name, before any work: what is written is nothing that is read, and nothing else
-    that is written.
+    that is written; others: suffixes that --output may have beside its own.
 
     Returns: by what each file is known, and the flag that names it.
 
@@ -48,13 +50,16 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[Has
     written: dict[Hashable, str] = {}
     for flag, file, suffix, default in outputs:
         if suffix:
+            suffixes = (suffix, *others) if flag == "--output" else (suffix,)
+            folder = "" in suffixes and not file.suffix and file.is_dir()  # of frames
             if file.name:  # which an empty text lacks
-                check_writable(file)
-            if not is_stream(file) and file.suffix.lower() != suffix:
-                raise UsageError(f"{flag} should end in {suffix}, got {str(file)!r}")
-        others = written if default and not getattr(args, "overwrite", True) else read | written
+                check_writable(file / "frame-001.png" if folder else file)
+            if not is_stream(file) and file.suffix.lower() not in suffixes:
+                known = ", ".join(dict.fromkeys(filter(None, suffixes))) + " or be a folder" * ("" in suffixes)
+                raise UsageError(f"{flag} should end in {known}, got {str(file)!r}")
+        known = written if default and not getattr(args, "overwrite", True) else read | written
         for mark in _marks(file):
-            other = others.get(mark)  # what a whole folder is written from is looked at by who writes it
+            other = known.get(mark)  # what a whole folder is written from is looked at by who writes it
             if other is not None and (suffix or os.path.isfile(file) or other in written.values()):
                 raise UsageError(f"{flag} and {other} name the same file, {file}")
         written |= dict.fromkeys(_marks(file), flag)
@@ -103,15 +108,15 @@ class Pictures:
             raise UsageError(f"--output: fields belong into a file's name, not its folder's, got {str(args.output)!r}")
         self.written: list[Path] = []
 
-    def number(self, n: int) -> None:
-        """There will be n pictures.
+    def number(self, n: int, frames: int = 1) -> None:
+        """There will be n pictures, or videos of so many frames.
 
         Raises:
             UsageError: one would replace a file that is read, or there is only one for a grid.
             Failure: one cannot be written.
         """
         self.n, self.first = n, 1
-        if self.args.grid and n == 1:
+        if self.args.grid and n * frames == 1:
             raise UsageError("--grid shows several pictures, and this draws one; see --num-images")
         for kind in ("grid",) * self.args.grid + ("compare",) * self.args.compare:
             if self.pattern is None and not is_stream(self.output):
@@ -143,9 +148,10 @@ class Pictures:
             names = _free_names(self.output.with_name(name))
         return self._write(names, write)
 
-    def save_sheet(self, kind: str, write: Callable) -> Path:
-        """The same for a picture that shows all of them."""
+    def save_sheet(self, kind: str, write: Callable, suffix: str | None = None) -> Path:
+        """The same for a picture that shows all of them; suffix: if another than theirs."""
         beside = self.output if self.pattern is None else self.written[0]
+        beside = beside if suffix is None or is_stream(self.output) else beside.with_suffix(suffix)
         return self._write(_free_names(beside.with_stem(f"{beside.stem}-{kind}")), write)
 
     def folder(self, folder: Path) -> Path:

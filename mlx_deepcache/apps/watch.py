@@ -30,7 +30,10 @@ class Watcher:
         if self.decode is None:
             return
         self.steps += 1
-        image = side_by_side(list(self.decode(progress.denoised)))
+        latents = progress.denoised
+        if latents.ndim == 5:  # of videos the middle frames
+            latents = latents[:, latents.shape[1] // 2]
+        image = side_by_side(list(self.decode(latents)))
         files = [self.file, self.folder and self.folder / f"{self.prefix}step-{self.steps:03}.png"]
         for file in filter(None, files):
             write_image(file, image, compress_level=1)  # speed counts here

@@ -74,8 +74,9 @@ def _busy(parts: Sequence) -> int:
 
 
 def _spans(n: int, step: int) -> list[tuple[int, int]]:
-    """[0, n) in pieces of at most `step`."""
-    return [(start, min(start + step, n)) for start in range(0, n, max(step, 1))]
+    """[0, n) in pieces of at most `step`, or of one."""
+    step = max(step, 1)
+    return [(start, min(start + step, n)) for start in range(0, n, step)]
 
 
 # Arrays

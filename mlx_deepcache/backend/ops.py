@@ -201,10 +201,18 @@ def _kernels(dtype: mx.Dtype) -> str:
 def attention(q: mx.array, k: mx.array, v: mx.array, *, causal: bool = False) -> mx.array:
     """softmax(q k^T / sqrt(D)) v; q: (B, heads, S, D), k and v: (B, heads, T, D or as `pad_heads` left them); causal: a
     position sees itself and those before."""
-    D = q.shape[-1]
-    if at_once():
-        return _in_float32(cpu.attention, q, k, v, causal=causal)
-    mask = "causal" if causal else None
+    if not at_once():
+        return _attention(q, k, v, causal)
+    many = q.shape[0] * q.shape[1] >= MANY and q.shape[2] * k.shape[2] <= SHORT
+    return _in_float32(_attention if many else cpu.attention, q, k, v, causal=causal)
+
+
+# So many problems of so few scores each, as over a video's frames, MLX does faster than NumPy can be asked to
+MANY, SHORT = 256, 1024
+
+
+def _attention(q: mx.array, k: mx.array, v: mx.array, causal: bool) -> mx.array:
+    D, mask = q.shape[-1], "causal" if causal else None
     return mx.fast.scaled_dot_product_attention(_padded(q, k.shape[-1]), k, v, scale=D**-0.5, mask=mask)[..., :D]
 
 

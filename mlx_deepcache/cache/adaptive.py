@@ -27,6 +27,7 @@ class Adaptive(Policy):
 
     name: ClassVar[str] = "adaptive"
     slots: ClassVar[dict[str, str]] = WHEN
+    videos: ClassVar[bool] = True
     about: ClassVar[str] = (
         "a step is full once the deep part's input has changed by the share threshold, or after max_interval; "
         "--stats logs it"
@@ -79,7 +80,8 @@ class Probed(Planned):
 
 
 def relative_change(now: mx.array, then: mx.array) -> float:
-    """mean |now - then| / mean |then| of the picture where it is largest; (B, H, W, C) each. Waits for the device."""
-    now, then = now.astype(mx.float32), then.astype(mx.float32)
-    change = mx.abs(now - then).mean(axis=(1, 2, 3)) / mx.maximum(mx.abs(then).mean(axis=(1, 2, 3)), 1e-12)
+    """mean |now - then| / mean |then| of the picture where it is largest; (B, ..., C) each, of a video all
+    frames. Waits for the device."""
+    now, then, own = now.astype(mx.float32), then.astype(mx.float32), tuple(range(1, now.ndim))
+    change = mx.abs(now - then).mean(axis=own) / mx.maximum(mx.abs(then).mean(axis=own), 1e-12)
     return change.max().item()

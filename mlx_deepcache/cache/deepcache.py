@@ -38,6 +38,7 @@ class DeepCache(Policy):
 
     name: ClassVar[str] = "deepcache"
     slots: ClassVar[dict[str, str]] = WHEN
+    videos: ClassVar[bool] = True
     about: ClassVar[str] = (
         "every interval-th step is full; the others reuse its deep features. center=15,power=1.4 packs full steps "
         "around step 15, steps=0-9+15+25+40 or steps=F..F. names them"

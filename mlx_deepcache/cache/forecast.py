@@ -21,6 +21,7 @@ class Forecast(Policy):
     """A rule for the weights of what the last full steps had."""
 
     slots: ClassVar[dict[str, str]] = FORECAST
+    videos: ClassVar[bool] = True
     history: int  # how many full steps to keep
 
     def weights(self, kept: Sequence[int], step: int, n: int) -> list[float]:

@@ -20,6 +20,7 @@ class GuidanceInterval(Policy):
 
     name: ClassVar[str] = "guidance"
     slots: ClassVar[dict[str, str]] = GUIDANCE
+    videos: ClassVar[bool] = True
     about: ClassVar[str] = (
         "guidance only between these fractions of the steps; the others run the conditional half alone, at half cost"
     )

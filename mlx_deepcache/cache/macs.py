@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 from typing import NamedTuple
 
 import mlx.nn as nn
@@ -23,8 +24,9 @@ class Macs(NamedTuple):
     cross: int = 0
 
 
-def unet_macs(unet: UNet2DConditionModel, size: tuple[int, int], branch: int, tokens: int) -> tuple[int, int]:
-    """Multiply-adds of a full and of a cached call for one latent of `size` (h, w) and a prompt of `tokens`.
+def unet_macs(unet: UNet2DConditionModel, size: tuple[int, ...], branch: int, tokens: int) -> tuple[int, int]:
+    """Multiply-adds of a full and of a cached call for one latent of `size` (h, w), or (F, h, w) of a video, and a
+    prompt of `tokens`.
 
     Convolutions, linear layers and attention's two products; a cached call is DeepCache's own, with nothing saved
     beyond it. The prompt's keys and values and the time embedding count in both.
@@ -33,8 +35,9 @@ def unet_macs(unet: UNet2DConditionModel, size: tuple[int, int], branch: int, to
     return shallow.total + deep.total + finish.total, shallow.total + finish.total
 
 
-def work_macs(unet: UNet2DConditionModel, size: tuple[int, int], branch: int, work: Iterable[Work]) -> int:
-    """Multiply-adds of these calls, for latents of `size` (h, w), less the attention layers that they left out."""
+def work_macs(unet: UNet2DConditionModel, size: tuple[int, ...], branch: int, work: Iterable[Work]) -> int:
+    """Multiply-adds of these calls, for latents of `size` (h, w) or (F, h, w), less the attention layers that they left
+    out."""
     total, counted = 0, {}
     for call in work:
         if call.tokens not in counted:
@@ -46,12 +49,12 @@ def work_macs(unet: UNet2DConditionModel, size: tuple[int, int], branch: int, wo
     return total
 
 
-def parts_macs(unet: UNet2DConditionModel, size: tuple[int, int], branch: int, tokens: int) -> list[Macs]:
+def parts_macs(unet: UNet2DConditionModel, size: tuple[int, ...], branch: int, tokens: int) -> list[Macs]:
     """Of the shallow part, with the time embedding, of the deep one, and of the one that finishes; see `unet_macs`."""
     sizes, down, mid, times = _encoder_macs(unet, size, tokens)
     places = zip(unet.up_layers(), sizes[::-1], [*sizes[-2::-1], sizes[0]], strict=True)
     up = [_layer_macs(layer, here, after, tokens) for layer, here, after in places]
-    out = Macs(_leaf_macs(unet.conv_out, sizes[0][0] * sizes[0][1]))
+    out = Macs(_leaf_macs(unet.conv_out, prod(sizes[0])))
     n = unet.cut(branch) + 1  # layers that always run, of the encoder and of the decoder
     parts = [*times, *down[:n]], [*down[n:], *mid, *up[:-n]], [*up[-n:], out]
     return [Macs(*map(sum, zip(*part, strict=True))) for part in parts]
@@ -72,13 +75,13 @@ def control_macs(net: ControlNetModel, size: tuple[int, int], cut: int | None, t
 
 
 def _encoder_macs(
-    net: Encoder, size: tuple[int, int], tokens: int
-) -> tuple[list[tuple[int, int]], list[Macs], list[Macs], list[Macs]]:
+    net: Encoder, size: tuple[int, ...], tokens: int
+) -> tuple[list[tuple[int, ...]], list[Macs], list[Macs], list[Macs]]:
     """The size of each skip, and what encoder layers, the middle's and the time embedding take."""
     sizes, down = [], []
     for layer in net.down_layers():
         if hasattr(layer.conv, "pad_all_round"):  # a stride-2 convolution, padded by one
-            size = ((size[0] + 1) // 2, (size[1] + 1) // 2)
+            size = (*size[:-2], (size[-2] + 1) // 2, (size[-1] + 1) // 2)
         sizes.append(size)
         down.append(_layer_macs(layer, size, size, tokens))
     mid = [_layer_macs(layer, size, size, tokens) for layer in net.mid_layers()]
@@ -86,22 +89,25 @@ def _encoder_macs(
     return sizes, down, mid, times
 
 
-def _layer_macs(layer: Layer, here: tuple[int, int], after: tuple[int, int], tokens: int) -> Macs:
-    positions = here[0] * here[1]
+def _layer_macs(layer: Layer, here: tuple[int, ...], after: tuple[int, ...], tokens: int) -> Macs:
+    positions, frames = prod(here), prod(here[:-2])
     total, attention = 0, [0, 0]
     for module in (layer.conv, layer.resnet):
         total += 0 if module is None else _leaf_macs(module, positions)
     for name, module in [] if layer.attention is None else layer.attention.named_modules():
-        cross = "attn2" in name
-        keys = tokens if cross else positions
-        own = _own_macs(module, keys if name.endswith(("to_k", "to_v")) else positions)
+        cross, over_frames = "attn2" in name, "temporal" in name
+        keys = tokens if cross else frames if over_frames else positions // frames  # that each position sees
+        rows = (
+            tokens if cross and name.endswith(("to_k", "to_v")) else frames if "time_pos_embed" in name else positions
+        )
+        own = _own_macs(module, rows)
         if isinstance(module, Attention):  # queries with keys, and weights with values
             own += 2 * positions * keys * module.to_out[0].weight.shape[0]
         total += own
         if "attn" in name:
             attention[cross] += own
     if layer.upsample is not None:
-        total += _leaf_macs(layer.upsample, after[0] * after[1])
+        total += _leaf_macs(layer.upsample, prod(after))
     return Macs(total, *attention)
 
 
@@ -113,4 +119,4 @@ def _own_macs(module: nn.Module, positions: int) -> int:
     if isinstance(module, nn.QuantizedLinear):
         out, packed = module.weight.shape
         return positions * out * packed * 32 // module.bits
-    return positions * module.weight.size if isinstance(module, (nn.Conv2d, nn.Linear)) else 0
+    return positions * module.weight.size if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)) else 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ..diffusion.schedule import Plan
 from ..nets.attend import Do
 from .attention import AttentionMemory
+from .deepcache import CacheWarning
 from .policy import ATTENTION, Memory, Policy, check_skip_range, check_timesteps, keyed
 
 
@@ -17,7 +19,8 @@ class PyramidAttentionBroadcast(Policy):
 
     Names and counters are diffusers': a skip range N computes every N-th call of a layer (1: every call; None: this
     kind is left alone) while lo < timestep < hi; a layer counts its own calls, outside the window too. spatial is
-    self-attention, cross the attention to the prompt, 2 and 6 as in the paper.
+    self-attention, of a video over its frames too, as diffusers' identifiers have it; cross the attention to the
+    prompt; 2 and 6 as in the paper. A video's timesteps go from about -1.6 to 1.7.
 
     Raises:
         UsageError: a range that cannot be.
@@ -25,6 +28,7 @@ class PyramidAttentionBroadcast(Policy):
 
     name: ClassVar[str] = "pab"
     slots: ClassVar[dict[str, str]] = ATTENTION
+    videos: ClassVar[bool] = True
     about: ClassVar[str] = (
         "Pyramid Attention Broadcast: self-attention (spatial) runs every 2nd time, cross-attention every 6th, or off"
     )
@@ -52,6 +56,17 @@ class PyramidAttentionBroadcast(Policy):
         else:
             every, window = self.spatial_attention_block_skip_range, self.spatial_attention_timestep_skip_range
         return every is None or iteration % every == 0 or not window[0] < t < window[1]
+
+    def check(self, plan: Plan, guided: bool) -> None:
+        """Warns where no timestep lies in a window of what is remembered, so that nothing is ever used again."""
+        kinds = [cross for cross in (False, True) if self.remembers(cross)]
+        if kinds and all(self.computes(cross, 1, step.here.t) for cross in kinds for step in plan.steps):
+            first, last = plan.steps[0].here.t, plan.steps[-1].here.t
+            warnings.warn(
+                f"pab uses nothing again: these steps' timesteps, {first:g} to {last:g}, lie outside of its windows",
+                CacheWarning,
+                stacklevel=2,
+            )
 
     def memory(self, plan: Plan, pictures: int, guided: bool) -> Memory:
         return Broadcast(self)

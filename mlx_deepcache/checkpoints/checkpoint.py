@@ -12,11 +12,13 @@ from ..diffusion.schedule import NoiseSchedule
 from ..diffusion.schedulers import schedule
 from ..errors import CheckpointError, UsageError, called
 from ..nets.autoencoder import VAEConfig
-from ..nets.clip import CLIPConfig, CLIPTextModel
+from ..nets.clip import CLIPConfig, CLIPTextModel, CLIPVisionConfig
+from ..nets.clip_vision import CLIPVisionModelWithProjection
+from ..nets.temporal_vae import TemporalVAEConfig
 from ..nets.tiny import TinyVAEConfig
 from ..nets.unet_parts import UNetConfig
 from ..unet import UNet2DConditionModel
-from .families import EPSILON, Family, FewStep, V, check_pipeline, family_of, few_step
+from .families import EPSILON, SVD, Family, FewStep, V, check_pipeline, family_of, few_step
 from .folder import Folder, Part, Source
 from .hub import find_source
 from .names import BUNDLED_NAME
@@ -27,6 +29,8 @@ PREDICTION_TYPES = (EPSILON, V)
 
 
 def _family(unet: UNetConfig, index: dict) -> Family:
+    if unet.video:
+        return SVD
     refines, adds = bool(index.get("requires_aesthetics_score")), unet.addition_embed_type == "text_time"
     return family_of(adds, unet.use_linear_projection, lambda family: family.refines == refines)
 
@@ -77,13 +81,17 @@ class Checkpoint:
         scale = _family(unet, source.index).scaling_factor
         other = None if vae is None else OtherVAE.open(vae, latents, half=half, scale=scale)
         latents = latents if other is None else other.config
-        if unet.in_channels not in (latents.latent_channels, 2 * latents.latent_channels + 1):
+        if unet.video != isinstance(latents, TemporalVAEConfig):
+            which = "AutoencoderKLTemporalDecoder" if unet.video else "AutoencoderKL or AutoencoderTiny"
+            raise CheckpointError(f"the VAE that goes with this U-Net is an {which}, and this one is another")
+        channels = latents.latent_channels
+        if unet.in_channels not in ((2 * channels,) if unet.video else (channels, 2 * channels + 1)):
             raise CheckpointError(
                 f"the U-Net reads {unet.in_channels} channels where the VAE's latents have {latents.latent_channels}; "
                 "of variants with further inputs only inpainting is supported, with a mask and a second picture"
             )
         checkpoint = cls(source, unet, latents, described.get("_name_or_path"), other and other.part)
-        for name in checkpoint.family.encoders:
+        for name in checkpoint.components:
             checkpoint.part(name)
         return checkpoint
 
@@ -100,16 +108,23 @@ class Checkpoint:
     @property
     def inpainting(self) -> bool:
         """Whether the U-Net also reads a mask and the latents of the picture under it."""
-        return self.unet_config.in_channels > self.vae_config.latent_channels
+        return not self.video and self.unet_config.in_channels > self.vae_config.latent_channels
+
+    @property
+    def video(self) -> bool:
+        """Whether it draws videos."""
+        return self.unet_config.video
 
     @property
     def components(self) -> tuple[str, ...]:
         """Folder names of all that has weights."""
-        return (*self.family.encoders, "unet", "vae")
+        return self.family.networks
 
     @property
     def native_size(self) -> tuple[int, int]:
         """(height, width) in pixels that the U-Net was trained for."""
+        if self.family.size is not None:
+            return self.family.size
         size = self.unet_config.sample_size
         height, width = size if isinstance(size, tuple) else (size, size)
         return height * self.vae_config.factor, width * self.vae_config.factor
@@ -121,6 +136,27 @@ class Checkpoint:
     @property
     def native_width(self) -> int:
         return self.native_size[1]
+
+    @property
+    def frames(self) -> int | None:
+        """How many frames the U-Net was trained for; None for pictures."""
+        return self.unet_config.num_frames
+
+    @property
+    def fps(self) -> int:
+        return self.family.told["fps"]
+
+    @property
+    def motion_bucket(self) -> int:
+        return self.family.told["motion_bucket"]
+
+    @property
+    def noise_aug(self) -> float:
+        return self.family.told["noise_aug"]
+
+    @property
+    def min_guidance_scale(self) -> float:
+        return self.family.told["min_guidance_scale"]
 
     @property
     def few_step(self) -> FewStep | None:
@@ -165,6 +201,8 @@ class Checkpoint:
             return UNet2DConditionModel(self.unet_config)
         if name == "vae":
             return vae_module(self.vae_config)
+        if name == self.family.sees:
+            return CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(self.part(name).config))
         return CLIPTextModel(CLIPConfig.from_dict(self.part(name).config))
 
     def load(self, name: str, dtype: mx.Dtype | None) -> nn.Module:

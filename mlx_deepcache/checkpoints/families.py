@@ -39,16 +39,19 @@ class Family:
     """What the checkpoints of a family have in common.
 
     text: the text encoders by folder; variants: what the U-Net predicts -> the pixels along a side that it was trained
-    for, and the scheduler of its own repository; the first is what a file that says nothing is taken for.
-    pipeline: how the names of diffusers' classes start; index: what model_index.json says beside the parts.
-    head_size: of the U-Net's attention, or None where there are 8 heads everywhere; linear: whether its transformers
-    are entered by a linear layer, and not by a convolution; penultimate: whether it reads the text encoders' hidden
-    states before the last layer, unnormalised; time_ids: what it is told beside the pooled text, by the picture's
-    height and width in pixels and whether the prompt is wanted (or is the negative one); None: the prompt is all.
-    strength, inpainting_strength: how much of a picture is changed by default; second_prompt: whether the last text
-    encoder may read a text of its own; refines: whether it needs a picture; refinable: whether two models of this kind
-    may share a picture's steps; upcasts_vae: whether the VAE's `force_upcast` counts; corrections: what diffusers'
-    pipelines change in a scheduler's config as they load it; colours: red, green and blue in [-1, 1] as a linear
+    for, and the scheduler of its own repository; the first is what a file that says nothing is taken for. pipeline: how
+    the names of diffusers' classes start; tasks: and how they go on; index: what model_index.json says beside the
+    parts. sees: the folder of an encoder of pictures, where it is a picture that is read and not a prompt, and videos
+    are drawn; told: the defaults of what else is said of a video; size: (height, width) to draw at, where that is not
+    the U-Net's `sample_size`. head_size: of the U-Net's attention, or None where there are 8 heads everywhere; linear:
+    whether its transformers are entered by a linear layer, and not by a convolution; penultimate: whether it reads the
+    text encoders' hidden states before the last layer, unnormalised; time_ids: what it is told beside the pooled text,
+    by the picture's height and width in pixels and whether the prompt is wanted (or is the negative one); None: the
+    prompt is all. strength, inpainting_strength: how much of a picture is changed by default; second_prompt: whether
+    the last text encoder may read a text of its own; refines: whether it needs a picture; refinable: whether two models
+    of this kind may share a picture's steps; upcasts_vae, upcasts_encoder: whether the `force_upcast` of the VAE
+    counts, or that of its encoder alone; corrections: what diffusers' pipelines change in a scheduler's config as they
+    load it; schedule: what it says beside what all others say; colours: red, green and blue in [-1, 1] as a linear
     function of the latents, as ComfyUI publishes them (comfy/latent_formats.py).
     """
 
@@ -57,6 +60,9 @@ class Family:
     variants: dict[str, tuple[int, str]]
     pipeline: str = "StableDiffusion"
     index: dict = field(default_factory=dict)
+    tasks: tuple[str, ...] = ("", "Img2Img", "Inpaint")
+    sees: str | None = None
+    size: tuple[int, int] | None = None
     head_size: int | None = 64
     linear: bool = True
     penultimate: bool = False
@@ -64,19 +70,27 @@ class Family:
     scaling_factor: float = 0.18215
     steps: int = 50
     guidance_scale: float = 7.5
+    told: dict[str, float] = field(default_factory=dict)
     strength: float = 0.8
     inpainting_strength: float = 1.0
     second_prompt: bool = False
     refines: bool = False
     refinable: bool = False
     upcasts_vae: bool = False
+    upcasts_encoder: bool = False
     corrections: dict = field(default_factory=dict)
+    schedule: dict = field(default_factory=dict)
     colours: dict[str, tuple] = field(default_factory=dict)
 
     @property
     def encoders(self) -> dict[str, str]:
         """Folder of each text encoder -> folder of its tokenizer."""
         return {name: encoder.tokenizer for name, encoder in self.text.items()}
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """Folders of all that encode, the U-Net's and the VAE's."""
+        return (*self.text, *([] if self.sees is None else [self.sees]), "unet", "vae")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -166,12 +180,34 @@ REFINER = replace(
     refines=True,
 )
 
-FAMILIES = (SD1, SD2, SDXL, REFINER)
+SVD = Family(
+    "Stable Video Diffusion",
+    {},
+    {V: (768, "EulerDiscreteScheduler")},
+    "StableVideoDiffusion",
+    tasks=("",),
+    sees="image_encoder",
+    size=(576, 1024),
+    steps=25,
+    guidance_scale=3.0,
+    told={"fps": 7, "motion_bucket": 127, "noise_aug": 0.02, "min_guidance_scale": 1.0},
+    upcasts_encoder=True,
+    schedule={
+        "interpolation_type": "linear",
+        "sigma_max": 700.0,
+        "sigma_min": 0.002,
+        "timestep_type": "continuous",
+        "use_karras_sigmas": True,
+    },
+    colours=SD1.colours,
+)
+
+FAMILIES = (SD1, SD2, SDXL, REFINER, SVD)
 ENCODERS = {name: tokenizer for family in FAMILIES for name, tokenizer in family.encoders.items()}
-COMPONENTS = (*ENCODERS, "unet", "vae")
+COMPONENTS = tuple(dict.fromkeys(name for family in FAMILIES for name in family.networks))
 
 PIPELINES = (  # diffusers' classes that draw with these; the last draws with a few-step model of SD 1.x
-    *dict.fromkeys(f"{family.pipeline}{task}Pipeline" for family in FAMILIES for task in ("", "Img2Img", "Inpaint")),
+    *dict.fromkeys(f"{family.pipeline}{task}Pipeline" for family in FAMILIES for task in family.tasks),
     "LatentConsistencyModelPipeline",
 )
 
@@ -184,14 +220,15 @@ def check_pipeline(index: dict, where: object) -> None:
 
 def family_of(adds: bool, linear: bool, fits: Callable[[Family], bool]) -> Family:
     """adds, linear: whether the U-Net reads more than the prompt, and the family's `linear`; fits: tells those apart
-    that have these in common, of which the first is taken if none fits."""
-    alike = [family for family in FAMILIES if (family.time_ids is not None, family.linear) == (adds, adds or linear)]
+    that have these in common, of which the first is taken if none fits. For the families that read a prompt."""
+    read = [family for family in FAMILIES if family.sees is None]
+    alike = [family for family in read if (family.time_ids is not None, family.linear) == (adds, adds or linear)]
     return next(filter(fits, alike), alike[0])
 
 
 def family_by(context: int) -> Family | None:
     """The family whose U-Nets read a context of this width."""
-    return next((family for family in FAMILIES if sum(family.widths) == context), None)
+    return next((family for family in FAMILIES if family.text and sum(family.widths) == context), None)
 
 
 FEW_STEPS = 4

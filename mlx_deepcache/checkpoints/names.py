@@ -15,6 +15,8 @@ SHORT_NAMES = {
     "sdxl-refiner": ("stabilityai/stable-diffusion-xl-refiner-1.0",),
     "sdxl-turbo": ("stabilityai/sdxl-turbo",),
     "sd-turbo": ("stabilityai/sd-turbo",),
+    "svd": ("stabilityai/stable-video-diffusion-img2vid",),
+    "svd-xt": ("stabilityai/stable-video-diffusion-img2vid-xt",),
 }
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 

@@ -12,6 +12,7 @@ import mlx.core as mx
 from ..errors import CheckpointError
 from ..nets.autoencoder import AutoencoderKL, VAEConfig
 from ..nets.controlnet import ControlNetConfig, ControlNetModel
+from ..nets.temporal_vae import AutoencoderKLTemporalDecoder, TemporalVAEConfig
 from ..nets.tiny import AutoencoderTiny, TinyVAEConfig
 from ..nets.unet_parts import UNetConfig
 from .folder import Part, read_json
@@ -31,17 +32,24 @@ def described(file: Path) -> Part | None:
     return Part(read_json(config), str(file), partial(read_tensors, file))
 
 
+_VAES = {
+    "AutoencoderKL": (VAEConfig, AutoencoderKL),
+    "AutoencoderTiny": (TinyVAEConfig, AutoencoderTiny),
+    "AutoencoderKLTemporalDecoder": (TemporalVAEConfig, AutoencoderKLTemporalDecoder),
+}
+
+
 def vae_config(data: dict) -> VAEConfig | TinyVAEConfig:
     """Raises CheckpointError for a VAE of another kind, or with a value that cannot be honoured."""
     kind = data.get("_class_name", "AutoencoderKL")
-    if kind not in ("AutoencoderKL", "AutoencoderTiny"):
-        raise CheckpointError(f"a VAE of kind {kind} is not supported, only AutoencoderKL and AutoencoderTiny")
-    return (TinyVAEConfig if kind == "AutoencoderTiny" else VAEConfig).from_dict(data)
+    if kind not in _VAES:
+        raise CheckpointError(f"a VAE of kind {kind} is not supported, only {', '.join(_VAES)}")
+    return _VAES[kind][0].from_dict(data)
 
 
 def vae_module(config: VAEConfig | TinyVAEConfig) -> AutoencoderKL | AutoencoderTiny:
     """A VAE with weights yet to be loaded."""
-    return AutoencoderTiny(config) if isinstance(config, TinyVAEConfig) else AutoencoderKL(config)
+    return next(module for kind, module in _VAES.values() if type(config) is kind)(config)
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,7 @@ def rename(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
     old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     out = {}
     for name, tensor in tensors.items():
-        name = name.removeprefix("text_model.")
+        name = name.removeprefix("text_model.").removeprefix("vision_model.")
         if name.endswith("embeddings.position_ids"):  # 0, 1, 2, ...; no weights
             continue
         parts = name.split(".")
@@ -219,9 +219,12 @@ def rename(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
 
 
 def to_channels_last(tensors: dict[str, mx.array], shapes: dict[str, tuple[int, ...]]) -> dict[str, mx.array]:
-    """From PyTorch's layout: convolutions to (out, height, width, in), and 1x1 ones to the matrices they are."""
+    """From PyTorch's layout: convolutions to (out, height, width, in), those over frames to (out, frames, in), and 1x1
+    ones to the matrices they are."""
     out = {}
     for name, tensor in tensors.items():
+        if tensor.ndim == 5 and tensor.shape[3:] == (1, 1):
+            tensor = tensor[..., 0, 0].swapaxes(1, 2)
         if tensor.ndim == 4:
             tensor = tensor.transpose(0, 2, 3, 1)
             if tensor.shape[1:3] == (1, 1) and len(shapes.get(name, ())) == 2:

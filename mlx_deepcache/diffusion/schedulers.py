@@ -55,7 +55,10 @@ def _euler_steps(s: NoiseSchedule, n: int):
     table = s.ratios()
     ratios = np.interp(t, np.arange(len(table)), table)
     if s.config.get("use_karras_sigmas"):
-        t, ratios = s.karras(len(t), ratios[0], ratios[-1])
+        high, low = s.config.get("sigma_max"), s.config.get("sigma_min")
+        t, ratios = s.karras(len(t), ratios[0] if high is None else high, ratios[-1] if low is None else low)
+    if s.config.get("timestep_type") == "continuous" and s.config["prediction_type"] == "v_prediction":
+        t = 0.25 * np.log(np.asarray(ratios, np.float32))  # the noise that EDM's networks are told
     levels = s.from_ratios(t, ratios)
     # "leading" starts below the highest level and counts the signal's share into the starting noise
     init_scale = 1.0 if s.config["timestep_spacing"] == "leading" else max(levels, key=lambda v: v.ratio).sigma
@@ -196,6 +199,8 @@ _EULER = {
     "use_karras_sigmas": False,
     "interpolation_type": "linear",
     "timestep_type": "discrete",
+    "sigma_min": None,
+    "sigma_max": None,
 }
 
 
@@ -234,7 +239,7 @@ _SUPPORTED = {
     "final_sigmas_type": ("zero", "sigma_min"),
     "variance_type": ("fixed_small", "fixed_large", None),
     "interpolation_type": ("linear",),
-    "timestep_type": ("discrete",),
+    "timestep_type": ("discrete", "continuous"),
     "predict_x0": (True,),
     "disable_corrector": ([], ()),
     "solver_p": (None,),
@@ -328,6 +333,8 @@ def schedule(config: dict, name: str | None = None) -> NoiseSchedule:
     elif name not in SCHEDULERS:
         raise UsageError(f"scheduler should be one of {', '.join(SCHEDULERS)}, got {name!r}")
     kind = SCHEDULERS[name]
+    if config.get("timestep_type") == "continuous" and "timestep_type" not in kind.defaults:
+        raise UsageError(f"this model's timesteps are continuous: its scheduler can be euler only, got {name}")
     c = {**_COMMON, **kind.defaults}
     c.update({k: v for k, v in config.items() if k in c})
     c.update(kind.overrides)
@@ -336,6 +343,10 @@ def schedule(config: dict, name: str | None = None) -> NoiseSchedule:
         number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
         if not number or value != value or abs(value) == math.inf:
             raise CheckpointError(f"the scheduler's {key} should be a {'whole ' * whole}number, got {value!r}")
+    for key in ("sigma_min", "sigma_max"):
+        value = c.get(key)
+        if value is not None and not (type(value) in (int, float) and 0 < value < math.inf):
+            raise CheckpointError(f"the scheduler's {key} should be a number above 0, got {value!r}")
     total = c["num_train_timesteps"]
     for key, value, low, high in (
         ("num_train_timesteps", total, 1, _MOST_TIMESTEPS),

@@ -93,9 +93,16 @@ class Components:
         return Controlled(self.held[name], picture, control.scale, control.start, control.end)
 
     def dtype_of(self, name: str) -> mx.Dtype:
-        """SDXL's VAE overflows in float16, and says so in its config."""
+        """SDXL's VAE overflows in float16, and says so in its config; for its encoder alone see `encodes_in`."""
         upcast = name == "vae" and self.checkpoint.family.upcasts_vae and self.checkpoint.vae_config.force_upcast
         return mx.float32 if upcast else self.dtype
+
+    @property
+    def encodes_in(self) -> mx.Dtype:
+        """In what the VAE's encoder is run, whatever its weights are held in."""
+        checkpoint, own = self.checkpoint, self.dtype_of("vae")
+        upcast = checkpoint.family.upcasts_encoder and checkpoint.vae_config.force_upcast and own == mx.float16
+        return mx.float32 if upcast else own
 
     def bits_of(self, name: str) -> int | None:
         """Of a network's linear layers, if they are quantized: here, or in its file."""

@@ -1,12 +1,14 @@
-"""From prompts to what the U-Net reads, which is the family's to say."""
+"""From prompts, or a picture, to what the U-Net reads, which is the family's to say."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from ..checkpoints.families import Family
+from ..nets.clip_vision import CLIPVisionModelWithProjection, clip_pixels
 from ..nets.unet_parts import Conditioning
 from .prompts import chunked, chunks_needed, emphasise, tokenize
 
@@ -48,6 +50,27 @@ def encode(
     wanted = [False] * len(negatives) + [True] * len(prompts)
     time_ids = mx.array([family.time_ids(*size, good) for good in wanted], dtype=mx.float32)
     return Conditioning(context, pooled, time_ids)
+
+
+def see(
+    encoder: CLIPVisionModelWithProjection,
+    picture: np.ndarray,
+    videos: int,
+    *,
+    guided: bool,
+    fps: int,
+    motion_bucket: int,
+    noise_aug: float,
+) -> Conditioning:
+    """What the U-Net reads of a picture (H, W, 3) in 0-255 for so many videos of it; if guided, first as many that are
+    of none. The rest is what it is told in numbers: the network was trained with frames a second less one."""
+    pixels = clip_pixels(picture, encoder.config.image_size)
+    seen = encoder(pixels.astype(encoder.visual_projection.weight.dtype))[:, None]
+    context = mx.repeat(seen, videos, axis=0)
+    if guided:
+        context = mx.concatenate([mx.zeros_like(context), context])
+    told = mx.array([[fps - 1, motion_bucket, noise_aug]], dtype=mx.float32)
+    return Conditioning(context, time_ids=mx.repeat(told, len(context), axis=0))
 
 
 def _read(

@@ -17,8 +17,10 @@ from ..checkpoints.weights import quantize
 from ..errors import UsageError, called
 from ..media.pictures import MOST_SLENDER
 from ..nets.autoencoder import VAEConfig
-from ..nets.clip import CLIPConfig, CLIPTextModel
+from ..nets.clip import CLIPConfig, CLIPTextModel, CLIPVisionConfig
+from ..nets.clip_vision import CLIPVisionModelWithProjection
 from ..nets.controlnet import ControlNetConfig, ControlNetModel
+from ..nets.temporal_vae import frames_together
 from ..nets.tiling import TILE, tiled
 from ..nets.tiny import TinyVAEConfig
 from ..nets.unet_parts import Conditioning, Encoder, Prepared, UNetConfig
@@ -53,6 +55,8 @@ def check_fits(settings: Settings, peak: Peak, frugal: Peak, budget: int) -> Non
         return
     one = _first(settings, 1)
     what = f"{settings.width} x {settings.height} pixels" + (f", {n} pictures at once" if n > 1 else "")
+    if settings.frames is not None:
+        what = f"{settings.frames} frames of {what}"
     amount = "more memory than can be counted" if needed >= ENDLESS else f"about {needed / 1e9:.1f} GB of memory"
     cures = []
     if n > 1 and peak(one, least=True) <= budget:
@@ -74,9 +78,9 @@ def _first(settings: Settings, n: int) -> Settings:
 
 def _largest(settings: Settings, peak: Peak, budget: int) -> tuple[int, int] | None:
     """The largest (width, height) in pixels that fits, of the same proportions unless they are extreme."""
-    h, w, channels = settings.latent_shape
+    *frames, h, w, channels = settings.latent_shape
     h, w = min(h, MOST_SLENDER * w), min(w, MOST_SLENDER * h)
-    step, factor = 8, settings.height // settings.latent_shape[0]
+    step, factor = 8, settings.height // settings.latent_shape[-3]
 
     def size(scale: float) -> tuple[int, int]:
         return tuple(max(int(side * scale) // step * step, 1) for side in (h, w))
@@ -84,7 +88,8 @@ def _largest(settings: Settings, peak: Peak, budget: int) -> tuple[int, int] | N
     fits, fails = 0.0, 1.0
     while (fails - fits) * max(h, w) > step:
         scale = (fits + fails) / 2
-        inside = peak(replace(settings, latent_shape=(*size(scale), channels), noise=None), least=True) <= budget
+        shape = (*frames, *size(scale), channels)
+        inside = peak(replace(settings, latent_shape=shape, noise=None), least=True) <= budget
         fits, fails = (scale, fails) if inside else (fits, scale)
     height, width = size(fits)
     return (width * factor, height * factor) if fits else None
@@ -116,23 +121,26 @@ def estimate(
         peaks[name] = max(peaks[name], sum(inside.values()) + beside)
         held.update(inside if keep else {})
 
-    h, w, _ = settings.latent_shape
+    *frames, h, w, _ = settings.latent_shape
     checkpoint, keep = models[0].checkpoint, models[0].keep
     if 2 * n * h * w * checkpoint.vae_config.factor**2 >= INDICES:
         return dict.fromkeys(peaks, ENDLESS)
     vae, vae_dtype = checkpoint.vae_config, models[0].dtype_of("vae")
     if settings.image is not None:
-        phase("encode", {(0, "vae"): _vae_encoder(vae, vae_dtype, h, w)}, keep)
+        phase("encode", {(0, "vae"): _vae_encoder(vae, models[0].encodes_in, h, w)}, keep)
     for leg, (model, drawn) in enumerate(zip(models, settings.legs, strict=True)):
         config, dtype = model.checkpoint.unet_config, model.dtype
-        x = (n if low_memory or drawn.guidance_scale is None else 2 * n, h, w)
+        x = (n if low_memory or drawn.guidance_scale is None else 2 * n, *frames, h, w)
         unet = {(leg, "unet"): _unet(config, dtype, model.bits_of("unet"), x, settings.cache.branch)}
         encoders = {name: model.checkpoint.module(name).config for name in model.checkpoint.family.encoders}
         texts = {(leg, name): _text_layers(encoder, dtype, model.bits_of(name)) for name, encoder in encoders.items()}
+        if (seeing := model.checkpoint.family.sees) is not None:
+            encoder = model.checkpoint.module(seeing).config
+            texts[leg, seeing] = _picture_encoder(encoder, dtype, model.bits_of(seeing))
         nets = [find_controlnet(control.model, config, vae.factor, dtype)[1] for control in drawn.controls]
         controls = {(leg, i): _controlnet(net, dtype, x, vae.factor) for i, net in enumerate(nets)}
         if model.bits is not None:
-            for name in (*encoders, "unet"):
+            for _, name in (*texts, (leg, "unet")):
                 as_read[leg, name] = _weights(model.checkpoint.module(name), dtype)
         if keep:  # it is read along with the text encoders
             held[leg, "unet"] = unet[leg, "unet"].weights
@@ -141,13 +149,16 @@ def estimate(
     tiling = "on" if low_memory and settings.vae_tiling == "auto" else settings.vae_tiling
     if isinstance(vae, VAEConfig) and tiled(tiling, vae, (h, w), vae_dtype.size, budget - sum(held.values())):
         h, w = min(h, TILE), min(w, TILE)
-    phase("decode", {(0, "vae"): _vae_decoder(vae, vae_dtype, h, w)}, keep)
+    if frames:
+        chunk = settings.decode_chunk or frames_together(vae, (*frames, h, w), vae_dtype.size, budget)
+        frames = [min(chunk, *frames)]
+    phase("decode", {(0, "vae"): _vae_decoder(vae, vae_dtype, (*frames, h, w))}, keep)
     return peaks
 
 
 @lru_cache(16)
-def _unet(config: UNetConfig, dtype: mx.Dtype, bits: int | None, x: tuple[int, int, int], branch: int) -> Footprint:
-    """A full step; x: how many latents, their height and width."""
+def _unet(config: UNetConfig, dtype: mx.Dtype, bits: int | None, x: tuple[int, ...], branch: int) -> Footprint:
+    """A full step; x: how many latents, perhaps frames, height and width."""
     unet = UNet2DConditionModel(config)
     if bits is not None:
         quantize(unet, bits)
@@ -174,7 +185,9 @@ def _controlnet(config: ControlNetConfig, dtype: mx.Dtype, x: tuple[int, int, in
 
 
 def _texts(config: UNetConfig, dtype: mx.Dtype, n: int) -> list[mx.array]:
-    """What a family's text encoders would have given: see `Conditioning`."""
+    """What a family's encoders would have given: see `Conditioning`."""
+    if config.video:
+        return [mx.zeros((n, 1, config.cross_attention_dim), dtype), mx.zeros((n, 3))]
     texts = [mx.zeros((n, TOKENS, config.cross_attention_dim), dtype)]
     if config.addition_embed_type is not None:
         ids = 6 * config.addition_time_embed_dim
@@ -185,7 +198,8 @@ def _texts(config: UNetConfig, dtype: mx.Dtype, n: int) -> list[mx.array]:
 
 def _conditioning(net: Encoder, texts: Sequence[mx.array]) -> tuple[mx.array, Prepared]:
     """A row of time embeddings, and what the net makes of the prompt."""
-    context, pooled, ids = (*texts, None, None)[:3]
+    context, *numbers = texts
+    pooled, ids = (None, *numbers) if net.config.video else (*numbers, None, None)[:2]
     told = None if net.config.time_cond_proj_dim is None else mx.zeros(len(context))
     cond = net.prepare(Conditioning(context, pooled, ids, told))
     return net.time_embed(mx.zeros(1), cond)[0], cond
@@ -207,6 +221,15 @@ def _text_layers(config: CLIPConfig, dtype: mx.Dtype, bits: int | None) -> Footp
 
 
 @lru_cache(16)
+def _picture_encoder(config: CLIPVisionConfig, dtype: mx.Dtype, bits: int | None) -> Footprint:
+    net = CLIPVisionModelWithProjection(config)
+    if bits is not None:
+        quantize(net, bits)
+    pixels = mx.zeros((1, config.image_size, config.image_size, config.num_channels), dtype)
+    return footprint(_typed(net, dtype), net, pixels)
+
+
+@lru_cache(16)
 def _vae_encoder(config: VAEConfig | TinyVAEConfig, dtype: mx.Dtype, h: int, w: int) -> Footprint:
     vae = vae_module(config)
     picture = mx.zeros((1, h * config.factor, w * config.factor, config.in_channels), dtype)
@@ -214,9 +237,10 @@ def _vae_encoder(config: VAEConfig | TinyVAEConfig, dtype: mx.Dtype, h: int, w: 
 
 
 @lru_cache(16)
-def _vae_decoder(config: VAEConfig | TinyVAEConfig, dtype: mx.Dtype, h: int, w: int) -> Footprint:
+def _vae_decoder(config: VAEConfig | TinyVAEConfig, dtype: mx.Dtype, size: tuple[int, ...]) -> Footprint:
+    """size: of the latents, height and width, of a video's after the frames that are decoded together."""
     vae = vae_module(config)
-    return footprint(_typed(vae, dtype), vae.decode, mx.zeros((1, h, w, config.latent_channels), dtype))
+    return footprint(_typed(vae, dtype), vae.decode, mx.zeros((1, *size, config.latent_channels), dtype))
 
 
 def _weights(module: nn.Module, dtype: mx.Dtype) -> int:

@@ -41,9 +41,12 @@ if TYPE_CHECKING:
     Policy = CachingPolicy | str
 
 PICTURE, MODEL, HOW = "what to draw", "which model draws it", "how it is drawn"
+VIDEO = "videos (Stable Video Diffusion: --model svd --image FILE)"
 START, CONTROL, REFINER = "from a picture", "ControlNet (repeat the flags for several)", "SDXL refiner"
 MACHINE, CACHE, FILES = "precision, speed and memory", "caches: the same picture, nearly, in less time", "files"
-GROUPS = (PICTURE, MODEL, START, CONTROL, REFINER, HOW, MACHINE, CACHE)
+GROUPS = (PICTURE, MODEL, START, VIDEO, CONTROL, REFINER, HOW, MACHINE, CACHE)
+
+PICTURES, VIDEOS = "pictures", "videos"  # that a model draws
 
 MOST = 100_000  # of a repeated option; so many pictures take days
 SWITCH = ("auto", "on", "off")
@@ -278,7 +281,8 @@ KINDS = {
 @dataclass(frozen=True)
 class Option:
     """One option. needs: others of which it needs at least one; model: the attribute of a `Checkpoint` that gives the
-    default; recorded: whether a picture carries it; many: whether it is a sequence."""
+    default; only: what a model draws for which it has a meaning, if not for all; recorded: whether a picture carries
+    it; many: whether it is a sequence."""
 
     name: str
     kind: Kind
@@ -294,6 +298,7 @@ class Option:
     check: Check | None = None
     needs: tuple[str, ...] = ()
     model: str | None = None
+    only: str | None = None
     a1111: str | None = None
     a1111_values: dict | None = None
     recorded: bool = True
@@ -463,8 +468,8 @@ class ModelOptions:
     model: Model | None = option(
         None,
         "a folder from convert.py or in the diffusers layout, a single .safetensors file in the original layout, a hub "
-        "id (owner/name[@revision][:file]), or sd15, sd21, sdxl, sdxl-refiner, sdxl-turbo, sd-turbo; default: the "
-        "small model that comes with the package",
+        "id (owner/name[@revision][:file]), or sd15, sd21, sdxl, sdxl-refiner, sdxl-turbo, sd-turbo, svd, svd-xt; "
+        "default: the small model that comes with the package",
         MODEL,
         a1111="Model",
     )
@@ -518,7 +523,12 @@ class Options:
     """What to draw and how. None leaves a choice to the model, or means that there is no such thing."""
 
     steps: int | None = option(
-        None, "default 50; few-step models such as sdxl-turbo: 4", HOW, check=at_least(1), model="steps", a1111="Steps"
+        None,
+        "default 50, of videos 25; few-step models such as sdxl-turbo: 4",
+        HOW,
+        check=at_least(1),
+        model="steps",
+        a1111="Steps",
     )
     scheduler: str | None = option(
         None,
@@ -531,7 +541,7 @@ class Options:
     )
     guidance_scale: float | None = option(
         None,
-        "default 7.5 for SD, 5 for SDXL; 1 turns it off (few-step models)",
+        "default 7.5 for SD, 5 for SDXL; 1 turns it off (few-step models). Of a video the last frame's, default 3",
         HOW,
         metavar="G",
         model="guidance_scale",
@@ -545,11 +555,11 @@ class Options:
         a1111="RNG",
         a1111_values=A1111_RNGS,
     )
-    negative_prompt: str | None = option(None, "what it should not show", PICTURE)
-    prompt_2: str | None = option(None, "for SDXL's second text encoder", PICTURE)
-    negative_prompt_2: str | None = option(None, "likewise", PICTURE)
-    plain_prompt: bool = option(False, "brackets are only brackets", PICTURE)
-    long_prompt: bool = option(False, "use all of a prompt of more than 75 tokens", PICTURE)
+    negative_prompt: str | None = option(None, "what it should not show", PICTURE, only=PICTURES)
+    prompt_2: str | None = option(None, "for SDXL's second text encoder", PICTURE, only=PICTURES)
+    negative_prompt_2: str | None = option(None, "likewise", PICTURE, only=PICTURES)
+    plain_prompt: bool = option(False, "brackets are only brackets", PICTURE, only=PICTURES)
+    long_prompt: bool = option(False, "use all of a prompt of more than 75 tokens", PICTURE, only=PICTURES)
     seeds: tuple[Seed, ...] = option(
         (0,),
         "one or several, or random; default 0",
@@ -562,14 +572,19 @@ class Options:
         None, "default: the model's native size", PICTURE, metavar="PX", check=at_least(1), model="native_height"
     )
     width: int | None = option(None, "likewise", PICTURE, metavar="PX", check=at_least(1), model="native_width")
-    image: Picture | None = option(None, "start from this picture, drawn in its proportions", START)
-    mask: Picture | None = option(None, "change it only where this one is white", START, needs=("image",))
+    image: Picture | None = option(
+        None, "start from this picture, drawn in its proportions; of a video the first frame", START
+    )
+    mask: Picture | None = option(
+        None, "change it only where this one is white", START, needs=("image",), only=PICTURES
+    )
     mask_blur: float = option(
         0.0,
         "soften the mask's edge over about so many pixels (0)",
         START,
         metavar="PX",
         check=Check("a number of pixels from 0 to 256", lambda value: 0 <= value <= 256),
+        only=PICTURES,
         needs=("mask",),
         a1111="Mask blur",
     )
@@ -579,6 +594,7 @@ class Options:
         START,
         check=SHARE,
         needs=("image",),
+        only=PICTURES,
         a1111="Denoising strength",
     )
     fit: str | None = option(
@@ -588,15 +604,68 @@ class Options:
         choices=FITS,
         needs=("image", "controls"),
     )
-    controls: tuple[Control, ...] = option((), "ControlNets", CONTROL)
+    frames: int | None = option(
+        None,
+        "how many; default: as many as the model was trained for, 14 (svd) or 25 (svd-xt)",
+        VIDEO,
+        check=at_least(1),
+        model="frames",
+        only=VIDEOS,
+    )
+    fps: int | None = option(
+        None,
+        "frames a second, which the model is told too; default 7",
+        VIDEO,
+        check=at_least(1),
+        model="fps",
+        only=VIDEOS,
+    )
+    motion_bucket: int | None = option(
+        None,
+        "how much should move, in the model's own numbers, about 1 to 255; default 127",
+        VIDEO,
+        check=at_least(0),
+        model="motion_bucket",
+        only=VIDEOS,
+    )
+    noise_aug: float | None = option(
+        None,
+        "deviation of the noise that is added to the picture: more of it lets more move away from it; default 0.02",
+        VIDEO,
+        check=Check("a number, 0 or more", lambda value: value >= 0),
+        model="noise_aug",
+        only=VIDEOS,
+    )
+    min_guidance_scale: float | None = option(
+        None,
+        "the first frame's guidance scale, which rises from frame to frame; default 1",
+        VIDEO,
+        metavar="G",
+        model="min_guidance_scale",
+        only=VIDEOS,
+    )
+    decode_chunk: int | None = option(
+        None,
+        "decode so many frames together, which see each other; default: all, or as many as the memory is for",
+        VIDEO,
+        check=at_least(1),
+        only=VIDEOS,
+    )
+    controls: tuple[Control, ...] = option((), "ControlNets", CONTROL, only=PICTURES)
     control_every_step: bool = option(
         False,
         "run it on cached steps too; else these use what it said on the last full one",
         CONTROL,
+        only=PICTURES,
         needs=("controls",),
     )
     refiner_start: float | None = option(
-        None, "the share of the way from noise where it takes over (0.8)", REFINER, check=BETWEEN, needs=("refiner",)
+        None,
+        "the share of the way from noise where it takes over (0.8)",
+        REFINER,
+        check=BETWEEN,
+        needs=("refiner",),
+        only=PICTURES,
     )
     vae_tiling: str = option(
         "auto",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,12 +30,15 @@ from ..diffusion.noise import BatchNoise
 from ..errors import Failure, UsageError, called
 from ..fields import valued
 from ..media.pictures import Given, to_uint8
+from ..media.png import write_image
+from ..media.video import check_format, write_video
 from ..nets.controlnet import Controls
+from ..nets.temporal_vae import decode_frames, frames_together
 from ..nets.tiling import decode_tiled, tiled
 from ..nets.unet_parts import Conditioning
 from ..sampler import Denoiser, Progress, sample
 from .components import Components, name_of
-from .conditioning import encode
+from .conditioning import encode, see
 from .estimate import check_fits, estimate, together
 from .options import ModelOptions, taken
 from .prompts import parse
@@ -47,11 +50,28 @@ from .tags import NamedLoras, note_only_text, note_unknown, take_loras
 
 @dataclass(frozen=True)
 class Result:
-    """images: PIL; latents: (N, h, w, C) float32, as they went into the VAE; stats: see `report.stats`."""
+    """images: PIL; latents: (N, h, w, C) float32, as they went into the VAE; stats: see `report.stats`; videos: of a
+    model that draws these, a list of frames each, instead of images, and latents are (N, F, h, w, C); fps: theirs."""
 
     images: list[Image.Image]
     latents: mx.array
     stats: dict
+    videos: list[list[Image.Image]] = field(default_factory=list)
+    fps: int | None = None
+
+    def save(self, file: str | Path, number: int = 0) -> None:
+        """Write one of the videos, as its file's suffix says (see `write_video`), or of the images, as PNG.
+
+        Raises:
+            UsageError: a video cannot be written in this format here.
+            Failure: the file cannot be written.
+        """
+        file = Path(file)
+        if not self.videos:
+            write_image(file, np.asarray(self.images[number]))
+            return
+        check_format(file)
+        write_video(file, [np.asarray(frame) for frame in self.videos[number]], self.fps)
 
 
 class StableDiffusion:
@@ -77,6 +97,8 @@ class StableDiffusion:
         o: ModelOptions = taken(ModelOptions, {"dtype": dtype, **options})
         if refiner is not None and not (refiner.family.refinable and checkpoint.family.refinable):
             raise UsageError("a refiner goes with SDXL only; both models should be of that family")
+        if checkpoint.video and (o.loras or o.embeddings):
+            raise UsageError("LoRAs and embeddings are for models of pictures, and this one draws videos")
         self.options, self.dtype, self.low_memory = o, dtype_of(o.dtype), o.low_memory
         self.budget = limit_memory(o.memory_limit)
         if o.lora_dir is not None and not Path(o.lora_dir).is_dir():
@@ -126,7 +148,7 @@ class StableDiffusion:
         """A network by its name in the diffusers layout (unet, vae, text_encoder, ...), read if it was not."""
         return self.models[0].network(name)
 
-    def settings(self, prompt: str | Sequence[str], **options) -> Settings:
+    def settings(self, prompt: str | Sequence[str] | None = None, **options) -> Settings:
         """What to draw and how, complete and checked: see `settings_for`, which takes the same options."""
         refiner = self.checkpoints[1] if len(self.models) > 1 else None
         settings = settings_for(self.checkpoint, prompt, refiner=refiner, **options)
@@ -170,7 +192,8 @@ class StableDiffusion:
     def denoise(self, settings: Settings, latents: mx.array | None = None) -> Generation:
         """Draw, up to the latents: iterate for its steps; stop iterating to cancel.
 
-        latents: (N, h, w, C) standard normal, to start from in place of the seeds' own noise, also in a picture.
+        latents: (N, h, w, C), or (N, F, h, w, C), standard normal, to start from in place of the seeds' own noise, also
+        in a picture.
 
         Raises:
             UsageError: `latents` have another shape, or it cannot be done in the memory there is.
@@ -180,37 +203,49 @@ class StableDiffusion:
         check_fits(settings, self._peak, partial(self._peak, frugal=True), self.budget)
         return Generation(self, settings)
 
-    def decode(self, latents: mx.array, vae_tiling: str = "auto", given: Given | None = None) -> np.ndarray:
-        """latents: (N, h, w, C) -> pictures (N, H, W, 3) in 0-255, decoded one by one; vae_tiling: see `tiled`; with a
-        `given` picture that has a mask, every pixel outside the mask is its own.
+    def decode(
+        self,
+        latents: mx.array,
+        vae_tiling: str = "auto",
+        given: Given | None = None,
+        decode_chunk: int | None = None,
+    ) -> np.ndarray:
+        """latents: (N, h, w, C) -> pictures (N, H, W, 3) in 0-255, decoded one by one, or (N, F, h, w, C) -> videos (N,
+        F, H, W, 3); vae_tiling: see `tiled`; decode_chunk: see `decode_frames`; with a `given` picture that has a mask,
+        every pixel outside the mask is its own.
 
         Raises:
             Failure: a picture holds values that are not finite, or is all one colour.
         """
         latents, channels = take_latents(latents), self.checkpoint.vae_config.latent_channels
-        if latents.shape[-1] != channels:
-            raise UsageError(f"latents should have shape (N, height, width, {channels}), got {latents.shape}")
-        images = np.stack(list(self._decode(latents, vae_tiling, Clock())))
+        if latents.shape[-1] != channels or latents.ndim != 4 + self.checkpoint.video:
+            frames = "frames, " * self.checkpoint.video
+            raise UsageError(f"latents should have shape (N, {frames}height, width, {channels}), got {latents.shape}")
+        images = np.stack(list(self._decode(latents, vae_tiling, decode_chunk, Clock())))
         return images if given is None else given.paste(images)
 
-    def _decode(self, latents: mx.array, vae_tiling: str, clock: Clock) -> Iterator[np.ndarray]:
-        """The pictures, (H, W, 3) in 0-255, one after the other."""
+    def _decode(self, latents: mx.array, vae_tiling: str, chunk: int | None, clock: Clock) -> Iterator[np.ndarray]:
+        """The pictures, (H, W, 3) in 0-255, or videos, (F, H, W, 3), one after the other."""
         components = self.models[0]
         with clock.phase("load"):
             vae, dtype = components.to_run("vae"), components.dtype_of("vae")
         tiling = "on" if self.low_memory and vae_tiling == "auto" else vae_tiling
-        room = self.budget - mx.get_active_memory()
-        in_tiles = tiled(tiling, vae.config, latents.shape[1:3], dtype.size, room)
+        video, room = self.checkpoint.video, self.budget - mx.get_active_memory()
+        in_tiles = not video and tiled(tiling, vae.config, latents.shape[1:3], dtype.size, room)
         for i in range(len(latents)):
             with clock.phase("decode"):
                 z = latents[i : i + 1].astype(dtype)
-                image = decode_tiled(vae, z) if in_tiles else np.array(vae.decode(z).astype(mx.float32))
+                if video:
+                    together = chunk or frames_together(vae.config, z.shape[1:4], dtype.size, self.budget)
+                    image = decode_frames(vae, z[0], together)[None]
+                else:
+                    image = decode_tiled(vae, z) if in_tiles else np.array(vae.decode(z).astype(mx.float32))
                 if not np.isfinite(image).all():
                     raise Failure(
                         f"the VAE's picture holds NaN or infinite values in {dtype_name(dtype)}; try "
                         + called("dtype", "float32")
                     )
-                if (image == image[:, :1, :1]).all():
+                if (image == image[..., :1, :1, :]).all():
                     raise Failure(
                         "the VAE's picture is all one colour, which is a fault of the device or of the checkpoint; try "
                         + " or ".join([called("vae_tiling", "on"), called("dtype", "float32")])
@@ -222,7 +257,7 @@ class StableDiffusion:
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
         on_step: Callable[[Progress], None] | None = None,
         **options,
@@ -234,8 +269,11 @@ class StableDiffusion:
         for progress in run:
             if on_step is not None:
                 on_step(progress)
-        images = run.decode()
-        return Result([Image.fromarray(image) for image in images], run.latents, run.stats())
+        drawn = run.decode()
+        if self.checkpoint.video:
+            videos = [[Image.fromarray(frame) for frame in video] for video in drawn]
+            return Result([], run.latents, run.stats(), videos, run.settings.fps)
+        return Result([Image.fromarray(image) for image in drawn], run.latents, run.stats())
 
 
 class Generation(Iterator[Progress]):
@@ -267,13 +305,14 @@ class Generation(Iterator[Progress]):
 
     @property
     def latents(self) -> mx.array:
-        """(N, h, w, C) float32, after the last step taken."""
+        """(N, h, w, C) or (N, F, h, w, C) float32, after the last step taken."""
         return self.steps[-1].latents
 
-    def noise(self) -> mx.array:
-        """The batch's next noise, (N, h, w, C), from one generator a picture."""
-        h, w, channels = self.settings.latent_shape
-        return mx.array(self._noise.normal((channels, h, w))).transpose(0, 2, 3, 1)
+    def noise(self, shape: tuple[int, ...] | None = None) -> mx.array:
+        """The batch's next noise, (N, h, w, C) or of another shape, from one generator a picture; drawn channels
+        first."""
+        *frames, h, w, channels = self.settings.latent_shape if shape is None else shape
+        return mx.moveaxis(mx.array(self._noise.normal((*frames, channels, h, w))), -3, -1)
 
     def prepare_latents(self) -> Started:
         """What the loop starts from."""
@@ -288,6 +327,8 @@ class Generation(Iterator[Progress]):
         """What the U-Net of a leg reads; with guidance for twice as many pictures, first what they should not be."""
         settings, leg, components = self.settings, self.settings.legs[number], self.pipe.models[number]
         checkpoint, names = components.checkpoint, components.checkpoint.family.encoders
+        if checkpoint.video:
+            return self._see(leg, components)
         with self.clock.phase("load"):
             for name in () if self.pipe.low_memory else (*names, "unet") if components.keep else names:
                 components.start(name)  # files are read while the tokenizers are made
@@ -309,6 +350,26 @@ class Generation(Iterator[Progress]):
             if leg.told is not None:
                 cond = replace(cond, guidance=mx.full((len(settings.prompts),), leg.told))
             mx.eval(cond.context, cond.pooled)
+        return cond
+
+    def _see(self, leg: Leg, components: Components) -> Conditioning:
+        """What the U-Net reads of a picture."""
+        settings, name = self.settings, components.checkpoint.family.sees
+        with self.clock.phase("load"):
+            encoder = components.network(name)
+        with self.clock.phase("encode"):
+            cond = see(
+                encoder,
+                settings.start.whole,
+                len(settings.seeds),
+                guided=leg.guidance_scale is not None,
+                fps=settings.fps,
+                motion_bucket=settings.motion_bucket,
+                noise_aug=settings.noise_aug,
+            )
+            mx.eval(cond.context)
+        del encoder
+        components.release(name)
         return cond
 
     def sample(self, leg: Leg, components: Components, cond: Conditioning, started: Started) -> Iterator[Progress]:
@@ -340,14 +401,14 @@ class Generation(Iterator[Progress]):
         components.release("unet", *map(name_of, leg.controls))
 
     def pictures(self) -> Iterator[np.ndarray]:
-        """Decode: each picture once it is there, (H, W, 3) in 0-255; outside of a mask they are the picture's that they
-        started from."""
+        """Decode: each picture once it is there, (H, W, 3) in 0-255, or video, (F, H, W, 3); outside of a mask they are
+        the picture's that they started from."""
         settings = self.settings
-        for image in self.pipe._decode(self.latents, settings.vae_tiling, self.clock):
+        for image in self.pipe._decode(self.latents, settings.vae_tiling, settings.decode_chunk, self.clock):
             yield settings.start.paste(image[None])[0]
 
     def decode(self) -> np.ndarray:
-        """All `pictures`, (N, H, W, 3)."""
+        """All `pictures`, (N, H, W, 3) or (N, F, H, W, 3)."""
         return np.stack(list(self.pictures()))
 
     def stats(self) -> dict:
@@ -397,13 +458,20 @@ class Generation(Iterator[Progress]):
         return output
 
     def _encode_picture(self, picture: mx.array, noise: mx.array | None) -> mx.array:
-        """picture: (1, H, W, 3) in [-1, 1]; noise: see `AutoencoderKL.encode` -> the batch's latents, (N, h, w, C)."""
+        """picture: (1, H, W, 3) in [-1, 1], or one for each of the batch; noise: see `AutoencoderKL.encode` -> the
+        batch's latents, (N, h, w, C)."""
         components = self.pipe.models[0]
         with self.clock.phase("load"):
-            vae, dtype = components.network("vae"), components.dtype_of("vae")
+            vae, own, dtype = components.network("vae"), components.dtype_of("vae"), components.encodes_in
         with self.clock.phase("encode"):
+            if dtype != own:
+                vae.set_dtype(dtype)
             latents = vae.encode(picture.astype(dtype), None if noise is None else noise.astype(dtype))
-            latents = mx.broadcast_to(latents.astype(mx.float32), self.settings.shape)
+            if dtype != own:  # exactly what they were
+                mx.eval(latents)
+                vae.set_dtype(own)
+            shape = len(self.settings.seeds), *self.settings.latent_shape[-3:]
+            latents = mx.broadcast_to(latents.astype(mx.float32), shape)
             if not mx.isfinite(latents).all():
                 raise Failure(
                     f"the VAE's latents hold NaN or infinite values in {dtype_name(dtype)}; try "

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -23,6 +23,7 @@ from ..errors import Failure, UsageError
 from ..fields import file_and_scale, parse_json, shown
 from ..media.pictures import FORMATS
 from ..media.png import write_image
+from ..media.video import DESCRIPTION, read_comment, write_video
 from .options import A1111_RNGS, KINDS, Control, ModelOptions, Option, Options, options_of, tagged
 
 JSON_KEY = "mlx_deepcache"
@@ -93,6 +94,21 @@ def save_png(file: Path, image: np.ndarray, settings: dict | None, *, replace: b
     write_image(file, image, replace=replace, pnginfo=info)
 
 
+def save_video(
+    file: Path, frames: Sequence[np.ndarray], fps: int, settings: dict | None, *, replace: bool = True
+) -> None:
+    """Write frames (H, W, 3) uint8 with their settings where the file's format has a place for them, see `write_video`.
+
+    Raises:
+        FileExistsError: there is such a file, and it should not be replaced.
+        Failure: the file cannot be written.
+    """
+    texts = {}
+    if settings is not None:  # in ASCII, which is all that some formats hold
+        texts = {"parameters": parameters_text(settings), JSON_KEY: json.dumps(settings)}
+    write_video(file, frames, fps, texts, replace=replace)
+
+
 def read(file: Path, loras: str | None = None) -> tuple[dict, list[str]]:
     """The settings in a picture, by the names of `describe`, and the names of those that mean nothing here.
 
@@ -105,10 +121,7 @@ def read(file: Path, loras: str | None = None) -> tuple[dict, list[str]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as image:
-                if image.format != "PNG":
-                    raise Failure(f"{file} is a {image.format} picture; settings are read from PNG files only")
-                texts = dict(image.text)
+            texts = _texts(file)
     except Failure:
         raise
     except UnidentifiedImageError:
@@ -130,6 +143,23 @@ def read(file: Path, loras: str | None = None) -> tuple[dict, list[str]]:
     if "parameters" in texts:
         return from_a1111(texts["parameters"], file, loras)
     raise Failure(f"{file} carries no settings: neither {JSON_KEY}'s nor a `parameters` text")
+
+
+def _texts(file: Path) -> dict[str, str]:
+    """A picture's metadata, or a video's, of which the only text is our own if it looks like that."""
+    if Path(file).suffix.lower() == ".mp4":
+        text = read_comment(file)
+    else:
+        with Image.open(file, formats=FORMATS) as image:
+            if image.format == "PNG":
+                image.load()  # an animation's texts may follow its first frame
+                return dict(image.text)
+            if image.format != "WEBP":
+                raise Failure(
+                    f"{file} is a {image.format} picture; settings are read from PNG, WebP and MP4 files only"
+                )
+            text = image.getexif().get(DESCRIPTION)
+    return {JSON_KEY: text} if isinstance(text, str) and text.startswith("{") else {}
 
 
 def from_a1111(text: str, file: Path, loras: str | None = None) -> tuple[dict, list[str]]:

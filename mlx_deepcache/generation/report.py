@@ -98,7 +98,7 @@ def _macs(settings: Settings, models: Sequence[Components], steps: Sequence[Prog
     for leg, components in zip(settings.legs, models, strict=True):
         own, first = steps[first : first + len(leg.plan.steps)], first + len(leg.plan.steps)
         factor = components.checkpoint.vae_config.factor
-        size = (settings.height // factor, settings.width // factor)
+        size = (*settings.latent_shape[:-3], settings.height // factor, settings.width // factor)
         unet, branch = components.checkpoint.module("unet"), settings.cache.branch
         work = [call for step in own for call in step.work]
         batch = len(settings.seeds) * (1 if leg.guidance_scale is None else 2)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from ..cache import prices
 from ..cache.composition import Caches
@@ -20,21 +21,23 @@ from ..diffusion.schedule import NoiseSchedule, Plan
 from ..errors import UsageError, called
 from ..fields import unicode_text, valued
 from ..media.pictures import FITS, read_mask, read_picture, size_for, source
-from .options import Control, Options, option_of, taken
-from .starts import FromNoise, FromPicture, read_latents, take_latents
+from .options import PICTURES, VIDEOS, Control, Options, option_of, options_of, taken
+from .starts import FirstFrame, FromNoise, FromPicture, read_latents, take_latents
 
 DEFAULT_INTERVAL = 3
 FEWEST_STEPS_TO_CACHE = 10  # below this, steps differ too much for features to be reused
 DEFAULT_HANDOVER = 0.8
+VIDEO_MULTIPLE = 64  # pixels, of the sides of a video that are chosen for it
 
 
 @dataclass(frozen=True)
 class Leg:
-    """One model's share of the steps. guidance_scale: applied to the U-Net's outputs, or None where it is run as it is;
-    told: the scale that an LCM's U-Net is told instead; controls: ControlNets, their pictures read and fitted."""
+    """One model's share of the steps. guidance_scale: applied to the U-Net's outputs, of a video one a frame, or None
+    where it is run as it is; told: the scale that an LCM's U-Net is told instead; controls: ControlNets, their pictures
+    read and fitted."""
 
     plan: Plan
-    guidance_scale: float | None
+    guidance_scale: float | tuple[float, ...] | None
     told: float | None = None
     controls: tuple[Control, ...] = ()
 
@@ -44,35 +47,38 @@ class Settings:
     """What to draw and how, complete and checked; `settings_for` makes it. The options are attributes too.
 
     prompts, seeds: one of each a picture; legs: the model's share of the steps, then the refiner's; latent_shape: of
-    one picture, (h, w, C); cache: what is reused, and when; start: what it starts from; noise: (N, h, w, C) given
-    instead of the seeds' own; cache_choice: why `cache auto` chose what it did.
+    one picture, (h, w, C), or video, (F, h, w, C); cache: what is reused, and when; start: what it starts from; noise:
+    (N, h, w, C) given instead of the seeds' own; cache_choice: why `cache auto` chose what it did.
     """
 
     options: Options
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     legs: tuple[Leg, ...]
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
     cache: Caches
-    start: FromNoise | FromPicture
+    start: FromNoise | FromPicture | FirstFrame
     noise: mx.array | None = None
     cache_choice: str | None = None
 
     def __post_init__(self):
         if self.noise is not None and self.noise.shape != self.shape:
-            want, got, note = self.shape, self.noise.shape, ", (N, height, width, channels),"
+            want, got = self.shape, self.noise.shape
+            what = "pictures" if len(want) == 4 else "videos"
+            note = f", (N, {'frames, ' * (what == 'videos')}height, width, channels),"
             if isinstance(self.options.latents, (str, Path)):  # a file has PyTorch's layout
-                want, got, note = *((n, c, h, w) for n, h, w, c in (want, got)), ""
-            elif got[:1] + got[2:] + got[1:2] == want:
-                note += " and these have channels first: transpose(0, 2, 3, 1) them;"
+                want, got, note = *((*n, c, h, w) for *n, h, w, c in (want, got)), ""
+            elif got[:-3] + got[-2:] + got[-3:-2] == want:
+                last = len(got) - 1
+                note += f" and these have channels first: transpose{(*range(last - 2), last - 1, last, last - 2)} them;"
             raise UsageError(
-                f"latents should have shape {want}{note} for {len(self.seeds)} pictures of {self.width} x {self.height}"
+                f"latents should have shape {want}{note} for {len(self.seeds)} {what} of {self.width} x {self.height}"
                 f", got {got}"
             )
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """Of the batch's latents, (N, h, w, C)."""
+    def shape(self) -> tuple[int, ...]:
+        """Of the batch's latents, (N, h, w, C) or (N, F, h, w, C)."""
         return len(self.seeds), *self.latent_shape
 
     def __getattr__(self, name: str) -> Any:
@@ -88,15 +94,15 @@ class Settings:
 
 
 def settings_for(
-    checkpoint: Checkpoint, prompt: str | Sequence[str], *, refiner: Checkpoint | None = None, **options
+    checkpoint: Checkpoint, prompt: str | Sequence[str] | None = None, *, refiner: Checkpoint | None = None, **options
 ) -> Settings:
     """Fill in the checkpoint's defaults and check everything, before any work is done.
 
-    prompt: one for all seeds, or one a seed; refiner: takes over when `refiner_start` (0.8) of the noise schedule has
-    gone by; options: see `Options`. Of those, `cache` takes policies as values or as text, see `cache.text.parse`, in
-    place of the default (an interval of 3, or 1 below 10 steps and for a few-step model); `cache_interval` and
-    `cache_branch` join them. "auto" is the cheapest one of which every calibrated picture had `min_psnr` (dB) or more
-    to the uncached one, or the nearest within `max_macs`, see `cache.prices`.
+    prompt: one for all seeds, or one a seed; None for a model that reads a picture; refiner: takes over when
+    `refiner_start` (0.8) of the noise schedule has gone by; options: see `Options`. Of those, `cache` takes policies as
+    values or as text, see `cache.text.parse`, in place of the default (an interval of 3, or 1 below 10 steps and for a
+    few-step model); `cache_interval` and `cache_branch` join them. "auto" is the cheapest one of which every calibrated
+    picture had `min_psnr` (dB) or more to the uncached one, or the nearest within `max_macs`, see `cache.prices`.
 
     Raises:
         UsageError: a value that cannot be; says which are possible.
@@ -107,7 +113,8 @@ def settings_for(
     asked: Options = taken(Options, options)
     if not asked.seeds:
         raise UsageError("at least one seed is needed, one a picture")
-    prompts = _prompts(prompt, len(asked.seeds))
+    _check_kind(checkpoint, asked, prompt, refiner)
+    prompts = _prompts("" if prompt is None else prompt, len(asked.seeds))
     family = checkpoint.family
     if not family.second_prompt and not (asked.prompt_2 is None and asked.negative_prompt_2 is None):
         raise UsageError("a second prompt is for SDXL's second text encoder, and this model has only one")
@@ -128,7 +135,12 @@ def settings_for(
         picture = read_picture(picture)
     height, width = _size(checkpoint, asked, *([] if picture is None else [picture]), *followed)
     start = FromNoise()
-    if picture is not None:
+    said = {}
+    if checkpoint.video:
+        said = {name: _filled(asked, checkpoint, name) for name in _OF_VIDEOS}
+        shown = source(picture, None, height, width, fit).image
+        start = FirstFrame(shown, np.asarray(picture), said["noise_aug"], checkpoint.vae_config.scaling_factor)
+    elif picture is not None:
         mask = None if asked.mask is None else read_mask(asked.mask)
         start = FromPicture(source(picture, mask, height, width, fit, asked.mask_blur), strength, checkpoint.inpainting)
     controls = tuple(
@@ -141,7 +153,7 @@ def settings_for(
     legs = [
         Leg(plan, None, told=scale)
         if model.unet_config.time_cond_proj_dim is not None
-        else Leg(plan, scale if scale > 1 else None)
+        else Leg(plan, _guidance(scale, said))
         for model, plan in zip(models, plans, strict=True)
     ]
     legs[0] = replace(legs[0], controls=controls)  # a ControlNet is for the base model
@@ -161,13 +173,50 @@ def settings_for(
         cache=None if asked.cache is None else tuple(write(policy) for policy in cache.policies),
         cache_interval=getattr(cache.when, "interval", None),
         cache_branch=cache.branch,
+        **said,
     )
     noise = asked.latents
     if noise is not None:
         noise = read_latents(Path(noise)) if isinstance(noise, (str, Path)) else take_latents(noise)
     latent = checkpoint.vae_config
-    latent_shape = (height // latent.factor, width // latent.factor, latent.latent_channels)
+    frames = (said["frames"],) if said else ()
+    latent_shape = (*frames, height // latent.factor, width // latent.factor, latent.latent_channels)
     return Settings(complete, prompts, asked.seeds, tuple(legs), latent_shape, cache, start, noise, choice)
+
+
+_OF_VIDEOS = tuple(o.name for o in options_of(Options) if o.only == VIDEOS and o.model is not None)
+
+
+def _check_kind(checkpoint: Checkpoint, asked: Options, prompt: object, refiner: Checkpoint | None) -> None:
+    """Raises UsageError for what has no meaning with models of this kind, or lacks."""
+    family, kind = checkpoint.family, VIDEOS if checkpoint.video else PICTURES
+    for o in options_of(Options):
+        value = getattr(asked, o.name)
+        same = value is None or value is o.default or (type(value) is type(o.default) and value == o.default)
+        if o.only not in (None, kind) and not same:  # an array is never compared
+            raise UsageError(f"{called(o.name)} is for models of {o.only}, and this one, {family.name}, draws {kind}")
+    if not checkpoint.video:
+        if prompt is None:
+            raise UsageError(f"{family.name} draws from text: give it a {called('prompt')}")
+        return
+    if any(prompt if isinstance(prompt, (list, tuple)) else [prompt]):
+        raise UsageError(
+            f"{family.name} reads a picture and no prompt; leave the prompt out, and give {called('image')}"
+        )
+    if asked.image is None:
+        raise UsageError(f"{family.name} makes a video of a picture: give {called('image')}")
+    if refiner is not None:
+        raise UsageError(f"{called('refiner')} is for pictures, and {family.name} draws videos")
+    if asked.vae_tiling == "on":
+        raise UsageError(f"videos are not decoded in tiles; {called('decode_chunk')} takes less memory too")
+
+
+def _guidance(scale: float, said: dict) -> float | tuple[float, ...] | None:
+    """A leg's guidance: of a video it rises from the first frame to the last."""
+    scales = np.linspace(said["min_guidance_scale"], scale, said["frames"], dtype=np.float32).tolist() if said else []
+    if max(scales or [scale]) <= 1:
+        return None
+    return tuple(scales) or scale
 
 
 def _prompts(prompt: object, n: int) -> tuple[str, ...]:
@@ -195,7 +244,7 @@ def _share(checkpoint: Checkpoint, steps: int, asked: Options) -> tuple[float | 
     if checkpoint.inpainting and (asked.image is None or asked.mask is None):
         lacking = "an image and a mask" if asked.image is None else "a mask beside the image"
         raise UsageError(f"this model fills in parts of a picture: it needs {lacking}")
-    if asked.image is None:
+    if asked.image is None or checkpoint.video:
         if checkpoint.family.refines:
             raise UsageError("this model refines pictures: give it an image, or name it as another model's refiner")
         return None, 0
@@ -216,7 +265,8 @@ def _size(checkpoint: Checkpoint, asked: Options, *pictures) -> tuple[int, int]:
     """(height, width): what was asked for, or the model's own, in the first picture's proportions."""
     factor = checkpoint.vae_config.factor
     if pictures:
-        height, width = size_for(pictures[0], checkpoint.native_size, asked.height, asked.width, factor)
+        multiple = VIDEO_MULTIPLE if checkpoint.video else factor
+        height, width = size_for(pictures[0], checkpoint.native_size, asked.height, asked.width, multiple)
     else:
         height, width = (_filled(asked, checkpoint, name) for name in ("height", "width"))
     for name, value in (("height", height), ("width", width)):
@@ -275,5 +325,8 @@ def _cache(
             "the policy"
         )
     caches = Caches.of(policies)
+    for policy in caches.policies if checkpoint.video else ():
+        if not policy.videos:
+            raise UsageError(f"{policy.name} is for pictures: its timesteps are those of other models than this one's")
     check(caches)
     return caches, choice

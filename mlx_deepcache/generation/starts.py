@@ -16,20 +16,22 @@ from ..errors import CheckpointError, UsageError
 from ..fields import valued
 from ..media.pictures import Given
 
-Draw = Callable[[], mx.array]
-"""Standard normal noise for the batch, (N, h, w, C), other at each call."""
+Draw = Callable[..., mx.array]
+"""Standard normal noise for the batch, (N, h, w, C) or, for a video, (N, F, h, w, C), other at each call; of another
+shape than one's latents, where that is given."""
 
 Spread = Callable[[], mx.array | None]
 """The same for a VAE whose encoder says how far latents spread; None for one that gives the latents themselves."""
 
 Encode = Callable[[mx.array, mx.array | None], mx.array]
-"""A picture (1, H, W, 3) in [-1, 1] and such noise -> latents (N, h, w, C), one draw a picture."""
+"""A picture (1, H, W, 3) in [-1, 1], or N, and such noise -> latents (N, h, w, C), one draw a picture."""
 
 
 @dataclass(frozen=True)
 class Started:
     """x: (N, h, w, C) at the first step's level; keep: given latents and their level, puts back what inpainting leaves
-    as it was; beside: (N, h, w, C') what an inpainting net is shown beside the latents: mask and masked picture."""
+    as it was; beside: (N, h, w, C') what an inpainting net is shown beside the latents: mask and masked picture; (2N,
+    ...) where guidance's halves are shown other things."""
 
     x: mx.array
     keep: Callable[[mx.array, Level], mx.array] | None = None
@@ -89,8 +91,35 @@ class FromPicture:
         return self.picture.paste(images)
 
 
+@dataclass(frozen=True)
+class FirstFrame:
+    """A video's picture, shown beside every frame with a little noise (Blattmann et al. 2023, appendix D), which the
+    half without guidance does not see.
+
+    picture: (H, W, 3) in 0-255, at the size that is drawn; whole: (..., ..., 3), as it was given, for the encoder of
+    pictures; noise: its deviation, of pixels in [-1, 1]; scaling: what the VAE's latents are multiplied with, and these
+    are not.
+    """
+
+    picture: np.ndarray
+    whole: np.ndarray
+    noise: float
+    scaling: float
+
+    def latents(self, plan: Plan, draw: Draw, spread: Spread, given: mx.array | None, encode: Encode) -> Started:
+        """As `FromNoise`. Noise is drawn in the order of diffusers' pipeline: for the picture, then the start."""
+        pixels = mx.array(self.picture)[None].astype(mx.float32) / 255 * 2 - 1
+        latents = encode(pixels + self.noise * draw(self.picture.shape), None) / self.scaling
+        x = (draw() if given is None else given) * plan.init_scale
+        seen = mx.broadcast_to(latents[:, None], (*x.shape[:-1], latents.shape[-1]))
+        return Started(x, beside=mx.concatenate([mx.zeros_like(seen), seen]))
+
+    def paste(self, images: np.ndarray) -> np.ndarray:
+        return images
+
+
 def take_latents(latents: object) -> mx.array:
-    """(N, h, w, C) float32 from an array of any library.
+    """(N, h, w, C), or (N, F, h, w, C), float32 from an array of any library.
 
     Raises:
         UsageError: it is none, has another number of dimensions, or values that are not finite.
@@ -99,7 +128,7 @@ def take_latents(latents: object) -> mx.array:
         taken = latents if isinstance(latents, mx.array) else mx.array(np.asarray(latents))
     except (TypeError, ValueError, RuntimeError):  # MLX raises the last for text
         raise UsageError(f"latents should be an array (N, height, width, channels), got {valued(latents)}") from None
-    if taken.ndim != 4 or not mx.issubdtype(taken.dtype, mx.floating):
+    if taken.ndim not in (4, 5) or not mx.issubdtype(taken.dtype, mx.floating):
         raise UsageError(
             f"latents should be of floating point and have shape (N, height, width, channels), got {valued(latents)}"
         )
@@ -109,7 +138,8 @@ def take_latents(latents: object) -> mx.array:
 
 
 def read_latents(file: Path) -> mx.array:
-    """`latents` from a safetensors file: (N, C, h, w), channels first as in PyTorch -> (N, h, w, C) float32.
+    """`latents` from a safetensors file: (N, C, h, w), channels first as in PyTorch -> (N, h, w, C) float32; a video's
+    (N, F, C, h, w) -> (N, F, h, w, C).
 
     Raises:
         CheckpointError: no such tensor, or it has another number of dimensions, or values that are not finite.
@@ -118,9 +148,9 @@ def read_latents(file: Path) -> mx.array:
     if "latents" not in tensors:
         raise CheckpointError(f"{file} should hold one tensor `latents`, got {', '.join(tensors) or 'none'}")
     latents = tensors["latents"]
-    if latents.ndim != 4 or 0 in latents.shape:
+    if latents.ndim not in (4, 5) or 0 in latents.shape:
         raise CheckpointError(f"{file}: latents should have shape (N, C, height, width), got {latents.shape}")
-    latents = latents.astype(mx.float32).transpose(0, 2, 3, 1)
+    latents = mx.moveaxis(latents.astype(mx.float32), -3, -1)
     if not mx.isfinite(latents).all():
         raise CheckpointError(f"{file}: latents hold NaN or infinite values")
     return latents

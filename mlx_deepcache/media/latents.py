@@ -10,11 +10,12 @@ from .files import whole
 
 
 def write_latents(file: Path, latents: mx.array) -> None:
-    """latents: (N, h, w, C) -> a file with `latents` (N, C, h, w) float32, whole or not at all.
+    """latents: (N, h, w, C) -> a file with `latents` (N, C, h, w) float32, whole or not at all; a video's (N, F, h, w,
+    C) -> (N, F, C, h, w).
 
     Raises:
         Failure: the file cannot be written.
     """
-    channels_first = mx.contiguous(latents.astype(mx.float32).transpose(0, 3, 1, 2))
+    channels_first = mx.contiguous(mx.moveaxis(latents.astype(mx.float32), -1, -3))
     with whole(file, ".safetensors") as part:
         mx.save_safetensors(str(part), {"latents": channels_first})

@@ -31,10 +31,10 @@ def timestep_embedding(t: mx.array, dim: int, *, flip_sin_to_cos: bool = True, f
 class TimestepEmbedding(nn.Module):
     """Two linear layers over an embedding; `cond_proj` adds a second input before them (LCM's guidance scale)."""
 
-    def __init__(self, dim_in: int, dim: int, cond_dim: int | None = None):
+    def __init__(self, dim_in: int, dim: int, cond_dim: int | None = None, *, dim_out: int | None = None):
         super().__init__()
         self.linear_1 = Linear(dim_in, dim)
-        self.linear_2 = Linear(dim, dim)
+        self.linear_2 = Linear(dim, dim if dim_out is None else dim_out)
         if cond_dim is not None:
             self.cond_proj = Linear(cond_dim, dim_in, bias=False)
 
@@ -113,6 +113,10 @@ class ResnetBlock2D(nn.Module):
             return h + mx.concatenate([features.shortcut, skip], axis=-1)
         shortcut = linear(skip, self.conv_shortcut.weight[:, -skip.shape[-1] :])
         return h + (shortcut + (features.shortcut + self.conv_shortcut.bias))
+
+    def made_for(self, skip: int) -> tuple[mx.array, mx.array]:
+        """What `fixed_part` and `join` make of weights alone, for a skip of so many channels."""
+        return self.split(self.norm1.weight.size - skip)
 
     def _inside(self, C: int) -> int:
         """Of the first C input channels those in groups that lie wholly among them."""
@@ -214,9 +218,12 @@ class Attention(nn.Module):
         return pad_heads(self._split(self.to_k(context))), pad_heads(self._split(self.to_v(context)))
 
     def __call__(self, x: mx.array, keys_values: tuple[mx.array, mx.array] | None = None) -> mx.array:
-        """x: (B, S, dims) attends to `keys_values`, or to itself."""
-        k, v = self.keys_values(x) if keys_values is None else keys_values
-        out = attention(self._split(self.to_q(x)), k, v)
+        """x: (B, S, dims) attends to `keys_values`, or to itself; of (B, F, S, dims), a video's, each of the F by
+        itself, and all to the same `keys_values`."""
+        B, *_, S, dims = x.shape
+        rows = x.reshape(-1, S, dims) if keys_values is None else x.reshape(B, -1, dims)
+        k, v = self.keys_values(rows) if keys_values is None else keys_values
+        out = attention(self._split(self.to_q(rows)), k, v)
         return self.to_out[0](out.swapaxes(1, 2).reshape(x.shape))
 
     def _split(self, x: mx.array) -> mx.array:

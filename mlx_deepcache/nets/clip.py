@@ -14,9 +14,11 @@ from .layers import LayerNorm, Linear
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, dims: int, heads: int):
+    """causal: a token sees itself and those before, as in texts."""
+
+    def __init__(self, dims: int, heads: int, *, causal: bool = True):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.q_proj = Linear(dims, dims)
         self.k_proj = Linear(dims, dims)
         self.v_proj = Linear(dims, dims)
@@ -27,7 +29,7 @@ class SelfAttention(nn.Module):
         q, k, v = (
             proj(x).reshape(B, S, self.heads, -1).swapaxes(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = attention(q, pad_heads(k), pad_heads(v), causal=True)
+        out = attention(q, pad_heads(k), pad_heads(v), causal=self.causal)
         return self.out_proj(out.swapaxes(1, 2).reshape(x.shape))
 
 
@@ -43,10 +45,10 @@ class MLP(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    def __init__(self, config: CLIPConfig):
+    def __init__(self, config: CLIPConfig | CLIPVisionConfig, *, causal: bool = True):
         super().__init__()
         self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = SelfAttention(config.hidden_size, config.num_attention_heads)
+        self.self_attn = SelfAttention(config.hidden_size, config.num_attention_heads, causal=causal)
         self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_act)
 
@@ -123,7 +125,34 @@ class CLIPConfig:
         """Raises CheckpointError for a value that this text encoder cannot honour."""
         projection = data.get("architectures") == ["CLIPTextModelWithProjection"]
         config = build_config(cls, {**data, "with_projection": projection}, {})
-        if config.hidden_act not in ("quick_gelu", "gelu"):
-            raise CheckpointError(f"hidden_act = {config.hidden_act!r} is not supported, only 'quick_gelu' or 'gelu'")
-        check_split((config.hidden_size,), (config.num_attention_heads,), "num_attention_heads")
+        return _checked(config)
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig:
+    """CLIPVisionModelWithProjection's config.json."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int = 224
+    patch_size: int = 32
+    num_channels: int = 3
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    projection_dim: int = 512
+
+    @classmethod
+    def from_dict(cls, data: dict) -> CLIPVisionConfig:
+        """Raises CheckpointError for a value that this encoder cannot honour."""
+        config = _checked(build_config(cls, data, {"num_channels": (3,)}))
+        check_split((config.image_size,), (config.patch_size,), "patch_size")
         return config
+
+
+def _checked(config: CLIPConfig | CLIPVisionConfig):
+    if config.hidden_act not in ("quick_gelu", "gelu"):
+        raise CheckpointError(f"hidden_act = {config.hidden_act!r} is not supported, only 'quick_gelu' or 'gelu'")
+    check_split((config.hidden_size,), (config.num_attention_heads,), "num_attention_heads")
+    return config

@@ -24,13 +24,18 @@ def tiled(tiling: str, config: VAEConfig, size: tuple[int, int], itemsize: int, 
     """Whether to decode in tiles latents of this (height, width): "auto" does if the whole would take over `SHARE` of
     the `room`, in bytes, that there is beside the weights.
     """
+    whole = decoding_bytes(config, size, itemsize)
+    return max(size) > TILE and (tiling == "on" or (tiling == "auto" and whole > SHARE * room))
+
+
+def decoding_bytes(config: VAEConfig, size: tuple[int, int], itemsize: int) -> int:
+    """About what decoding one picture from latents of this (height, width) takes."""
     height, width = size
     # At full size the widest layer has the second level's channels. With SD's VAE, five maps of it are alive at once
     # along the graph that a GPU is given (512 and 1024 px); on the CPU 12 bytes for each of its numbers were measured
     # in float32, and 16 in half precision (256 and 384 px).
     number = 5 * itemsize if ops.on_gpu() else 16
-    whole = height * width * config.factor**2 * max(config.block_out_channels[:2]) * number
-    return max(size) > TILE and (tiling == "on" or (tiling == "auto" and whole > SHARE * room))
+    return height * width * config.factor**2 * max(config.block_out_channels[:2]) * number
 
 
 def decode_tiled(vae: AutoencoderKL, latents: mx.array, tile: int = TILE) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -20,11 +21,13 @@ from .attend import PLAIN, Attend
 from .blocks import Downsample2D, ResnetBlock2D, TimestepEmbedding, Transformer2DModel, Upsample2D, timestep_embedding
 from .config import build_config, check_split, per_level
 from .layers import Conv2d
+from .spatiotemporal import SpatioTemporalResBlock, TransformerSpatioTemporalModel, by_frame
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """UNet2DConditionModel's config.json."""
+    """UNet2DConditionModel's config.json, or UNetSpatioTemporalConditionModel's; addition_embed_type: of the latter,
+    "time": it reads numbers and no pooled text; num_frames: of a video that it was trained for."""
 
     block_out_channels: tuple[int, ...]
     down_block_types: tuple[str, ...]
@@ -47,16 +50,20 @@ class UNetConfig:
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
     time_cond_proj_dim: int | None = None
+    num_frames: int | None = None
 
     @classmethod
     def from_dict(cls, data: dict) -> UNetConfig:
         """Raises CheckpointError for a value that this U-Net cannot honour."""
+        if data.get("_class_name") == "UNetSpatioTemporalConditionModel":
+            data = _VIDEO_DEFAULTS | {k: v for k, v in data.items() if v is not None} | _VIDEO_ALWAYS
         config = build_config(cls, data, _UNET_SUPPORTED)
         for name, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
             for kind in set(getattr(config, name)) - set(known):
                 raise CheckpointError(f"{name} holds {kind!r}, which is not supported, only {sorted(known)}")
             per_level(getattr(config, name), config.levels, name)
-        for name, known in (("mid_block_type", MID_BLOCKS), ("addition_embed_type", ["text_time"])):
+        added = "time" if config.video else "text_time"
+        for name, known in (("mid_block_type", MID_BLOCKS), ("addition_embed_type", [added])):
             if (value := getattr(config, name)) not in (*known, None):
                 only = " or ".join(map(repr, known))
                 raise CheckpointError(f"{name} = {value!r} is not supported, only {only} or null")
@@ -68,7 +75,20 @@ class UNetConfig:
             ("attention_head_dim", config.heads),
         ):
             check_split(config.block_out_channels, per, name)
+        if len({_VIDEO in kind for kind in config.kinds}) > 1:
+            raise CheckpointError(f"blocks of pictures and of videos in one net are not supported, got {config.kinds}")
         return config
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of all blocks."""
+        middle = () if self.mid_block_type is None else (self.mid_block_type,)
+        return (*self.down_block_types, *middle, *self.up_block_types)
+
+    @property
+    def video(self) -> bool:
+        """Whether it draws videos: its arrays have an axis of frames, the second."""
+        return _VIDEO in self.kinds[0]
 
     @property
     def levels(self) -> int:
@@ -131,21 +151,59 @@ _UNET_SUPPORTED = {
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
 }
+_VIDEO = "SpatioTemporal"  # in the names of blocks that have an axis of frames
+# What UNetSpatioTemporalConditionModel takes for what its config does not say, and what it has no word for
+_VIDEO_DEFAULTS = {
+    "in_channels": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "down_block_types": ["CrossAttnDownBlockSpatioTemporal"] * 3 + ["DownBlockSpatioTemporal"],
+    "up_block_types": ["UpBlockSpatioTemporal"] + ["CrossAttnUpBlockSpatioTemporal"] * 3,
+    "cross_attention_dim": 1024,
+    "num_attention_heads": [5, 10, 20, 20],
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 768,
+    "num_frames": 25,
+}
+_VIDEO_ALWAYS = {
+    "mid_block_type": "UNetMidBlockSpatioTemporal",
+    "use_linear_projection": True,
+    "addition_embed_type": "time",
+}
 
 
 def _resnet(c: UNetConfig, c_in: int, c_out: int) -> ResnetBlock2D:
     return ResnetBlock2D(c_in, c_out, c.temb_dim, c.norm_num_groups, c.norm_eps)
 
 
-def _transformer(c: UNetConfig, level: int) -> Transformer2DModel:
+def _transformer(c: UNetConfig, level: int, make: type = Transformer2DModel) -> nn.Module:
     dims, heads, depth = c.block_out_channels[level], c.heads[level], c.transformer_layers[level]
-    return Transformer2DModel(dims, heads, c.cross_attention_dim, depth, c.norm_num_groups)
+    return make(dims, heads, c.cross_attention_dim, depth, c.norm_num_groups)
+
+
+def _video_resnet(c: UNetConfig, c_in: int, c_out: int, *, eps: float) -> SpatioTemporalResBlock:
+    return SpatioTemporalResBlock(c_in, c_out, c.temb_dim, c.norm_num_groups, eps)  # each kind has its own in diffusers
+
+
+_video_transformer = partial(_transformer, make=TransformerSpatioTemporalModel)
 
 
 # The kinds of blocks: what makes a layer's resnet, and what its transformer, if there is one
-DOWN_BLOCKS = {"CrossAttnDownBlock2D": (_resnet, _transformer), "DownBlock2D": (_resnet, None)}
-MID_BLOCKS = {"UNetMidBlock2DCrossAttn": (_resnet, _transformer)}
-UP_BLOCKS = {"CrossAttnUpBlock2D": (_resnet, _transformer), "UpBlock2D": (_resnet, None)}
+DOWN_BLOCKS = {
+    "CrossAttnDownBlock2D": (_resnet, _transformer),
+    "DownBlock2D": (_resnet, None),
+    "CrossAttnDownBlockSpatioTemporal": (partial(_video_resnet, eps=1e-6), _video_transformer),
+    "DownBlockSpatioTemporal": (partial(_video_resnet, eps=1e-5), None),
+}
+MID_BLOCKS = {
+    "UNetMidBlock2DCrossAttn": (_resnet, _transformer),
+    "UNetMidBlockSpatioTemporal": (partial(_video_resnet, eps=1e-5), _video_transformer),
+}
+UP_BLOCKS = {
+    "CrossAttnUpBlock2D": (_resnet, _transformer),
+    "UpBlock2D": (_resnet, None),
+    "CrossAttnUpBlockSpatioTemporal": (partial(_video_resnet, eps=1e-6), _video_transformer),
+    "UpBlockSpatioTemporal": (partial(_video_resnet, eps=1e-6), None),
+}
 
 
 def _block(kind: tuple, config: UNetConfig, level: int, widths: Sequence[int], transformers: int) -> nn.Module:
@@ -192,8 +250,9 @@ def up_blocks(config: UNetConfig) -> list[nn.Module]:
 class Conditioning:
     """What a picture is drawn from.
 
-    context: (B, S, C) the encoded prompt; pooled: (B, P) and time_ids: (B, 6) for SDXL (original height and width, crop
-    top and left, target height and width, in pixels), else None; guidance: (B,) the scale that LCM's U-Net is told.
+    context: (B, S, C) the encoded prompt, or picture; pooled: (B, P) and time_ids: (B, 6) for SDXL (original height and
+    width, crop top and left, target height and width, in pixels), for videos time_ids: (B, 3) alone (frames a second
+    less one, motion, noise added to the picture), else None; guidance: (B,) the scale that LCM's U-Net is told.
     """
 
     context: mx.array
@@ -236,9 +295,9 @@ class Layer:
     def __call__(
         self, x: mx.array, temb: mx.array, own: list, attend: Attend = PLAIN, size: tuple[int, int] | None = None
     ) -> mx.array:
-        """x: (B, H, W, C); own: from `prepare`; size: what an upsampler should reach."""
+        """x: (B, H, W, C), or a video's (B, F, H, W, C); own: from `prepare`; size: what an upsampler should reach."""
         if self.conv is not None:
-            x = self.conv(x)
+            x = by_frame(self.conv, x)
         if self.resnet is not None:
             x = self.resnet(x, temb)
         return self.after_resnet(x, own, attend, size)
@@ -247,7 +306,7 @@ class Layer:
         """The rest of the layer."""
         if self.attention is not None:
             x = self.attention(x, own, attend)
-        return x if self.upsample is None else self.upsample(x, size)
+        return x if self.upsample is None else by_frame(self.upsample, x, size)
 
 
 def layers_of(block: nn.Module) -> list[Layer]:
@@ -284,7 +343,7 @@ def run_up(
 
 def next_size(skips: list[mx.array]) -> tuple[int, int] | None:
     """(height, width) of the skip that is read after the last one; None after the outermost."""
-    return skips[-2].shape[1:3] if len(skips) > 1 else None
+    return skips[-2].shape[-3:-1] if len(skips) > 1 else None
 
 
 def added(skips: list[mx.array], residuals: Sequence[mx.array]) -> list[mx.array]:
@@ -301,7 +360,7 @@ class Encoder(nn.Module):
         channels, temb_dim = config.block_out_channels, config.temb_dim
         self.conv_in = Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], temb_dim, config.time_cond_proj_dim)
-        if config.addition_embed_type == "text_time":
+        if config.addition_embed_type is not None:
             self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, temb_dim)
         self.down_blocks = down_blocks(config)
         if config.mid_block_type is not None:
@@ -322,9 +381,10 @@ class Encoder(nn.Module):
     def prepare(self, cond: Conditioning) -> Prepared:
         """All that the conditioning alone decides, in the type of `cond.context`."""
         c, dtype, added, guidance = self.config, cond.context.dtype, None, None
-        if c.addition_embed_type == "text_time":
+        if c.addition_embed_type is not None:
             ids = self._sinusoid(cond.time_ids.reshape(-1), c.addition_time_embed_dim).reshape(len(cond.time_ids), -1)
-            added = self.add_embedding(mx.concatenate([cond.pooled, ids.astype(dtype)], axis=-1))
+            ids = ids.astype(dtype)
+            added = self.add_embedding(ids if cond.pooled is None else mx.concatenate([cond.pooled, ids], axis=-1))
         if c.time_cond_proj_dim is not None:
             guidance = timestep_embedding(
                 1000 * (cond.guidance - 1), c.time_cond_proj_dim, flip_sin_to_cos=False, freq_shift=1

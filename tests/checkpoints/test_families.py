@@ -6,7 +6,7 @@ import diffusers
 import pytest
 
 from mlx_deepcache.checkpoints.checkpoint import Checkpoint
-from mlx_deepcache.checkpoints.families import FAMILIES, PIPELINES, REFINER, SD1, SD2, SDXL
+from mlx_deepcache.checkpoints.families import FAMILIES, PIPELINES, REFINER, SD1, SD2, SDXL, SVD
 
 
 def default(name, option):
@@ -14,7 +14,7 @@ def default(name, option):
     return inspect.signature(getattr(diffusers, name).__call__).parameters[option].default
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.text], ids=lambda family: family.name)
 def test_defaults_are_those_of_diffusers(family):
     text = f"{family.pipeline}{'Img2Img' if family.refines else ''}Pipeline"
     assert family.guidance_scale == default(text, "guidance_scale")
@@ -22,6 +22,13 @@ def test_defaults_are_those_of_diffusers(family):
     assert family.strength == default(f"{family.pipeline}Img2ImgPipeline", "strength")
     assert family.inpainting_strength == default(f"{family.pipeline}InpaintPipeline", "strength")
     assert family.second_prompt == ("prompt_2" in inspect.signature(getattr(diffusers, text).__call__).parameters)
+
+
+def test_defaults_of_videos_are_those_of_diffusers():
+    name = f"{SVD.pipeline}Pipeline"
+    assert SVD.guidance_scale == default(name, "max_guidance_scale")
+    assert SVD.steps == default(name, "num_inference_steps")
+    assert SVD.size == (default(name, "height"), default(name, "width"))
 
 
 def test_scores_are_those_of_diffusers():

@@ -125,6 +125,33 @@ def test_trajectory(name, variant):
     assert compared >= 12
 
 
+@pytest.mark.parametrize("ends", [{"sigma_min": 0.002, "sigma_max": 700.0}, {}, {"sigma_max": 80}])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_continuous_timesteps(ends, spacing):
+    """Stable Video Diffusion's schedule, and what its config could say else: levels, what the network is told of them,
+    and the latents."""
+    config = BASE | ends | {"timestep_type": "continuous", "use_karras_sigmas": True, "timestep_spacing": spacing}
+    config["prediction_type"] = "v_prediction"
+    start = np.random.default_rng(0).standard_normal((1, 4, 4, 4)).astype(np.float32)
+    for steps in (1, 4, 25):
+        theirs = diffusers.EulerDiscreteScheduler(**config)
+        theirs.set_timesteps(steps)
+        plan = schedule(config, "euler").plan(steps)
+        assert np.allclose([step.here.t for step in plan.steps], theirs.timesteps.numpy(), atol=1e-6)
+        ratios = np.array([step.here.ratio for step in plan.steps])
+        assert np.allclose(ratios, theirs.sigmas[:-1].numpy(), rtol=1e-6)
+        expected, calls = reference("euler", config, steps, start)
+        latents, made = ours("euler", config, steps, start)
+        assert made == calls and error(latents, expected) < 2e-4
+
+
+def test_continuous_timesteps_are_for_euler():
+    with pytest.raises(UsageError, match="its scheduler can be euler only, got ddim"):
+        schedule({"timestep_type": "continuous"}, "ddim")
+    with pytest.raises(CheckpointError, match="sigma_max should be a number above 0, got 0"):
+        schedule({"sigma_max": 0}, "euler")
+
+
 def test_published_trajectories():
     """The last latents of 20 steps for a one-number network, from a table made with diffusers 0.42.1."""
     golden = {"ddim": 2.585767, "pndm": 2.423537, "euler": 2.546009, "heun": 2.37869}

@@ -214,7 +214,7 @@ def test_loras_in_python(values, taken):
 @pytest.mark.parametrize(
     ("prompt", "given", "message"),
     [
-        (None, {}, "prompt should be text in UTF-8, or several in a list, got None"),
+        (None, {}, "Stable Diffusion 1.x draws from text: give it a prompt"),
         ("\ud800", {}, "prompt should be text"),
         (b"cat", {}, "prompt should be text in UTF-8, or several in a list, got b'cat'"),
         (["a", 3], {}, "prompt should be text in UTF-8, or several in a list, got 3"),

@@ -52,6 +52,14 @@ def test_attention(positions, tokens, size, scale):
     assert error(ops.attention(mx.array(q), mx.array(k), mx.array(v)), expected) < 3e-6
 
 
+@pytest.mark.parametrize(("problems", "frames"), [(300, 14), (300, 25), (2, 25), (300, 40)])
+def test_attention_over_frames(problems, frames):
+    """Many short problems, which another kernel does, and what lies beside them."""
+    q, k, v = (normal(problems, 2, frames, 8, seed=i) for i in range(3))
+    expected = F.scaled_dot_product_attention(*(torch.tensor(a, dtype=torch.float64) for a in (q, k, v)))
+    assert error(ops.attention(mx.array(q), mx.array(k), mx.array(v)), expected) < 3e-6
+
+
 HEADS = (8, 40, 64, 72, 80, 96, 128, 160)
 METAL = (64, 64, 64, 72, 80, 96, 128, 160)
 M5 = (64, 64, 64, 96, 96, 96, 128, 160)  # half precision

@@ -7,6 +7,7 @@ name without that of its parameter: `input_blocks.4.1` is the place `down_blocks
 from __future__ import annotations
 
 from ...nets.autoencoder import VAEConfig
+from ...nets.temporal_vae import TemporalVAEConfig
 from ...nets.unet_parts import UNetConfig
 
 _RESNET = {
@@ -37,6 +38,16 @@ _OPEN_CLIP_LAYER = {
     "attn": "self_attn",  # what is left of it: in_proj_weight and in_proj_bias
 }
 
+_OPEN_CLIP_VISION = {
+    "class_embedding": "embeddings.class_embedding",
+    "conv1.weight": "embeddings.patch_embedding.weight",
+    "ln_pre.weight": "pre_layrnorm.weight",
+    "ln_pre.bias": "pre_layrnorm.bias",
+    "ln_post.weight": "post_layernorm.weight",
+    "ln_post.bias": "post_layernorm.bias",
+    "proj": "visual_projection.weight",
+}
+
 
 def unet_places(config: UNetConfig) -> dict[str, str]:
     """Original place -> diffusers' place, for all of a U-Net's layers.
@@ -52,12 +63,23 @@ def unet_places(config: UNetConfig) -> dict[str, str]:
         "input_blocks.0.0": "conv_in",
         "out.0": "conv_norm_out",
         "out.2": "conv_out",
-        "middle_block.1": "mid_block.attentions.0",
     }
 
     def resnet(old: str, new: str) -> None:
+        if config.video:
+            places.update(_over_frames(old, new, "temporal_res_block", _RESNET))
+            places[f"{old}.time_mixer"] = f"{new}.time_mixer"
+            new = f"{new}.spatial_res_block"
         places.update({f"{old}.{part}": f"{new}.{name}" for part, name in _RESNET.items()})
 
+    def attention(old: str, new: str) -> None:
+        places[old] = new
+        if config.video:
+            places[f"{old}.time_stack"] = f"{new}.temporal_transformer_blocks"
+            for old_layer, layer in ((0, 1), (2, 2)):
+                places[f"{old}.time_pos_embed.{old_layer}"] = f"{new}.time_pos_embed.linear_{layer}"
+
+    attention("middle_block.1", "mid_block.attentions.0")
     resnet("middle_block.0", "mid_block.resnets.0")
     resnet("middle_block.2", "mid_block.resnets.1")
     last, i = config.levels - 1, 1
@@ -65,7 +87,7 @@ def unet_places(config: UNetConfig) -> dict[str, str]:
         for layer in range(config.layers_per_block):
             resnet(f"input_blocks.{i}.0", f"down_blocks.{level}.resnets.{layer}")
             if kind.startswith("CrossAttn"):
-                places[f"input_blocks.{i}.1"] = f"down_blocks.{level}.attentions.{layer}"
+                attention(f"input_blocks.{i}.1", f"down_blocks.{level}.attentions.{layer}")
             i += 1
         if level < last:
             places[f"input_blocks.{i}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
@@ -76,11 +98,16 @@ def unet_places(config: UNetConfig) -> dict[str, str]:
         for layer in range(config.layers_per_block + 1):
             resnet(f"output_blocks.{i}.0", f"up_blocks.{level}.resnets.{layer}")
             if attends:
-                places[f"output_blocks.{i}.1"] = f"up_blocks.{level}.attentions.{layer}"
+                attention(f"output_blocks.{i}.1", f"up_blocks.{level}.attentions.{layer}")
             i += 1
         if level < last:
             places[f"output_blocks.{i - 1}.{1 + attends}.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
     return places
+
+
+def _over_frames(old: str, new: str, block: str, parts: dict[str, str]) -> dict[str, str]:
+    """Places of a resnet over frames, which the original has inside the one of a frame."""
+    return {f"{old}.time_stack.{part}": f"{new}.{block}.{name}" for part, name in parts.items()}
 
 
 def controlnet_places(config: UNetConfig, last: int) -> dict[str, str]:
@@ -95,6 +122,7 @@ def controlnet_places(config: UNetConfig, last: int) -> dict[str, str]:
 
 def vae_places(config: VAEConfig) -> dict[str, str]:
     """Original place -> diffusers' place, for all of a VAE's layers. The original counts decoder levels outwards in."""
+    temporal = isinstance(config, TemporalVAEConfig)
     places = {name: name for name in ("quant_conv", "post_quant_conv")}
     last = len(config.block_out_channels) - 1
     for side, old, new, sampler in (("encoder", "down", "down_blocks", "down"), ("decoder", "up", "up_blocks", "up")):
@@ -109,24 +137,30 @@ def vae_places(config: VAEConfig) -> dict[str, str]:
                 resnets[f"{old}.{level}.block.{layer}"] = f"{block}.resnets.{layer}"
             places[f"{side}.{old}.{level}.{sampler}sample.conv"] = f"{side}.{block}.{sampler}samplers.0.conv"
         for resnet, name in resnets.items():
-            places[f"{side}.{resnet}"] = f"{side}.{name}"
-            places[f"{side}.{resnet}.nin_shortcut"] = f"{side}.{name}.conv_shortcut"
+            old, new = f"{side}.{resnet}", f"{side}.{name}"
+            if temporal and side == "decoder":
+                places |= _over_frames(old, new, "temporal_res_block", _RESNET)
+                places[f"{old}.mix_factor"] = f"{new}.time_mixer.mix_factor"
+                new = f"{new}.spatial_res_block"
+            places |= {old: new, f"{old}.nin_shortcut": f"{new}.conv_shortcut"}
+    if temporal:
+        places["decoder.conv_out.time_mix_conv"] = "decoder.time_conv_out"
     return places
 
 
 def rename(name: str, places: dict[str, str]) -> str:
     """A tensor's name with its longest known place replaced; as it is, if it has none."""
     parts = name.split(".")
-    for end in range(len(parts) - 1, 0, -1):
+    for end in range(len(parts), 0, -1):
         if (place := places.get(".".join(parts[:end]))) is not None:
             return ".".join([place, *parts[end:]])
     return name
 
 
 def rename_open_clip(name: str) -> str:
-    """A tensor of OpenCLIP's text encoder, named as transformers does; its `in_proj` remains to be split."""
-    if name in _OPEN_CLIP:
-        return _OPEN_CLIP[name]
+    """A tensor of one of OpenCLIP's encoders, named as transformers does; its `in_proj` remains to be split."""
+    if name in _OPEN_CLIP | _OPEN_CLIP_VISION:
+        return (_OPEN_CLIP | _OPEN_CLIP_VISION)[name]
     prefix = "transformer.resblocks."
     if not name.startswith(prefix):
         return name

@@ -5,6 +5,7 @@ What leaves no trace in a shape, heads above all, is passed in: it is the family
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from ...errors import CheckpointError
 
+VISION_HEAD = 80  # numbers of a head in OpenCLIP's ViT-H
 _CROSS, _PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
 
 
@@ -93,6 +95,23 @@ def unet(shapes: Shapes, *, head_size: int | None, linear: bool) -> dict:
     }
 
 
+def video_unet(shapes: Shapes, *, head_size: int, numbers: int) -> dict:
+    """The config of a U-Net of videos, which is told so many numbers; raises as `unet`."""
+    config = unet(shapes, head_size=head_size, linear=True)
+    kept = ("in_channels", "out_channels", "block_out_channels", "layers_per_block", "cross_attention_dim")
+    told = shapes["label_emb.0.0.weight"][1]
+    return {name: config[name] for name in (*kept, "transformer_layers_per_block")} | {
+        "_class_name": "UNetSpatioTemporalConditionModel",
+        "num_attention_heads": config["attention_head_dim"],
+        "projection_class_embeddings_input_dim": told,
+        "addition_time_embed_dim": told // numbers,
+        **{
+            key: [kind.replace("2D", "SpatioTemporal") for kind in config[key]]
+            for key in ("down_block_types", "up_block_types")
+        },
+    }
+
+
 def vae(shapes: Shapes) -> dict:
     """A VAE's config, from its original names or diffusers'."""
     ours = "decoder.up_blocks.0.resnets.0.conv1.weight" in shapes
@@ -109,6 +128,35 @@ def vae(shapes: Shapes) -> dict:
         "use_quant_conv": "quant_conv.weight" in shapes,
         "use_post_quant_conv": "post_quant_conv.weight" in shapes,
         "mid_block_add_attention": any(f"decoder.{name}.weight" in shapes for name in query),
+    }
+
+
+def video_vae(decoder: Shapes, encoder: Shapes) -> dict:
+    """The config of Stable Video Diffusion's VAE, whose halves are in two places."""
+    levels = decoder.count(r"decoder\.up\.(\d+)\.")
+    return {
+        "_class_name": "AutoencoderKLTemporalDecoder",
+        "in_channels": encoder["encoder.conv_in.weight"][1],
+        "out_channels": decoder["decoder.conv_out.weight"][0],
+        "latent_channels": decoder["decoder.conv_in.weight"][1],
+        "block_out_channels": [decoder[f"decoder.up.{level}.block.0.conv1.weight"][0] for level in range(levels)],
+        "layers_per_block": encoder.count(r"encoder\.down\.0\.block\.(\d+)\."),
+    }
+
+
+def clip_vision(shapes: Shapes) -> dict:
+    """The config of OpenCLIP's encoder of pictures."""
+    (seen, width), (_, _, patch, _) = shapes["positional_embedding"], shapes["conv1.weight"]
+    return {
+        "architectures": ["CLIPVisionModelWithProjection"],
+        "hidden_size": width,
+        "intermediate_size": shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
+        "num_hidden_layers": shapes.count(r"transformer\.resblocks\.(\d+)\."),
+        "num_attention_heads": max(1, width // VISION_HEAD),
+        "image_size": math.isqrt(seen - 1) * patch,
+        "patch_size": patch,
+        "hidden_act": "gelu",
+        "projection_dim": shapes["proj"][1],
     }
 
 

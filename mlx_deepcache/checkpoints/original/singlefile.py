@@ -16,9 +16,10 @@ import mlx.core as mx
 
 from ...errors import CheckpointError, called
 from ...nets.autoencoder import VAEConfig
+from ...nets.temporal_vae import TemporalVAEConfig
 from ...nets.unet_parts import UNetConfig
 from .. import tokenizer as vocabulary
-from ..families import CLIP, EPSILON, Family, V, family_of
+from ..families import CLIP, EPSILON, SVD, Family, V, family_of
 from ..folder import Part
 from ..weights import read_header, read_tensors
 from . import names as ldm
@@ -26,6 +27,9 @@ from . import shapes as architecture
 from .shapes import Shapes
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
+# Of Stable Video Diffusion's files: CLIP's encoder of pictures, and the VAE's encoder, of which `VAE` has the decoder
+VISION, VAE_ENCODER = "conditioner.embedders.0.open_clip.model.visual.", "conditioner.embedders.3.encoder."
+TIME = ".time_stack."  # in the names of layers over frames
 _PREDICTIONS = {"v": V, "v_prediction": V, "v-prediction": V, "velocity": V, "epsilon": EPSILON, "eps": EPSILON}
 
 # All families'; the class is the family's, see `Family.variants`
@@ -41,6 +45,9 @@ _SCHEDULER = {
     "timestep_spacing": "leading",
     "trained_betas": None,
 }
+
+
+_TOLD = ("fps", "motion_bucket", "noise_aug")  # the numbers that a U-Net of videos reads
 
 
 class ModelWarning(UserWarning):
@@ -100,23 +107,27 @@ class SingleFile:
         for name, encoder in self._family.text.items():
             parts[name] = ["transformers", "CLIPTextModel" + "WithProjection" * encoder.projects]
             parts[encoder.tokenizer] = ["transformers", "CLIPTokenizer"]
+        if self._family.sees is not None:
+            parts[self._family.sees] = ["transformers", "CLIPVisionModelWithProjection"]
         return {
             "_class_name": f"{self._family.pipeline}{task}Pipeline",
             "scheduler": ["diffusers", self.scheduler()["_class_name"]],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
+            "unet": ["diffusers", "UNetSpatioTemporalConditionModel" if self._video else "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKLTemporalDecoder" if self._video else "AutoencoderKL"],
             **self._family.index,
             **parts,
         }
 
     def part(self, name: str) -> Part:
         """A component; raises CheckpointError if it lacks."""
-        config = {"unet": self._unet, "vae": self._vae}.get(name, partial(self._text, name))()
+        configs = {"unet": self._unet, "vae": self._vae, SVD.sees: self._vision}
+        config = configs.get(name, partial(self._text, name))()
         return Part(config, f"{self.path} ({name})", partial(self._tensors, name, config))
 
     def scheduler(self) -> dict:
         """The scheduler of the family's own repositories, which is what diffusers gives a single file."""
         config = {"_class_name": self._sampler, "prediction_type": self._prediction, **_SCHEDULER}
+        config |= self._family.schedule
         if "ztsnr" in self._shapes or _true(self._metadata.get("ss_zero_terminal_snr")):
             # the last level is pure noise, and drawing must start there (Lin et al. 2024, sections 3.1 and 3.3)
             config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -148,6 +159,8 @@ class SingleFile:
             )
         if {"edm_mean", "edm_vpred.sigma_max"} & names.keys():
             raise CheckpointError(f"{self.path} has an EDM noise schedule (Playground v2.5, CosXL): not supported")
+        if any(name.startswith(UNET) and TIME in name for name in names):
+            return SVD
         linear = next((len(shape) == 2 for name, shape in names.items() if name.endswith(".1.proj_in.weight")), False)
 
         def fits(family: Family) -> bool:
@@ -160,7 +173,7 @@ class SingleFile:
 
     def _prefix(self, name: str) -> str:
         """What the names of a component's tensors start with; raises CheckpointError if there are none."""
-        known = {"unet": (UNET,), "vae": (VAE,)}
+        known = {"unet": (UNET,), "vae": (VAE,), SVD.sees: (VISION,)}
         prefixes = known[name] if name in known else tuple(self._family.text[name].prefixes)
         if (prefix := next(filter(self._starts, prefixes), None)) is None:
             raise CheckpointError(
@@ -170,11 +183,19 @@ class SingleFile:
             )
         return prefix
 
+    @property
+    def _video(self) -> bool:
+        return self._family.sees is not None
+
     def _shapes_of(self, name: str) -> Shapes:
         return Shapes(self.path, self._prefix(name), self._shapes)
 
     def _unet(self) -> dict:
         family, shapes = self._family, self._shapes_of("unet")
+        if self._video:
+            config = architecture.video_unet(shapes, head_size=family.head_size, numbers=len(_TOLD))
+            frames = 25 if re.search(r"(?<![a-z])xt(?![a-z])", self.path.stem.lower()) else 14  # which leaves no trace
+            return config | {"sample_size": self._size // 8, "num_frames": frames}
         config = architecture.unet(shapes, head_size=family.head_size, linear=family.linear)
         if family.time_ids is not None:
             added = shapes["label_emb.0.0.weight"][1]  # the pooled text, which the last encoder gives, and the numbers
@@ -189,7 +210,13 @@ class SingleFile:
 
     def _vae(self) -> dict:
         own = {"scaling_factor": self._family.scaling_factor, "force_upcast": True, "sample_size": self._size}
+        if self._video:
+            encoder = Shapes(self.path, VAE_ENCODER, self._shapes)
+            return architecture.video_vae(self._shapes_of("vae"), encoder) | own
         return architecture.vae(self._shapes_of("vae")) | own
+
+    def _vision(self) -> dict:
+        return architecture.clip_vision(self._shapes_of(SVD.sees))
 
     def _text(self, name: str) -> dict:
         shapes, encoder = self._shapes_of(name), self._family.text[name]
@@ -214,6 +241,15 @@ class SingleFile:
         if name == "unet":
             places = ldm.unet_places(UNetConfig.from_dict(config))
             return {ldm.rename(n, places): t for n, t in found.items()}, {}
+        if name == "vae" and self._video:
+            places = ldm.vae_places(TemporalVAEConfig.from_dict(config))
+            halves = {n: t for n, t in found.items() if n.startswith("decoder.")}
+            for n, t in read_tensors(self.path, VAE_ENCODER)[0].items():
+                if (n := n.removeprefix(VAE_ENCODER)).startswith(("encoder.", "quant_conv.")):
+                    halves[n] = t
+            return {ldm.rename(n, places): t for n, t in halves.items()}, {}
+        if name == SVD.sees:
+            return _from_open_clip(found, config["num_hidden_layers"], projects=True), {}
         if name == "vae":
             places = ldm.vae_places(VAEConfig.from_dict(config))
             training = ("loss.", "model_ema.")
@@ -247,14 +283,14 @@ def _true(text: str | None) -> bool:
 
 
 def _from_open_clip(tensors: dict[str, mx.array], layers: int, projects: bool) -> dict[str, mx.array]:
-    """OpenCLIP's text encoder as transformers has it: q, k and v apart, the projection as a linear layer's weight."""
+    """One of OpenCLIP's encoders as transformers has it: q, k and v apart, the projection a linear layer's weight."""
     out = {}
     for old, tensor in tensors.items():
         name = ldm.rename_open_clip(old)
         number = re.match(r"encoder\.layers\.(\d+)\.", name)
         if old == "logit_scale" or (number and int(number[1]) >= layers):
             continue
-        if old == "text_projection":
+        if old in ("text_projection", "proj"):
             if projects:
                 out[name] = mx.contiguous(tensor.T)  # products differ by the layout, in the last bit
         elif (kind := name.rpartition(".")[2]).startswith("in_proj_"):
