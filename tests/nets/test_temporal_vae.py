@@ -38,7 +38,7 @@ def test_frames_are_decoded_in_chunks_that_see_each_other(video_checkpoint, vae,
 
 def test_as_many_frames_together_as_memory_is_for(vae):
     """Half of it: a frame of 8 x 8 latents is counted as 64 x 64 pixels of 32 channels."""
-    frame = 64 * 64 * 32 * 4 * 31
+    frame = 64 * 64 * 32 * 16
     for budget, expected in ((2**40, 5), (2 * 3 * frame, 3), (2 * 3 * frame - 1, 2), (0, 1)):
         assert frames_together(vae.config, (5, 8, 8), 4, budget) == expected
 
