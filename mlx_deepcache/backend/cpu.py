@@ -167,12 +167,12 @@ def _quick_gelu(x: np.ndarray, out: np.ndarray, room: np.ndarray) -> None:
 
 
 def _gelu(x: np.ndarray, out: np.ndarray, room: np.ndarray) -> None:
-    """x * Phi(x), with erfc to 1.5e-7 (Abramowitz and Stegun 1964, 7.1.26); x is of no use afterwards."""
+    """x * Phi(x), with erfc to 1.5e-7 (Abramowitz and Stegun 1964, 7.1.26)."""
     size, t = np.abs(x), room
     np.multiply(size, np.float32(0.3275911 * 0.5**0.5), out=t)
     t += 1
     np.reciprocal(t, out=t)
-    half = np.maximum(x, 0, out=None)
+    positive = np.maximum(x, 0)
     series = t * np.float32(1.061405429)
     for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
         series += np.float32(coefficient)
@@ -183,7 +183,7 @@ def _gelu(x: np.ndarray, out: np.ndarray, room: np.ndarray) -> None:
     np.exp(t, out=t)
     series *= t
     series *= np.float32(0.5)
-    np.subtract(half, series, out=out)
+    np.subtract(positive, series, out=out)
 
 
 ACTIVATIONS = {"silu": _silu, "gelu": _gelu, "quick_gelu": _quick_gelu}
