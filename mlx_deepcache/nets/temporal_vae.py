@@ -12,8 +12,8 @@ import numpy as np
 from ..backend.ops import on_gpu
 from .autoencoder import EPS, AutoencoderKL, VAEAttention, VAEConfig
 from .blocks import Upsample2D
-from .layers import Conv2d, GroupNorm
-from .spatiotemporal import SpatioTemporalResBlock, TemporalConv, by_frame
+from .layers import Conv2d, GroupNorm, by_frame
+from .spatiotemporal import SpatioTemporalResBlock, TemporalConv
 
 TEMPORAL_EPS = 1e-5  # of the norms over frames
 
