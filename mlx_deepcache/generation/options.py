@@ -567,8 +567,8 @@ class Options:
         a1111_values=A1111_RNGS,
     )
     negative_prompt: str | None = option(None, "what it should not show", PICTURE, only=(PICTURES, CLIPS))
-    prompt_2: str | None = option(None, "for SDXL's second text encoder", PICTURE, only=(PICTURES,))
-    negative_prompt_2: str | None = option(None, "likewise", PICTURE, only=(PICTURES,))
+    prompt_2: str | None = option(None, "for SDXL's second text encoder", PICTURE, only=(PICTURES, CLIPS))
+    negative_prompt_2: str | None = option(None, "likewise", PICTURE, only=(PICTURES, CLIPS))
     plain_prompt: bool = option(False, "brackets are only brackets", PICTURE, only=(PICTURES, CLIPS))
     long_prompt: bool = option(False, "use all of a prompt of more than 75 tokens", PICTURE, only=(PICTURES, CLIPS))
     seeds: tuple[Seed, ...] = option(

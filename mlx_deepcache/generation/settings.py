@@ -225,7 +225,7 @@ def _check_kind(checkpoint: Checkpoint, asked: Options, prompt: object, refiner:
         if prompt is None:
             raise UsageError(f"{family.name} draws from text: give it a {called('prompt')}")
         if kind == CLIPS:
-            _check_clip(checkpoint, asked)
+            _check_clip(checkpoint, asked, refiner)
         return kind
     if any(prompt if isinstance(prompt, (list, tuple)) else [prompt]):
         raise UsageError(
@@ -240,14 +240,14 @@ def _check_kind(checkpoint: Checkpoint, asked: Options, prompt: object, refiner:
     return kind
 
 
-def _check_clip(checkpoint: Checkpoint, asked: Options) -> None:
+def _check_clip(checkpoint: Checkpoint, asked: Options, refiner: Checkpoint | None) -> None:
     """Raises UsageError for what cannot make a video of a prompt."""
     family, frames = checkpoint.family, called("frames")
     if asked.image is not None:
         svd = called("model", "svd")
         raise UsageError(f"{family.name} makes a video of a prompt alone: leave out {called('image')}, or use {svd}")
-    if family.time_ids is not None:
-        raise UsageError(f"{CLIPS} are drawn by Stable Diffusion 1.x and 2.x, and this is {family.name}")
+    if family.refines or refiner is not None:
+        raise UsageError(f"{called('refiner')} is for pictures: it has no meaning for {CLIPS}")
     if checkpoint.inpainting or checkpoint.unet_config.time_cond_proj_dim is not None:
         other = "fills in pictures" if checkpoint.inpainting else "draws in a few steps of its own"
         raise UsageError(f"{CLIPS} need an ordinary model, and this one {other}; leave out {frames}")

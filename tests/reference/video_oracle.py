@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import diffusers
 import torch
 from diffusers.pipelines.deprecated.text_to_video_synthesis import pipeline_text_to_video_zero as zero
+from diffusers.pipelines.deprecated.text_to_video_synthesis import pipeline_text_to_video_zero_sdxl as zero_xl
 from oracle import as_torch, generators, helper, make_scheduler
 from oracle import shared as pictures
 
@@ -49,19 +50,16 @@ def generate(folder, image, interval=1, branch=0, seed=0, output_type="latent", 
 
 @torch.no_grad()
 def from_prompt(folder, prompt, interval=1, branch=0, seed=0, output_type="latent", **options):
-    """TextToVideoZeroPipeline's latents (F, 4, h, w) with DDIM, or pictures (F, H, W, 3) in [0, 1], and `full`, with a
-    cache that is begun anew in each of its three loops; options: the pipeline's own."""
+    """TextToVideoZeroPipeline's latents (F, 4, h, w) with DDIM, or pictures (F, H, W, 3) in [0, 1], or those of the one
+    for SDXL, and `full`, with a cache that is begun anew in each of its three loops; options: the pipeline's own."""
     own = pictures(str(folder))
-    pipe = zero.TextToVideoZeroPipeline(
-        vae=own.vae,
-        text_encoder=own.text_encoder,
-        tokenizer=own.tokenizer,
-        unet=own.unet,
-        scheduler=make_scheduler(own.own_scheduler, "ddim"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    parts = own.components | {"scheduler": make_scheduler(own.own_scheduler, "ddim")}
+    if "text_encoder_2" in parts:
+        zeros = own.config.force_zeros_for_empty_prompt
+        pipe = zero_xl.TextToVideoZeroSDXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
+    else:
+        parts.pop("image_encoder")
+        pipe = zero.TextToVideoZeroPipeline(**parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     loop, full = pipe.backward_loop, []
 

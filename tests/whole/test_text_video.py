@@ -49,6 +49,8 @@ CASES = [
         2,
         {"height": 64, "width": 96, "frames": 3, "steps": 10, "t0": 4, "t1": 7, "negative_prompt": "dog"},
     ),
+    ("sdxl", 1, 0, {"height": 64, "width": 96, "frames": 3, "steps": 9, "t0": 5, "t1": 7, "guidance_scale": 7.5}),
+    ("sdxl", 3, 2, {"height": 72, "width": 104, "frames": 5, "steps": 10, "t0": 3, "t1": 6, "guidance_scale": 5.0}),
     ("bk-tiny", 2, 1, {"height": 64, "width": 96, "frames": 4, "steps": 9, "t0": 5, "t1": 6}),
 ]
 
@@ -290,7 +292,7 @@ def test_what_cannot_be_is_one_line(generate, tmp_path, flags, words):
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("sdxl", "videos of a prompt are drawn by Stable Diffusion 1.x and 2.x, and this is SDXL"),
+        ("refiner", "--refiner is for pictures: it has no meaning for videos of a prompt"),
         ("lcm", "need an ordinary model, and this one draws in a few steps of its own"),
         ("inpaint", "need an ordinary model, and this one fills in pictures"),
     ],
