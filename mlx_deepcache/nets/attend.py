@@ -28,9 +28,8 @@ def compute(layer: Callable, x: mx.array, keys_values: KeysValues = None) -> mx.
 
 def to_first_frame(layer: Callable, x: mx.array, keys_values: KeysValues = None) -> mx.array:
     """Self-attention of a video's frames, (B, F, S, C), to the first of them (Khachatryan et al. 2023, Text2Video-Zero,
-    equation 8); a picture is its own first frame."""
-    first = x if x.ndim == 3 else x[:, 0]
-    return layer(x, layer.keys_values(first) if keys_values is None else keys_values)
+    equation 8)."""
+    return layer(x, layer.keys_values(x[:, 0]) if keys_values is None else keys_values)
 
 
 class Attend:
