@@ -18,6 +18,7 @@ from .cache.policy import Call, Work
 from .diffusion.guidance import guide
 from .diffusion.levels import CLEAN, Level, Prediction, split
 from .diffusion.schedule import Plan
+from .nets.attend import compute
 from .nets.blocks import Features
 from .nets.unet_parts import Conditioning, Prepared
 from .unet import Residuals, UNet2DConditionModel
@@ -30,10 +31,11 @@ class Denoiser:
     they should (Ho and Salimans 2022). With None, the U-Net is run as it is.
 
     What does not change from step to step is computed here, once: the prompt's keys and values, and the embeddings of
-    all timesteps. guidance_scale: of a video one a frame. `beside`, (N, h, w, C'), is shown to the U-Net beside the
-    latents: an inpainting net's mask and masked picture, a video's picture; (2N, ...) where guidance's halves are shown
-    other things. controls: ControlNets, (x, t, step, cut on a cached step or None) -> residuals, or None if those of
-    the last full step serve. in_turn: run guidance's halves one after the other where no cache looks at both.
+    all timesteps. guidance_scale: of a video perhaps one a frame. `beside`, (N, h, w, C'), is shown to the U-Net beside
+    the latents: an inpainting net's mask and masked picture, a video's picture; (2N, ...) where guidance's halves are
+    shown other things. controls: ControlNets, (x, t, step, cut on a cached step or None) -> residuals, or None if those
+    of the last full step serve. inner: how attention layers are run, see `Attend`. in_turn: run guidance's halves one
+    after the other where no cache looks at both.
 
     The first axis of all that is held here and by the caches counts pictures, in guidance twice.
     """
@@ -47,12 +49,13 @@ class Denoiser:
         *,
         beside: mx.array | None = None,
         controls: Callable[[mx.array, float, int, int | None], list[mx.array] | None] | None = None,
+        inner: Callable[..., mx.array] = compute,
         in_turn: bool = False,
     ):
         self.unet, self.plan, self.guidance_scale = unet, plan, guidance_scale
         if isinstance(guidance_scale, Sequence):
             self.guidance_scale = mx.array(guidance_scale).reshape(-1, 1, 1, 1)
-        self.beside, self.controls, self.in_turn = beside, controls, in_turn
+        self.beside, self.controls, self.inner, self.in_turn = beside, controls, inner, in_turn
         self.cond = unet.prepare(cond)
         times = list(dict.fromkeys(step.here.t for step in plan.steps))
         self.temb = dict(zip(times, unet.time_embed(mx.array(times), self.cond), strict=True))
@@ -170,7 +173,7 @@ def sample(
     `run`, all that the caches keep, lives and dies with this loop.
     """
     plan = denoiser.plan
-    run = CacheRun(cache, plan, len(x), denoiser.guidance_scale is not None)
+    run = CacheRun(cache, plan, len(x), denoiser.guidance_scale is not None, denoiser.inner)
 
     def denoise(x: mx.array, level: Level) -> Prediction:
         nonlocal denoised

@@ -22,8 +22,7 @@ from .backend.ops import compiled
 from .errors import UsageError
 from .nets.attend import PLAIN, Attend
 from .nets.blocks import Features
-from .nets.layers import Conv2d, GroupNorm
-from .nets.spatiotemporal import by_frame
+from .nets.layers import Conv2d, GroupNorm, by_frame
 from .nets.unet_parts import Encoder, Layer, Prepared, UNetConfig, added, layers_of, next_size, run, run_up, up_blocks
 
 Residuals = Sequence[mx.array]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ class Parser(argparse.ArgumentParser):
         """script, command: what it is called from a clone, and once it is installed."""
         installed = Path(sys.argv[0]).stem == command
         super().__init__(prog=command if installed else script, allow_abbrev=False, **options)
+        self._negative_number_matcher = re.compile(r"-\.?\d[-+.,\deE]*$")  # two of them with a comma are no flag either
         self.add_argument("--version", action="version", version=f"mlx_deepcache {__version__}")
 
     def parse_args(self, args=None, namespace=None):

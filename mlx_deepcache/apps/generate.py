@@ -44,7 +44,8 @@ def _flags(argv: list[str]) -> argparse.Namespace:
         args = _as_drawn(parser, args, argv)
     elif args.prompt is None and args.prompt_file is None and not args.list_prompts and not hasattr(args, "image"):
         parser.error("expected --prompt TEXT, what to draw, or --prompt-file or --from-image")
-    named = check(parser, args, SUFFIXES if not args.prompt and args.prompt_file is None else ())
+    video = hasattr(args, "frames") or (not args.prompt and args.prompt_file is None)
+    named = check(parser, args, SUFFIXES if video else ())
     check_format(args.output)
     args.files = Pictures(args, named)
     args.say = (lambda text: None) if args.quiet else partial(print, file=sys.stderr if to_stdout(named) else None)
@@ -98,9 +99,10 @@ def _draw_all(args: argparse.Namespace) -> None:
         say("model: the bundled text-to-emoji model; --model sd15 or --model sdxl draws anything, after a download")
     prompts = _prompts(args)
     pipe = _pipeline(args, keep=False)
-    video = pipe.checkpoint.video
-    first = prompts[0] if len(prompts) == 1 or video else ""  # of several each may fail alone
+    # of several each may fail alone, unless none is read
+    first = prompts[0] if len(prompts) == 1 or pipe.checkpoint.video else ""
     settings = pipe.settings(first, **_options(args, pipe))
+    video = settings.frames is not None
     if not video and args.output.suffix.lower() != ".png" and not is_stream(args.output):
         raise UsageError(f"--output of a model of pictures should end in .png, got {str(args.output)!r}")
     if (note := _about_cache(args, pipe, settings)) is not None:
@@ -179,7 +181,7 @@ def _draw_and_write(
     ):
         about = describe(batch, model, dtype_name(pipe.dtype), prompt, seed)
         about_it = None if args.no_metadata else about
-        if pipe.checkpoint.video:
+        if batch.frames is not None:
             put = partial(save_video, frames=image, fps=batch.fps, settings=about_it)
         else:
             put = partial(save_png, image=image, settings=about_it)

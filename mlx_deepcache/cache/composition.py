@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
 import mlx.core as mx
@@ -10,7 +10,7 @@ import mlx.core as mx
 from ..diffusion.levels import Level
 from ..diffusion.schedule import Plan
 from ..errors import UsageError
-from ..nets.attend import PLAIN
+from ..nets.attend import PLAIN, compute
 from ..nets.blocks import Features
 from .adaptive import Adaptive
 from .deepcache import DeepCache
@@ -80,9 +80,17 @@ class CacheRun:
     """The state of all caches while one batch of pictures is drawn: `call` says how the U-Net is to be called next, and
     `keep` is told how that went."""
 
-    def __init__(self, caches: Caches, plan: Plan, pictures: int, guided: bool):
-        """guided: whether the U-Net also runs without the prompt."""
+    def __init__(
+        self,
+        caches: Caches,
+        plan: Plan,
+        pictures: int,
+        guided: bool,
+        inner: Callable[..., mx.array] = compute,
+    ):
+        """guided: whether the U-Net also runs without the prompt; inner: how attention layers are run, see `Attend`."""
         self.caches, self.pictures, self.guided, self.branch = caches, pictures, guided, caches.branch
+        self.inner = inner
         self.kept = (caches.forecast or TaylorSeer(0)).memory(plan, pictures, guided)  # which copies
         rest = [policy for policy in caches.policies if policy is not caches.forecast]
         self.memories: dict[Policy, Memory] = {policy: policy.memory(plan, pictures, guided) for policy in rest}
@@ -103,7 +111,7 @@ class CacheRun:
             pictures,
             reused=None if self.full else self.kept.reuse(index, pictures),
             residuals=[residual[-pictures:] for residual in self.residuals],
-            attend=next(filter(None, attends), (PLAIN,) * 3),
+            attend=tuple(attend.around(self.inner) for attend in next(filter(None, attends), (PLAIN,) * 3)),
             differences=() if both else sum((memory.differences() for memory in memories), ()),
             decide=next((memory.decide for memory in memories if memory.decide is not None), None),
         )

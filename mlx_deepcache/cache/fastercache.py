@@ -134,18 +134,18 @@ class Extrapolated(AttentionMemory):
 
 
 def low_pass(x: mx.array) -> mx.array:
-    """(N, h, w, C) float32 -> its frequencies within a disc of radius min(h, w) // 5 around zero.
+    """(N, ..., h, w, C) float32 -> its frequencies within a disc of radius min(h, w) // 5 around zero.
 
     A disc holds (i, j) along with (-i, j) and (i, -j), so the real Fourier basis of cosines and sines, separable, does
     what masking the complex spectrum does.
     """
-    h, w = x.shape[1:3]
+    h, w = x.shape[-3:-1]
     radius = min(h, w) // 5
     (rows, i), (columns, j) = fourier_basis(h, radius), fourier_basis(w, radius)
     disc = mx.array(i[:, None] ** 2 + j**2 <= radius**2)
     rows, columns = mx.array(rows), mx.array(columns)
-    spectrum = mx.where(disc, rows @ x.transpose(0, 3, 1, 2) @ columns.T, 0)
-    return (rows.T @ spectrum @ columns).transpose(0, 2, 3, 1)
+    spectrum = mx.where(disc, rows @ mx.moveaxis(x, -1, -3) @ columns.T, 0)
+    return mx.moveaxis(rows.T @ spectrum @ columns, -3, -1)
 
 
 def fourier_basis(n: int, highest: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import mlx.nn as nn
 
 from ..nets.attend import Do
-from ..nets.blocks import Attention
+from ..nets.blocks import Attention, Transformer2DModel
 from ..nets.controlnet import ControlNetModel
 from ..nets.unet_parts import Encoder, Layer
 from ..unet import UNet2DConditionModel
@@ -97,9 +97,9 @@ def _layer_macs(layer: Layer, here: tuple[int, ...], after: tuple[int, ...], tok
     for name, module in [] if layer.attention is None else layer.attention.named_modules():
         cross, over_frames = "attn2" in name, "temporal" in name
         keys = tokens if cross else frames if over_frames else positions // frames  # that each position sees
-        rows = (
-            tokens if cross and name.endswith(("to_k", "to_v")) else frames if "time_pos_embed" in name else positions
-        )
+        rows = frames if "time_pos_embed" in name else positions
+        if name.endswith(("to_k", "to_v")) and (cross or isinstance(layer.attention, Transformer2DModel)):
+            rows = keys  # a net of pictures attends to a video's first frame
         own = _own_macs(module, rows)
         if isinstance(module, Attention):  # queries with keys, and weights with values
             own += 2 * positions * keys * module.to_out[0].weight.shape[0]

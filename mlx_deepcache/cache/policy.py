@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from ..diffusion.schedule import Plan
 from ..errors import UsageError
-from ..nets.attend import PLAIN, Attend, Do
+from ..nets.attend import Attend, Do
 from ..nets.blocks import Features
 
 # The questions: no two policies may answer the same one
@@ -106,7 +106,7 @@ class Call:
     @property
     def separable(self) -> bool:
         """Whether the halves may run one after the other: no cache looks at both."""
-        return self.decide is None and all(attend is PLAIN for attend in self.attend)
+        return self.decide is None and all(attend.plain for attend in self.attend)
 
     def decided(self, skip: mx.array) -> Call:
         """The same once the skip at the cut is known; waits for it if an adaptive cache decides on it."""

@@ -88,6 +88,12 @@ class NoiseSchedule:
         a = float(self.alphas_cumprod[t])
         return Level(float(t), math.sqrt(a), math.sqrt(1 - a))
 
+    def kept(self, low: int, high: int) -> float:
+        """The share of the variance that is left of a signal noised from one whole training timestep to a higher one,
+        over the steps from `low` up to, but not with, `high`."""
+        before, after = (float(self.alphas_cumprod[t - 1]) if t > 0 else 1.0 for t in (low, high))
+        return after / before
+
     def spaced(self, n: int, *, whole: bool = True) -> np.ndarray:
         """n timesteps, descending, spread as the config's `timestep_spacing` says.
 

@@ -78,9 +78,9 @@ def _first(settings: Settings, n: int) -> Settings:
 
 def _largest(settings: Settings, peak: Peak, budget: int) -> tuple[int, int] | None:
     """The largest (width, height) in pixels that fits, of the same proportions unless they are extreme."""
-    *frames, h, w, channels = settings.latent_shape
+    h, w, channels = settings.latent_shape
     h, w = min(h, MOST_SLENDER * w), min(w, MOST_SLENDER * h)
-    step, factor = 8, settings.height // settings.latent_shape[-3]
+    step, factor = 8, settings.height // settings.latent_shape[0]
 
     def size(scale: float) -> tuple[int, int]:
         return tuple(max(int(side * scale) // step * step, 1) for side in (h, w))
@@ -88,7 +88,7 @@ def _largest(settings: Settings, peak: Peak, budget: int) -> tuple[int, int] | N
     fits, fails = 0.0, 1.0
     while (fails - fits) * max(h, w) > step:
         scale = (fits + fails) / 2
-        shape = (*frames, *size(scale), channels)
+        shape = (*size(scale), channels)
         inside = peak(replace(settings, latent_shape=shape, noise=None), least=True) <= budget
         fits, fails = (scale, fails) if inside else (fits, scale)
     height, width = size(fits)
@@ -121,16 +121,17 @@ def estimate(
         peaks[name] = max(peaks[name], sum(inside.values()) + beside)
         held.update(inside if keep else {})
 
-    *frames, h, w, _ = settings.latent_shape
+    h, w, _ = settings.latent_shape
     checkpoint, keep = models[0].checkpoint, models[0].keep
     if 2 * n * h * w * checkpoint.vae_config.factor**2 >= INDICES:
         return dict.fromkeys(peaks, ENDLESS)
     vae, vae_dtype = checkpoint.vae_config, models[0].dtype_of("vae")
     if settings.image is not None:
         phase("encode", {(0, "vae"): _vae_encoder(vae, models[0].encodes_in, h, w)}, keep)
-    for leg, (model, drawn) in enumerate(zip(models, settings.legs, strict=True)):
+    for drawn in settings.legs:
+        leg, model = drawn.model, models[drawn.model]
         config, dtype = model.checkpoint.unet_config, model.dtype
-        x = (n if low_memory or drawn.guidance_scale is None else 2 * n, *frames, h, w)
+        x = (n if low_memory or drawn.guidance_scale is None else 2 * n, *drawn.frames, h, w)
         unet = {(leg, "unet"): _unet(config, dtype, model.bits_of("unet"), x, settings.cache.branch)}
         encoders = {name: model.checkpoint.module(name).config for name in model.checkpoint.family.encoders}
         texts = {(leg, name): _text_layers(encoder, dtype, model.bits_of(name)) for name, encoder in encoders.items()}
@@ -149,6 +150,7 @@ def estimate(
     tiling = "on" if low_memory and settings.vae_tiling == "auto" else settings.vae_tiling
     if isinstance(vae, VAEConfig) and tiled(tiling, vae, (h, w), vae_dtype.size, budget - sum(held.values())):
         h, w = min(h, TILE), min(w, TILE)
+    frames = drawn.frames if checkpoint.video else ()  # that are decoded together
     if frames:
         chunk = settings.decode_chunk or frames_together(vae, (*frames, h, w), vae_dtype.size, budget)
         frames = [min(chunk, *frames)]

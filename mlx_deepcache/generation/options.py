@@ -38,15 +38,16 @@ if TYPE_CHECKING:
     Latents = File | mx.array | np.ndarray
     Lora = File | tuple[File, float]
     Embedding = File | tuple[File, str | None]
+    Motion = tuple[float, float]
     Policy = CachingPolicy | str
 
 PICTURE, MODEL, HOW = "what to draw", "which model draws it", "how it is drawn"
-VIDEO = "videos (Stable Video Diffusion: --model svd --image FILE)"
+VIDEO = "videos (of a picture: --model svd --image FILE; of a prompt: --frames N)"
 START, CONTROL, REFINER = "from a picture", "ControlNet (repeat the flags for several)", "SDXL refiner"
 MACHINE, CACHE, FILES = "precision, speed and memory", "caches: the same picture, nearly, in less time", "files"
 GROUPS = (PICTURE, MODEL, START, VIDEO, CONTROL, REFINER, HOW, MACHINE, CACHE)
 
-PICTURES, VIDEOS = "pictures", "videos"  # that a model draws
+PICTURES, VIDEOS, CLIPS = "pictures", "videos", "videos of a prompt"  # that are drawn
 
 MOST = 100_000  # of a repeated option; so many pictures take days
 SWITCH = ("auto", "on", "off")
@@ -195,6 +196,15 @@ def _told_model(name: str) -> str:
     return name if name == BUNDLED_NAME else _told(name)
 
 
+def _take_motion(value: Any) -> tuple[float, float]:
+    x, y = value.split(",") if isinstance(value, str) else map(_exactly(Real, finite), value)
+    return finite(x), finite(y)
+
+
+def _told_motion(motion: tuple[float, float]) -> str:
+    return ",".join(str(distance).removesuffix(".0") for distance in motion)
+
+
 def _pair(item: Any) -> tuple[Path, Any]:
     file, second = item if isinstance(item, tuple) else (item, None)
     return Path(file), second
@@ -261,6 +271,7 @@ KINDS = {
         _tagged,
         file=_file_of_pair,
     ),
+    "Motion": Kind("two numbers, X,Y", "X,Y", _take_motion, _take_motion, _told_motion),
     "Policy": Kind(
         "one of the policies, such as DeepCache(interval=3), or its text",
         "NAME[:key=value,...]",
@@ -281,7 +292,7 @@ KINDS = {
 @dataclass(frozen=True)
 class Option:
     """One option. needs: others of which it needs at least one; model: the attribute of a `Checkpoint` that gives the
-    default; only: what a model draws for which it has a meaning, if not for all; recorded: whether a picture carries
+    default; only: what is drawn for which it has a meaning, if not for all; recorded: whether a picture carries
     it; many: whether it is a sequence."""
 
     name: str
@@ -298,7 +309,7 @@ class Option:
     check: Check | None = None
     needs: tuple[str, ...] = ()
     model: str | None = None
-    only: str | None = None
+    only: tuple[str, ...] | None = None
     a1111: str | None = None
     a1111_values: dict | None = None
     recorded: bool = True
@@ -555,11 +566,11 @@ class Options:
         a1111="RNG",
         a1111_values=A1111_RNGS,
     )
-    negative_prompt: str | None = option(None, "what it should not show", PICTURE, only=PICTURES)
-    prompt_2: str | None = option(None, "for SDXL's second text encoder", PICTURE, only=PICTURES)
-    negative_prompt_2: str | None = option(None, "likewise", PICTURE, only=PICTURES)
-    plain_prompt: bool = option(False, "brackets are only brackets", PICTURE, only=PICTURES)
-    long_prompt: bool = option(False, "use all of a prompt of more than 75 tokens", PICTURE, only=PICTURES)
+    negative_prompt: str | None = option(None, "what it should not show", PICTURE, only=(PICTURES, CLIPS))
+    prompt_2: str | None = option(None, "for SDXL's second text encoder", PICTURE, only=(PICTURES, CLIPS))
+    negative_prompt_2: str | None = option(None, "likewise", PICTURE, only=(PICTURES, CLIPS))
+    plain_prompt: bool = option(False, "brackets are only brackets", PICTURE, only=(PICTURES, CLIPS))
+    long_prompt: bool = option(False, "use all of a prompt of more than 75 tokens", PICTURE, only=(PICTURES, CLIPS))
     seeds: tuple[Seed, ...] = option(
         (0,),
         "one or several, or random; default 0",
@@ -576,7 +587,7 @@ class Options:
         None, "start from this picture, drawn in its proportions; of a video the first frame", START
     )
     mask: Picture | None = option(
-        None, "change it only where this one is white", START, needs=("image",), only=PICTURES
+        None, "change it only where this one is white", START, needs=("image",), only=(PICTURES,)
     )
     mask_blur: float = option(
         0.0,
@@ -584,7 +595,7 @@ class Options:
         START,
         metavar="PX",
         check=Check("a number of pixels from 0 to 256", lambda value: 0 <= value <= 256),
-        only=PICTURES,
+        only=(PICTURES,),
         needs=("mask",),
         a1111="Mask blur",
     )
@@ -594,7 +605,7 @@ class Options:
         START,
         check=SHARE,
         needs=("image",),
-        only=PICTURES,
+        only=(PICTURES,),
         a1111="Denoising strength",
     )
     fit: str | None = option(
@@ -606,19 +617,19 @@ class Options:
     )
     frames: int | None = option(
         None,
-        "how many; default: as many as the model was trained for, 14 (svd) or 25 (svd-xt)",
+        "how many; default: as many as the model was trained for, 14 (svd) or 25 (svd-xt); of a prompt 8 are usual",
         VIDEO,
         check=at_least(1),
         model="frames",
-        only=VIDEOS,
+        only=(VIDEOS, CLIPS),
     )
     fps: int | None = option(
         None,
-        "frames a second, which the model is told too; default 7",
+        "frames a second, which svd is told too; default 7, of a prompt 4",
         VIDEO,
         check=at_least(1),
         model="fps",
-        only=VIDEOS,
+        only=(VIDEOS, CLIPS),
     )
     motion_bucket: int | None = option(
         None,
@@ -626,7 +637,7 @@ class Options:
         VIDEO,
         check=at_least(0),
         model="motion_bucket",
-        only=VIDEOS,
+        only=(VIDEOS,),
     )
     noise_aug: float | None = option(
         None,
@@ -634,7 +645,7 @@ class Options:
         VIDEO,
         check=Check("a number, 0 or more", lambda value: value >= 0),
         model="noise_aug",
-        only=VIDEOS,
+        only=(VIDEOS,),
     )
     min_guidance_scale: float | None = option(
         None,
@@ -642,21 +653,41 @@ class Options:
         VIDEO,
         metavar="G",
         model="min_guidance_scale",
-        only=VIDEOS,
+        only=(VIDEOS,),
     )
     decode_chunk: int | None = option(
         None,
         "decode so many frames together, which see each other; default: all, or as many as the memory is for",
         VIDEO,
         check=at_least(1),
-        only=VIDEOS,
+        only=(VIDEOS,),
     )
-    controls: tuple[Control, ...] = option((), "ControlNets", CONTROL, only=PICTURES)
+    motion: Motion | None = option(
+        None,
+        "of a prompt: how far what is seen moves left and up from frame to frame, in pixels of 512; default 12,12",
+        VIDEO,
+        only=(CLIPS,),
+    )
+    t0: int | None = option(
+        None,
+        "of a prompt: the first frame is moved so many steps before its last one; default 44 of 50 steps",
+        VIDEO,
+        check=at_least(0),
+        only=(CLIPS,),
+    )
+    t1: int | None = option(
+        None,
+        "of a prompt: and gets noise back for so many, from where all frames are drawn; default 47 of 50",
+        VIDEO,
+        check=at_least(1),
+        only=(CLIPS,),
+    )
+    controls: tuple[Control, ...] = option((), "ControlNets", CONTROL, only=(PICTURES,))
     control_every_step: bool = option(
         False,
         "run it on cached steps too; else these use what it said on the last full one",
         CONTROL,
-        only=PICTURES,
+        only=(PICTURES,),
         needs=("controls",),
     )
     refiner_start: float | None = option(
@@ -665,7 +696,7 @@ class Options:
         REFINER,
         check=BETWEEN,
         needs=("refiner",),
-        only=PICTURES,
+        only=(PICTURES,),
     )
     vae_tiling: str = option(
         "auto",

@@ -218,8 +218,9 @@ class StableDiffusion:
             Failure: a picture holds values that are not finite, or is all one colour.
         """
         latents, channels = take_latents(latents), self.checkpoint.vae_config.latent_channels
-        if latents.shape[-1] != channels or latents.ndim != 4 + self.checkpoint.video:
-            frames = "frames, " * self.checkpoint.video
+        video = self.checkpoint.video
+        if latents.shape[-1] != channels or (video and latents.ndim != 5):
+            frames = "frames, " * video
             raise UsageError(f"latents should have shape (N, {frames}height, width, {channels}), got {latents.shape}")
         images = np.stack(list(self._decode(latents, vae_tiling, decode_chunk, Clock())))
         return images if given is None else given.paste(images)
@@ -230,16 +231,18 @@ class StableDiffusion:
         with clock.phase("load"):
             vae, dtype = components.to_run("vae"), components.dtype_of("vae")
         tiling = "on" if self.low_memory and vae_tiling == "auto" else vae_tiling
-        video, room = self.checkpoint.video, self.budget - mx.get_active_memory()
-        in_tiles = not video and tiled(tiling, vae.config, latents.shape[1:3], dtype.size, room)
+        temporal, room = self.checkpoint.video, self.budget - mx.get_active_memory()
+        in_tiles = not temporal and tiled(tiling, vae.config, latents.shape[-3:-1], dtype.size, room)
         for i in range(len(latents)):
             with clock.phase("decode"):
                 z = latents[i : i + 1].astype(dtype)
-                if video:
+                if temporal:
                     together = chunk or frames_together(vae.config, z.shape[1:4], dtype.size, self.budget)
                     image = decode_frames(vae, z[0], together)[None]
+                elif z.ndim == 5:
+                    image = np.stack([_decoded(vae, frame[None], in_tiles) for frame in z[0]], axis=1)
                 else:
-                    image = decode_tiled(vae, z) if in_tiles else np.array(vae.decode(z).astype(mx.float32))
+                    image = _decoded(vae, z, in_tiles)
                 if not np.isfinite(image).all():
                     raise Failure(
                         f"the VAE's picture holds NaN or infinite values in {dtype_name(dtype)}; try "
@@ -270,10 +273,14 @@ class StableDiffusion:
             if on_step is not None:
                 on_step(progress)
         drawn = run.decode()
-        if self.checkpoint.video:
+        if drawn.ndim == 5:
             videos = [[Image.fromarray(frame) for frame in video] for video in drawn]
             return Result([], run.latents, run.stats(), videos, run.settings.fps)
         return Result([Image.fromarray(image) for image in drawn], run.latents, run.stats())
+
+
+def _decoded(vae: nn.Module, z: mx.array, in_tiles: bool) -> np.ndarray:
+    return decode_tiled(vae, z) if in_tiles else np.array(vae.decode(z).astype(mx.float32))
 
 
 class Generation(Iterator[Progress]):
@@ -311,7 +318,7 @@ class Generation(Iterator[Progress]):
     def noise(self, shape: tuple[int, ...] | None = None) -> mx.array:
         """The batch's next noise, (N, h, w, C) or of another shape, from one generator a picture; drawn channels
         first."""
-        *frames, h, w, channels = self.settings.latent_shape if shape is None else shape
+        *frames, h, w, channels = self.settings.shape[1:] if shape is None else shape
         return mx.moveaxis(mx.array(self._noise.normal((*frames, channels, h, w))), -3, -1)
 
     def prepare_latents(self) -> Started:
@@ -325,7 +332,8 @@ class Generation(Iterator[Progress]):
 
     def encode(self, number: int = 0) -> Conditioning:
         """What the U-Net of a leg reads; with guidance for twice as many pictures, first what they should not be."""
-        settings, leg, components = self.settings, self.settings.legs[number], self.pipe.models[number]
+        settings, leg = self.settings, self.settings.legs[number]
+        components = self.pipe.models[leg.model]
         checkpoint, names = components.checkpoint, components.checkpoint.family.encoders
         if checkpoint.video:
             return self._see(leg, components)
@@ -386,6 +394,7 @@ class Generation(Iterator[Progress]):
                 leg.guidance_scale,
                 beside=started.beside,
                 controls=controls,
+                inner=leg.attend,
                 in_turn=self.pipe.low_memory,
             )
         with closing(sample(denoiser, started.x, self.settings.cache, self.noise, started.keep)) as steps:
@@ -396,9 +405,7 @@ class Generation(Iterator[Progress]):
                     break
                 yield progress
         for net, pictures, cut in controls.ran if controls is not None else ():
-            self.control_macs += pictures * control_macs(net, started.x.shape[1:3], cut, denoiser.tokens)
-        del denoiser, steps, unet, nets, controls
-        components.release("unet", *map(name_of, leg.controls))
+            self.control_macs += pictures * control_macs(net, started.x.shape[-3:-1], cut, denoiser.tokens)
 
     def pictures(self) -> Iterator[np.ndarray]:
         """Decode: each picture once it is there, (H, W, 3) in 0-255, or video, (F, H, W, 3); outside of a mask they are
@@ -419,14 +426,19 @@ class Generation(Iterator[Progress]):
     def _run(self) -> Iterator[Progress]:
         self.pipe.use_loras(self.pipe.checkpoint, self._loras)
         started, progress = self.prepare_latents(), None
-        for number, (leg, components) in enumerate(zip(self.settings.legs, self.pipe.models, strict=True)):
-            first = 0 if progress is None else progress.index + 1
+        reached, legs = [started.x], self.settings.legs
+        for number, leg in enumerate(legs):
+            components, first = self.pipe.models[leg.model], len(self.steps)
             if number:
-                started = Started(progress.latents)
-            cond = self.encode(number)
+                started = Started(leg.start(reached, self.noise))
+            if not number or legs[number - 1].model != leg.model:
+                cond = self.encode(number)
             for taken_step in self.sample(leg, components, cond, started):
                 progress = replace(taken_step, index=first + taken_step.index)
                 yield progress
+            reached.append(progress.latents)
+            if leg is legs[-1] or legs[number + 1].model != leg.model:
+                components.release("unet", *map(name_of, leg.controls))
         if not mx.isfinite(progress.latents).all():
             raise Failure(
                 f"the final latents hold NaN or infinite values in {dtype_name(self.pipe.dtype)}; try "

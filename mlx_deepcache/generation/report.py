@@ -59,7 +59,7 @@ def stats(
     clock: Clock,
     estimated: dict[str, int],
 ) -> dict:
-    """What these steps cost, one of the models a leg: the seeds, seconds by phase, each step's kind, U-Net
+    """What these steps cost: the seeds, seconds by phase, each step's kind, U-Net
     multiply-adds against an uncached run, and those of ControlNets, the most bytes that each cache remembered, what an
     adaptive cache decided and from which relative change, peak memory, what it was estimated to be beforehand, and
     where it ran."""
@@ -95,10 +95,11 @@ def stats(
 def _macs(settings: Settings, models: Sequence[Components], steps: Sequence[Progress]) -> Iterator[tuple[int, int]]:
     """Each leg's multiply-adds, and those of an uncached run."""
     first = 0
-    for leg, components in zip(settings.legs, models, strict=True):
+    for leg in settings.legs:
+        components = models[leg.model]
         own, first = steps[first : first + len(leg.plan.steps)], first + len(leg.plan.steps)
         factor = components.checkpoint.vae_config.factor
-        size = (*settings.latent_shape[:-3], settings.height // factor, settings.width // factor)
+        size = (*leg.frames, settings.height // factor, settings.width // factor)
         unet, branch = components.checkpoint.module("unet"), settings.cache.branch
         work = [call for step in own for call in step.work]
         batch = len(settings.seeds) * (1 if leg.guidance_scale is None else 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,34 +21,44 @@ from ..diffusion.schedule import NoiseSchedule, Plan
 from ..errors import UsageError, called
 from ..fields import unicode_text, valued
 from ..media.pictures import FITS, read_mask, read_picture, size_for, source
-from .options import PICTURES, VIDEOS, Control, Options, option_of, options_of, taken
-from .starts import FirstFrame, FromNoise, FromPicture, read_latents, take_latents
+from ..nets.attend import compute, to_first_frame
+from .options import CLIPS, PICTURES, VIDEOS, Control, Options, option_of, options_of, taken
+from .starts import Draw, FirstFrame, FromNoise, FromPicture, Moved, go_on, read_latents, take_latents
 
 DEFAULT_INTERVAL = 3
 FEWEST_STEPS_TO_CACHE = 10  # below this, steps differ too much for features to be reused
 DEFAULT_HANDOVER = 0.8
 VIDEO_MULTIPLE = 64  # pixels, of the sides of a video that are chosen for it
+CLIP_SCHEDULER = "ddim"
+CLIP_FPS = 4
+CLIP_MOTION = 12.0, 12.0
+CLIP_LEVELS = 0.88, 0.94  # shares of the steps that follow t0 and t1
 
 
 @dataclass(frozen=True)
 class Leg:
-    """One model's share of the steps. guidance_scale: applied to the U-Net's outputs, of a video one a frame, or None
-    where it is run as it is; told: the scale that an LCM's U-Net is told instead; controls: ControlNets, their pictures
-    read and fitted."""
+    """A share of the steps, with caches of its own. model: which one takes them, 0, or 1 for the refiner; start: what
+    a later leg starts from; frames: (F,) of a video, else (); attend: how attention layers are run; guidance_scale:
+    applied to the U-Net's outputs, of Stable Video Diffusion's one a frame, or None where it is run as it is; told: the
+    scale that an LCM's U-Net is told instead; controls: ControlNets, their pictures read and fitted."""
 
     plan: Plan
     guidance_scale: float | tuple[float, ...] | None
     told: float | None = None
     controls: tuple[Control, ...] = ()
+    model: int = 0
+    start: Callable[[Sequence[mx.array], Draw], mx.array] = go_on
+    frames: tuple[int, ...] = ()
+    attend: Callable[..., mx.array] = compute
 
 
 @dataclass(frozen=True)
 class Settings:
     """What to draw and how, complete and checked; `settings_for` makes it. The options are attributes too.
 
-    prompts, seeds: one of each a picture; legs: the model's share of the steps, then the refiner's; latent_shape: of
-    one picture, (h, w, C), or video, (F, h, w, C); cache: what is reused, and when; start: what it starts from; noise:
-    (N, h, w, C) given instead of the seeds' own; cache_choice: why `cache auto` chose what it did.
+    prompts, seeds: one of each a picture; legs: the steps, where models, frames or caches change; latent_shape: of one
+    picture or frame, (h, w, C); cache: what is reused, and when; start: what it starts from; noise: of `shape`, given
+    instead of the seeds' own; cache_choice: why `cache auto` chose what it did.
     """
 
     options: Options
@@ -78,8 +88,8 @@ class Settings:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the batch's latents, (N, h, w, C) or (N, F, h, w, C)."""
-        return len(self.seeds), *self.latent_shape
+        """Of the latents that the batch starts from, (N, h, w, C) or, where all frames are there, (N, F, h, w, C)."""
+        return len(self.seeds), *self.legs[0].frames, *self.latent_shape
 
     def __getattr__(self, name: str) -> Any:
         if name == "options" or name.startswith("__"):  # while it is copied there is none yet
@@ -113,13 +123,13 @@ def settings_for(
     asked: Options = taken(Options, options)
     if not asked.seeds:
         raise UsageError("at least one seed is needed, one a picture")
-    _check_kind(checkpoint, asked, prompt, refiner)
+    kind = _check_kind(checkpoint, asked, prompt, refiner)
     prompts = _prompts("" if prompt is None else prompt, len(asked.seeds))
     family = checkpoint.family
     if not family.second_prompt and not (asked.prompt_2 is None and asked.negative_prompt_2 is None):
         raise UsageError("a second prompt is for SDXL's second text encoder, and this model has only one")
 
-    schedule = checkpoint.schedule(asked.scheduler)
+    schedule = checkpoint.schedule(CLIP_SCHEDULER if kind == CLIPS else asked.scheduler)
     steps, scale = _filled(asked, checkpoint, "steps"), _filled(asked, checkpoint, "guidance_scale")
     strength, left_out = _share(checkpoint, steps, asked)
     stop, handover, second = None, None, None
@@ -140,6 +150,8 @@ def settings_for(
         said = {name: _filled(asked, checkpoint, name) for name in _OF_VIDEOS}
         shown = source(picture, None, height, width, fit).image
         start = FirstFrame(shown, np.asarray(picture), said["noise_aug"], checkpoint.vae_config.scaling_factor)
+    elif kind == CLIPS:
+        said = _of_clip(asked, steps)
     elif picture is not None:
         mask = None if asked.mask is None else read_mask(asked.mask)
         start = FromPicture(source(picture, mask, height, width, fit, asked.mask_blur), strength, checkpoint.inpainting)
@@ -151,13 +163,17 @@ def settings_for(
     models = [checkpoint] if refiner is None else [checkpoint, refiner]
     plans = [schedule.plan(steps, left_out, stop), *([] if second is None else [second])]
     legs = [
-        Leg(plan, None, told=scale)
+        Leg(plan, None, told=scale, model=number)
         if model.unet_config.time_cond_proj_dim is not None
-        else Leg(plan, _guidance(scale, said))
-        for model, plan in zip(models, plans, strict=True)
+        else Leg(plan, _guidance(scale, said), model=number)
+        for number, (model, plan) in enumerate(zip(models, plans, strict=True))
     ]
     legs[0] = replace(legs[0], controls=controls)  # a ControlNet is for the base model
-    run = len(legs[0].plan.steps) if left_out else steps
+    if kind == VIDEOS:
+        legs[0] = replace(legs[0], frames=(said["frames"],))
+    elif kind == CLIPS:
+        legs = _loops(legs[0], schedule, said)
+    run = len(plans[0].steps) if left_out else steps
     here = {"steps": run, "scheduler": schedule.name, "guidance_scale": scale, "height": height, "width": width}
     cache, choice = _cache(checkpoint, asked, models, legs, here, off=steps - left_out < FEWEST_STEPS_TO_CACHE)
     complete = replace(
@@ -179,26 +195,38 @@ def settings_for(
     if noise is not None:
         noise = read_latents(Path(noise)) if isinstance(noise, (str, Path)) else take_latents(noise)
     latent = checkpoint.vae_config
-    frames = (said["frames"],) if said else ()
-    latent_shape = (*frames, height // latent.factor, width // latent.factor, latent.latent_channels)
+    latent_shape = (height // latent.factor, width // latent.factor, latent.latent_channels)
     return Settings(complete, prompts, asked.seeds, tuple(legs), latent_shape, cache, start, noise, choice)
 
 
-_OF_VIDEOS = tuple(o.name for o in options_of(Options) if o.only == VIDEOS and o.model is not None)
+_OF_VIDEOS = tuple(o.name for o in options_of(Options) if VIDEOS in (o.only or ()) and o.model is not None)
 
 
-def _check_kind(checkpoint: Checkpoint, asked: Options, prompt: object, refiner: Checkpoint | None) -> None:
-    """Raises UsageError for what has no meaning with models of this kind, or lacks."""
-    family, kind = checkpoint.family, VIDEOS if checkpoint.video else PICTURES
+def _check_kind(checkpoint: Checkpoint, asked: Options, prompt: object, refiner: Checkpoint | None) -> str:
+    """What is drawn: pictures, videos, or videos of a prompt.
+
+    Raises:
+        UsageError: for what has no meaning with these, or lacks.
+    """
+    family, kind = checkpoint.family, VIDEOS if checkpoint.video else PICTURES if asked.frames is None else CLIPS
     for o in options_of(Options):
         value = getattr(asked, o.name)
         same = value is None or value is o.default or (type(value) is type(o.default) and value == o.default)
-        if o.only not in (None, kind) and not same:  # an array is never compared
-            raise UsageError(f"{called(o.name)} is for models of {o.only}, and this one, {family.name}, draws {kind}")
+        if o.only is None or kind in o.only or same:  # an array is never compared
+            continue
+        if kind == PICTURES and CLIPS in o.only:
+            raise UsageError(
+                f"{called(o.name)} is for {CLIPS}: {family.name} draws a picture without {called('frames')}"
+            )
+        if kind == CLIPS:
+            raise UsageError(f"{called(o.name)} does not go with {called('frames')}: it has no meaning for {CLIPS}")
+        raise UsageError(f"{called(o.name)} is for models of {o.only[0]}, and this one, {family.name}, draws {kind}")
     if not checkpoint.video:
         if prompt is None:
             raise UsageError(f"{family.name} draws from text: give it a {called('prompt')}")
-        return
+        if kind == CLIPS:
+            _check_clip(checkpoint, asked, refiner)
+        return kind
     if any(prompt if isinstance(prompt, (list, tuple)) else [prompt]):
         raise UsageError(
             f"{family.name} reads a picture and no prompt; leave the prompt out, and give {called('image')}"
@@ -209,14 +237,55 @@ def _check_kind(checkpoint: Checkpoint, asked: Options, prompt: object, refiner:
         raise UsageError(f"{called('refiner')} is for pictures, and {family.name} draws videos")
     if asked.vae_tiling == "on":
         raise UsageError(f"videos are not decoded in tiles; {called('decode_chunk')} takes less memory too")
+    return kind
+
+
+def _check_clip(checkpoint: Checkpoint, asked: Options, refiner: Checkpoint | None) -> None:
+    """Raises UsageError for what cannot make a video of a prompt."""
+    family, frames = checkpoint.family, called("frames")
+    if asked.image is not None:
+        svd = called("model", "svd")
+        raise UsageError(f"{family.name} makes a video of a prompt alone: leave out {called('image')}, or use {svd}")
+    if family.refines or refiner is not None:
+        raise UsageError(f"{called('refiner')} is for pictures: it has no meaning for {CLIPS}")
+    if checkpoint.inpainting or checkpoint.unet_config.time_cond_proj_dim is not None:
+        other = "fills in pictures" if checkpoint.inpainting else "draws in a few steps of its own"
+        raise UsageError(f"{CLIPS} need an ordinary model, and this one {other}; leave out {frames}")
+    if asked.frames < 2:
+        raise UsageError(f"{frames} should be 2 or more for {CLIPS}, got {asked.frames}; without it one is drawn")
+    if asked.scheduler not in (None, CLIP_SCHEDULER):
+        raise UsageError(f"{CLIPS} are drawn with {CLIP_SCHEDULER}; leave out {called('scheduler', asked.scheduler)}")
+
+
+def _of_clip(asked: Options, steps: int) -> dict[str, Any]:
+    """What is said of a video of a prompt; t0 and t1 are the paper's share of the steps."""
+    t1 = min(max(round(CLIP_LEVELS[1] * steps), 1), steps - 1) if asked.t1 is None else asked.t1
+    t0 = max(min(round(CLIP_LEVELS[0] * steps), t1 - 1), 0) if asked.t0 is None else asked.t0
+    if not t0 < t1 < steps:
+        names = f"{called('t0')}, {called('t1')} and {called('steps')}"
+        raise UsageError(f"{names} should rise from one to the next, got {t0}, {t1} and {steps}")
+    fps, motion = asked.fps or CLIP_FPS, asked.motion or CLIP_MOTION
+    return {"frames": asked.frames, "fps": fps, "motion": motion, "t0": t0, "t1": t1}
+
+
+def _loops(whole: Leg, schedule: NoiseSchedule, said: dict) -> list[Leg]:
+    """Text2Video-Zero's: the first frame to the level t1, on to t0, and all frames from t1 on."""
+    steps = whole.plan.steps
+    t1, t0 = (len(steps) - said[name] - 1 for name in ("t1", "t0"))
+    moved = Moved(said["frames"], said["motion"], schedule.kept(int(steps[t0].here.t), int(steps[t1].here.t)))
+    first, back, last = (
+        replace(whole, plan=replace(whole.plan, steps=part)) for part in (steps[:t1], steps[t1:t0], steps[t1:])
+    )
+    last = replace(last, start=moved, frames=(said["frames"],), attend=to_first_frame)
+    return [*([first] if t1 else []), back, last]
 
 
 def _guidance(scale: float, said: dict) -> float | tuple[float, ...] | None:
     """A leg's guidance: of a video it rises from the first frame to the last."""
-    scales = np.linspace(said["min_guidance_scale"], scale, said["frames"], dtype=np.float32).tolist() if said else []
-    if max(scales or [scale]) <= 1:
-        return None
-    return tuple(scales) or scale
+    if "min_guidance_scale" not in said:
+        return scale if scale > 1 else None
+    scales = np.linspace(said["min_guidance_scale"], scale, said["frames"], dtype=np.float32).tolist()
+    return tuple(scales) if max(scales) > 1 else None
 
 
 def _prompts(prompt: object, n: int) -> tuple[str, ...]:
@@ -305,7 +374,13 @@ def _cache(
 
     def check(caches: Caches) -> None:
         for leg in legs:
-            caches.check(leg.plan, legs[0].guidance_scale is not None)
+            try:
+                caches.check(leg.plan, legs[0].guidance_scale is not None)
+            except UsageError as error:
+                if leg.model == legs[-1].model and leg is not legs[-1]:
+                    n = len(leg.plan.steps)
+                    raise UsageError(f"{CLIPS} begin with {n} steps that have a cache of their own: {error}") from None
+                raise
         if caches.branch >= branches:
             raise UsageError(f"cache branch must be in [0, {branches}) for this U-Net, got {caches.branch}")
 

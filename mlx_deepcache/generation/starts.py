@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,6 +117,50 @@ class FirstFrame:
 
     def paste(self, images: np.ndarray) -> np.ndarray:
         return images
+
+
+MOTION_GRID = 512  # pixels along both sides of the picture that motion is measured in
+
+
+def go_on(reached: Sequence[mx.array], draw: Draw) -> mx.array:
+    """A later leg's start: where the one before it ended."""
+    return reached[-1]
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A later leg's start: frames of a video from its first one, (N, h, w, C) (Khachatryan et al. 2023,
+    Text2Video-Zero, section 3.3.1). Where the last leg ended, it is moved by the same distance from frame to frame,
+    and noise is added until it is as noisy as where that leg began; the first frame is that itself.
+
+    motion: to the left and up, in pixels of a picture of `MOTION_GRID`; kept: the share of the variance that stays.
+    """
+
+    frames: int
+    motion: tuple[float, float]
+    kept: float
+
+    def __call__(self, reached: Sequence[mx.array], draw: Draw) -> mx.array:
+        """-> (N, F, h, w, C)."""
+        began, ended = reached[-2:]
+        moved = mx.stack([moved_by(ended, *(k * m for m in self.motion)) for k in range(1, self.frames)], axis=1)
+        noise = draw(moved.shape[1:])
+        noisy = math.sqrt(self.kept) * moved + math.sqrt(1 - self.kept) * noise
+        return mx.concatenate([began[:, None], noisy], axis=1)
+
+
+def moved_by(x: mx.array, left: float, up: float) -> mx.array:
+    """(N, h, w, C) moved by whole places, mirrored at its edges; left, up: pixels of a picture of `MOTION_GRID`."""
+    rows, columns = (mx.array(_moved_from(n, distance)) for n, distance in zip(x.shape[1:3], (up, left), strict=True))
+    return x[:, rows][:, :, columns]
+
+
+def _moved_from(n: int, distance: float) -> np.ndarray:
+    """From which of n places each one's value comes: what diffusers' bilinear reading of a flow over the grid and
+    nearest sampling with reflection come to. The grid's own half pixel stays, as there."""
+    place = np.arange(n) + (distance - 0.5) * n / MOTION_GRID
+    place = (place + 0.5) % (2 * n)
+    return np.clip(np.round(np.minimum(place, 2 * n - place) - 0.5), 0, n - 1).astype(np.int32)
 
 
 def take_latents(latents: object) -> mx.array:

@@ -26,6 +26,12 @@ def compute(layer: Callable, x: mx.array, keys_values: KeysValues = None) -> mx.
     return layer(x, keys_values)
 
 
+def to_first_frame(layer: Callable, x: mx.array, keys_values: KeysValues = None) -> mx.array:
+    """Self-attention of a video's frames, (B, F, S, C), to the first of them (Khachatryan et al. 2023, Text2Video-Zero,
+    equation 8)."""
+    return layer(x, layer.keys_values(x[:, 0]) if keys_values is None else keys_values)
+
+
 class Attend:
     """Runs the attention layers of one part of the U-Net in one call.
 
@@ -43,6 +49,15 @@ class Attend:
         self.do, self.given, self.inner = do, given, inner
         self.kept: tuple[list[mx.array], list[mx.array]] = ([], [])
         self._next = [iter(outputs) for outputs in given]
+
+    def around(self, inner: Callable[..., mx.array]) -> Attend:
+        """The same, with each layer run in another way."""
+        return Attend(self.do, self.given, inner)
+
+    @property
+    def plain(self) -> bool:
+        """Whether every layer computes, and nothing is kept."""
+        return self.do == (Do.COMPUTE, Do.COMPUTE)
 
     def __call__(self, layer: Callable, norm: Callable, x: mx.array, keys_values: KeysValues = None) -> mx.array:
         """What the layer makes of norm(x): neither is computed where an output is reused."""

@@ -1,6 +1,7 @@
 """The blocks that the U-Net and the VAE are made of, named as in diffusers' checkpoints.
 
 Arrays are channels-last: B pictures, H x W positions, C channels, S tokens. A 1x1 convolution is a linear layer here.
+Resnets and transformers take (B, F, H, W, C) too, videos of F frames, each of which they look at by itself.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import mlx.nn as nn
 
 from ..backend.ops import attention, conv2d, conv2d_doubled, gated_gelu, linear, pad_heads, silu
 from .attend import PLAIN, Attend
-from .layers import Conv2d, GroupNorm, LayerNorm, Linear
+from .layers import Conv2d, GroupNorm, LayerNorm, Linear, by_frame
 
 
 def timestep_embedding(t: mx.array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> mx.array:
@@ -82,7 +83,7 @@ class ResnetBlock2D(nn.Module):
 
     def __call__(self, x: mx.array, temb: mx.array | None = None) -> mx.array:
         """x: (B, H, W, C_in), temb: (B, temb_dim) after its activation -> (B, H, W, C_out)."""
-        h = self._second_half(self.conv1(self.norm1(x, then_silu=True)), temb)
+        h = self._second_half(by_frame(self.conv1, by_frame(self.norm1, x, then_silu=True)), temb)
         return h + (self.conv_shortcut(x) if "conv_shortcut" in self else x)
 
     def fixed_part(self, x: mx.array) -> Features:
@@ -95,8 +96,8 @@ class ResnetBlock2D(nn.Module):
         C = x.shape[-1]
         inside, (ours, _) = self._inside(C), self.split(C)
         cut = ours.shape[-1]
-        h = self.norm1(x[..., :inside], then_silu=True)
-        conv = conv2d(h[..., :cut], ours, padding=1)
+        h = by_frame(self.norm1, x[..., :inside], then_silu=True)
+        conv = by_frame(conv2d, h[..., :cut], ours, padding=1)
         shortcut = linear(x, self.conv_shortcut.weight[:, :C]) if "conv_shortcut" in self else x
         return Features(conv, shortcut, _joined([h[..., cut:], x[..., inside:]]))
 
@@ -106,8 +107,8 @@ class ResnetBlock2D(nn.Module):
         inside, (ours, others) = self._inside(C), self.split(C)
         normed = inside - ours.shape[-1]
         x = _joined([features.straddling[..., normed:], skip])
-        h = _joined([features.straddling[..., :normed], self.norm1(x, start=inside, then_silu=True)])
-        h = conv2d(h, others, padding=1) + (features.conv + self.conv1.bias)
+        h = _joined([features.straddling[..., :normed], by_frame(self.norm1, x, start=inside, then_silu=True)])
+        h = by_frame(conv2d, h, others, padding=1) + (features.conv + self.conv1.bias)
         h = self._second_half(h, temb)
         if "conv_shortcut" not in self:
             return h + mx.concatenate([features.shortcut, skip], axis=-1)
@@ -136,8 +137,8 @@ class ResnetBlock2D(nn.Module):
 
     def _second_half(self, h: mx.array, temb: mx.array | None) -> mx.array:
         if temb is not None:
-            h = h + self.time_emb_proj(temb)[:, None, None, :]
-        return self.conv2(self.norm2(h, then_silu=True))
+            h = h + mx.expand_dims(self.time_emb_proj(temb), tuple(range(1, h.ndim - 1)))
+        return by_frame(self.conv2, by_frame(self.norm2, h, then_silu=True))
 
 
 class Downsample2D(nn.Module):
@@ -288,8 +289,7 @@ class Transformer2DModel(nn.Module):
 
     def __call__(self, x: mx.array, prompt: list[tuple[mx.array, mx.array]], attend: Attend = PLAIN) -> mx.array:
         """x: (B, H, W, C); prompt: what `keys_values` returned; attend: runs the attention layers."""
-        B, H, W, C = x.shape
-        h = self.proj_in(self.norm(x).reshape(B, H * W, C))
+        h = self.proj_in(by_frame(self.norm, x).flatten(-3, -2))
         for block, keys_values in zip(self.transformer_blocks, prompt, strict=True):
             h = block(h, keys_values, attend)
-        return x + self.proj_out(h).reshape(B, H, W, C)
+        return x + self.proj_out(h).reshape(x.shape)

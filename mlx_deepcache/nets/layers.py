@@ -3,10 +3,18 @@ guard. Arrays are channels-last."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..backend.ops import conv2d, group_norm, layer_norm, linear, quantized_linear
+
+
+def by_frame(layer: Callable[..., mx.array], x: mx.array, *more, **options) -> mx.array:
+    """What a layer of pictures makes of each one: (B, ..., H, W, C), with frames or without, -> (B, ..., H', W', O)."""
+    out = layer(x.reshape(-1, *x.shape[-3:]), *more, **options)
+    return out.reshape(*x.shape[:-3], *out.shape[1:])
 
 
 class Linear(nn.Linear):

@@ -7,8 +7,6 @@ batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -22,13 +20,7 @@ from .blocks import (
     TimestepEmbedding,
     timestep_embedding,
 )
-from .layers import GroupNorm, LayerNorm, Linear
-
-
-def by_frame(layer: Callable[..., mx.array], x: mx.array, *more, **options) -> mx.array:
-    """What a layer of pictures makes of each one: (B, ..., H, W, C), with frames or without, -> (B, ..., H', W', O)."""
-    out = layer(x.reshape(-1, *x.shape[-3:]), *more, **options)
-    return out.reshape(*x.shape[:-3], *out.shape[1:])
+from .layers import GroupNorm, LayerNorm, Linear, by_frame
 
 
 class TemporalConv(nn.Conv1d):
@@ -99,12 +91,11 @@ class SpatioTemporalResBlock(nn.Module):
 
     def __call__(self, x: mx.array, temb: mx.array | None = None) -> mx.array:
         """x: (B, F, H, W, C_in), temb: (B or 1, temb_dim) after its activation -> (B, F, H, W, C_out)."""
-        return self._over_frames(by_frame(self.spatial_res_block, x, _each_frame(temb, x.shape[1])), temb)
+        return self._over_frames(self.spatial_res_block(x, temb), temb)
 
     def fixed_part(self, x: mx.array) -> Features:
         """See `ResnetBlock2D.fixed_part`: that of the frames' resnet. What comes after it looks at the skip too."""
-        features = self.spatial_res_block.fixed_part(x.flatten(0, 1))
-        return Features(*(mx.unflatten(part, 0, x.shape[:2]) for part in features))
+        return self.spatial_res_block.fixed_part(x)
 
     def made_for(self, skip: int) -> tuple[mx.array, mx.array]:
         """See `ResnetBlock2D.made_for`."""
@@ -112,18 +103,11 @@ class SpatioTemporalResBlock(nn.Module):
 
     def join(self, features: Features, skip: mx.array, temb: mx.array) -> mx.array:
         """What the block gives for [x, skip], from `fixed_part(x)`; skip: (B, F, H, W, C_skip)."""
-        frames = Features(*(part.flatten(0, 1) for part in features))
-        h = self.spatial_res_block.join(frames, skip.flatten(0, 1), _each_frame(temb, skip.shape[1]))
-        return self._over_frames(mx.unflatten(h, 0, skip.shape[:2]), temb)
+        return self._over_frames(self.spatial_res_block.join(features, skip, temb), temb)
 
     def _over_frames(self, x: mx.array, temb: mx.array | None) -> mx.array:
         both = x, self.temporal_res_block(x, temb)
         return self.time_mixer(*reversed(both)) if self.swapped else self.time_mixer(*both)
-
-
-def _each_frame(temb: mx.array | None, frames: int) -> mx.array | None:
-    """(B, temb_dim) -> (B * frames, temb_dim); one row serves all."""
-    return temb if temb is None or len(temb) == 1 else mx.repeat(temb, frames, axis=0)
 
 
 class TemporalBasicTransformerBlock(BasicTransformerBlock):

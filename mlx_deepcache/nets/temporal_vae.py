@@ -13,8 +13,8 @@ import numpy as np
 from ..backend.ops import compiled
 from .autoencoder import EPS, AutoencoderKL, VAEAttention, VAEConfig
 from .blocks import Upsample2D
-from .layers import Conv2d, GroupNorm
-from .spatiotemporal import SpatioTemporalResBlock, TemporalConv, by_frame
+from .layers import Conv2d, GroupNorm, by_frame
+from .spatiotemporal import SpatioTemporalResBlock, TemporalConv
 from .tiling import decoding_bytes
 
 TEMPORAL_EPS = 1e-5  # of the norms over frames

@@ -20,8 +20,8 @@ from ..errors import CheckpointError
 from .attend import PLAIN, Attend
 from .blocks import Downsample2D, ResnetBlock2D, TimestepEmbedding, Transformer2DModel, Upsample2D, timestep_embedding
 from .config import build_config, check_split, per_level
-from .layers import Conv2d
-from .spatiotemporal import SpatioTemporalResBlock, TransformerSpatioTemporalModel, by_frame
+from .layers import Conv2d, by_frame
+from .spatiotemporal import SpatioTemporalResBlock, TransformerSpatioTemporalModel
 
 
 @dataclass(frozen=True)

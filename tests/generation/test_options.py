@@ -28,6 +28,7 @@ SAMPLES = {
     "int": "2",
     "float": "0.5",
     "Policy": "pab",
+    "Motion": "-3,1.5",
     "Model": "emoji",
     "Lora": "a.safetensors:0.5",
 }

@@ -1,11 +1,15 @@
-"""The outside reference for videos: diffusers' StableVideoDiffusionPipeline and the pip package DeepCache, float32."""
+"""The outside reference for videos: diffusers' StableVideoDiffusionPipeline, its TextToVideoZeroPipeline, and the pip
+package DeepCache, float32."""
 
 import functools
 from types import SimpleNamespace
 
 import diffusers
 import torch
-from oracle import as_torch, generators, helper
+from diffusers.pipelines.deprecated.text_to_video_synthesis import pipeline_text_to_video_zero as zero
+from diffusers.pipelines.deprecated.text_to_video_synthesis import pipeline_text_to_video_zero_sdxl as zero_xl
+from oracle import as_torch, generators, helper, make_scheduler
+from oracle import shared as pictures
 
 
 @functools.lru_cache(maxsize=1)
@@ -42,3 +46,35 @@ def generate(folder, image, interval=1, branch=0, seed=0, output_type="latent", 
         frames = pipe(image, generator=generators(seed), output_type=output_type, **options).frames
         full = list(cache.full)
     return frames, full
+
+
+@torch.no_grad()
+def from_prompt(folder, prompt, interval=1, branch=0, seed=0, output_type="latent", **options):
+    """TextToVideoZeroPipeline's latents (F, 4, h, w) with DDIM, or pictures (F, H, W, 3) in [0, 1], or those of the one
+    for SDXL, and `full`, with a cache that is begun anew in each of its three loops; options: the pipeline's own."""
+    own = pictures(str(folder))
+    parts = own.components | {"scheduler": make_scheduler(own.own_scheduler, "ddim")}
+    if "text_encoder_2" in parts:
+        zeros = own.config.force_zeros_for_empty_prompt
+        pipe = zero_xl.TextToVideoZeroSDXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
+    else:
+        parts.pop("image_encoder")
+        pipe = zero.TextToVideoZeroPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    loop, full = pipe.backward_loop, []
+
+    def cached_loop(**given):
+        with helper(pipe, interval, branch) as cache:
+            latents = loop(**given)
+            full.extend(cache.full)
+        return latents
+
+    pipe.backward_loop = cached_loop
+    out = pipe(prompt, generator=generators(seed), output_type=output_type, **options)
+    return torch.as_tensor(out.images).numpy(), full
+
+
+def moved(latents, frames, x, y):
+    """latents (4, h, w) -> those of frames 1 to frames - 1 that the pipeline moves, (F - 1, 4, h, w)."""
+    same = as_torch(latents)[None].repeat(frames - 1, 1, 1, 1)
+    return zero.create_motion_field_and_warp_latents(x, y, list(range(1, frames)), same).numpy()
