@@ -84,9 +84,9 @@ def _models(prefix: str, **_) -> list[str]:
     """What `--model` may be: a short name, or a folder or file here."""
     from argcomplete.completers import FilesCompleter
 
-    from ..checkpoints.hub import SHORT_NAMES
+    from ..checkpoints.names import BUNDLED_NAMES, SHORT_NAMES
 
-    return ["emoji", *SHORT_NAMES, *FilesCompleter(["safetensors"])(prefix)]
+    return [*BUNDLED_NAMES, *SHORT_NAMES, *FilesCompleter(["safetensors"])(prefix)]
 
 
 def _caches(prefix: str, **_) -> list[str]:

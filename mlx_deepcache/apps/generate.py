@@ -12,6 +12,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
+from ..checkpoints.names import BUNDLED_NAME, BUNDLED_NAMES, OF_TEXT
 from ..errors import Failure, UsageError
 from ..fields import shown
 from ..generation.options import MOST, Control, ModelOptions, Options, option_of, options_of
@@ -42,7 +43,7 @@ def _flags(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.from_image is not None:
         args = _as_drawn(parser, args, argv)
-    elif args.prompt is None and args.prompt_file is None and not args.list_prompts and not hasattr(args, "image"):
+    elif args.prompt is None and args.prompt_file is None and not args.list_prompts and _reads_text(args):
         parser.error("expected --prompt TEXT, what to draw, or --prompt-file or --from-image")
     video = hasattr(args, "frames") or (not args.prompt and args.prompt_file is None)
     named = check(parser, args, SUFFIXES if video else ())
@@ -50,6 +51,12 @@ def _flags(argv: list[str]) -> argparse.Namespace:
     args.files = Pictures(args, named)
     args.say = (lambda text: None) if args.quiet else partial(print, file=sys.stderr if to_stdout(named) else None)
     return args
+
+
+def _reads_text(args: argparse.Namespace) -> bool:
+    """Whether it is known, before the model is, that there should be a prompt."""
+    model = getattr(args, "model", BUNDLED_NAME)
+    return model in OF_TEXT and not hasattr(args, "image")
 
 
 def _as_drawn(parser: Parser, args: argparse.Namespace, argv: list[str]) -> argparse.Namespace:
@@ -68,7 +75,7 @@ def _as_drawn(parser: Parser, args: argparse.Namespace, argv: list[str]) -> argp
     parser.parse_args(flags)  # so that an error tells whose it is
     parser.origin = None
     args = parser.parse_args([*flags, *argv])
-    if args.prompt is None and args.prompt_file is None and not hasattr(args, "image"):
+    if args.prompt is None and args.prompt_file is None and _reads_text(args):
         parser.error(f"{args.from_image} has no prompt in it; expected --prompt TEXT")
     return args
 
@@ -262,7 +269,7 @@ def _listed(model: str | None) -> list[str]:
     from ..checkpoints.checkpoint import BUNDLED
     from ..checkpoints.folder import read_prompts
 
-    folder = BUNDLED if model in (None, BUNDLED.name) else Path(model)
+    folder = BUNDLED.with_name(model or BUNDLED.name) if model in (None, *BUNDLED_NAMES) else Path(model)
     if not (things := read_prompts(folder)):
         raise UsageError(f"--list-prompts: {model} has no list of what it draws; a prompt may be anything")
     return [name if not others else f"{name} (also: {', '.join(others)})" for name, *others in things]

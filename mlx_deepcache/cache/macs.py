@@ -9,7 +9,7 @@ from typing import NamedTuple
 import mlx.nn as nn
 
 from ..nets.attend import Do
-from ..nets.blocks import Attention, Transformer2DModel
+from ..nets.blocks import Attention, AttentionBlock, Transformer2DModel
 from ..nets.controlnet import ControlNetModel
 from ..nets.unet_parts import Encoder, Layer
 from ..unet import UNet2DConditionModel
@@ -80,8 +80,8 @@ def _encoder_macs(
     """The size of each skip, and what encoder layers, the middle's and the time embedding take."""
     sizes, down = [], []
     for layer in net.down_layers():
-        if hasattr(layer.conv, "pad_all_round"):  # a stride-2 convolution, padded by one
-            size = (*size[:-2], (size[-2] + 1) // 2, (size[-1] + 1) // 2)
+        if hasattr(layer.conv, "pad_all_round"):  # a stride-2 convolution, padded by one on two sides or on all four
+            size = (*size[:-2], *((side + layer.conv.pad_all_round) // 2 for side in size[-2:]))
         sizes.append(size)
         down.append(_layer_macs(layer, size, size, tokens))
     mid = [_layer_macs(layer, size, size, tokens) for layer in net.mid_layers()]
@@ -104,7 +104,7 @@ def _layer_macs(layer: Layer, here: tuple[int, ...], after: tuple[int, ...], tok
         if isinstance(module, Attention):  # queries with keys, and weights with values
             own += 2 * positions * keys * module.to_out[0].weight.shape[0]
         total += own
-        if "attn" in name:
+        if "attn" in name or isinstance(layer.attention, AttentionBlock):
             attention[cross] += own
     if layer.upsample is not None:
         total += _leaf_macs(layer.upsample, prod(after))

@@ -14,23 +14,26 @@ from ..errors import CheckpointError, UsageError, called
 from ..nets.autoencoder import VAEConfig
 from ..nets.clip import CLIPConfig, CLIPTextModel, CLIPVisionConfig
 from ..nets.clip_vision import CLIPVisionModelWithProjection
+from ..nets.pixels import PixelConfig
 from ..nets.temporal_vae import TemporalVAEConfig
 from ..nets.tiny import TinyVAEConfig
 from ..nets.unet_parts import UNetConfig
 from ..unet import UNet2DConditionModel
-from .families import EPSILON, SVD, Family, FewStep, V, check_pipeline, family_of, few_step
+from .families import EPSILON, SVD, Family, FewStep, V, check_pipeline, family_alone, family_of, few_step
 from .folder import Folder, Part, Source
 from .hub import find_source
-from .names import BUNDLED_NAME
+from .names import BUNDLED_NAME, BUNDLED_NAMES
 from .part import OtherVAE, vae_config, vae_module
 
-BUNDLED = Path(__file__).parent / "bundled" / "emoji"
+BUNDLED = Path(__file__).parent / "bundled" / BUNDLED_NAME
 PREDICTION_TYPES = (EPSILON, V)
 
 
 def _family(unet: UNetConfig, index: dict) -> Family:
     if unet.video:
         return SVD
+    if unet.cross_attention_dim is None:
+        return family_alone(index)
     refines, adds = bool(index.get("requires_aesthetics_score")), unet.addition_embed_type == "text_time"
     return family_of(adds, unet.use_linear_projection, lambda family: family.refines == refines)
 
@@ -41,7 +44,7 @@ class Checkpoint:
 
     source: Source
     unet_config: UNetConfig
-    vae_config: VAEConfig | TinyVAEConfig
+    vae_config: VAEConfig | TinyVAEConfig | PixelConfig
     name_or_path: str | None = None  # what the U-Net's config says that it was loaded from
     other_vae: Part | None = None  # in place of the source's own
 
@@ -49,36 +52,39 @@ class Checkpoint:
     def open(
         cls, model: str | None, *, half: bool = False, prediction_type: str | None = None, vae: str | None = None
     ) -> Checkpoint:
-        """Find a model (see `hub.find`; None and "emoji" are the bundled one) and read what it is, without its weights.
+        """Find a model (see `hub.find`; None is the bundled "emoji") and read what it is, without its weights.
 
         prediction_type: `epsilon` or `v_prediction`, if not what the model says of itself; vae: see `OtherVAE.open`.
 
         Raises:
             CheckpointError: it cannot be found, is no checkpoint, or is of a kind that is not supported.
-            UsageError: no such prediction type.
+            UsageError: no such prediction type, or a VAE for a model that has no use for one.
         """
         if prediction_type not in (None, *PREDICTION_TYPES):
             raise UsageError(
                 f"{called('prediction_type')} should be {' or '.join(PREDICTION_TYPES)}, got {prediction_type!r}"
             )
-        if model not in (None, BUNDLED_NAME):  # a folder of that name is ./emoji
+        if model not in (None, *BUNDLED_NAMES):  # a folder of that name is ./emoji
             source = find_source(model, half=half, prediction_type=prediction_type)
-        elif (BUNDLED / "model_index.json").is_file():
-            source = Folder(BUNDLED, prediction_type)
+        elif ((bundled := BUNDLED.with_name(model or BUNDLED_NAME)) / "model_index.json").is_file():
+            source = Folder(bundled, prediction_type)
         else:
             raise CheckpointError(
-                f"the bundled model is not installed; name another as {called('model')}, such as sd15"
+                f"the bundled model {bundled.name} is not installed; name another as {called('model')}, such as sd15"
             )
         check_pipeline(source.index, source.path)
+        described = source.part("unet").config
+        unet = UNetConfig.from_dict(described)
+        family = _family(unet, source.index)
+        if not family.decodes:
+            return cls._of_pixels(source, described, unet, family, vae)
         try:
             latents = vae_config(source.part("vae").config)
         except CheckpointError:
             if vae is None:
                 raise
             latents = None  # it has none that could be used, and needs none
-        described = source.part("unet").config
-        unet = UNetConfig.from_dict(described)
-        scale = _family(unet, source.index).scaling_factor
+        scale = family.scaling_factor
         other = None if vae is None else OtherVAE.open(vae, latents, half=half, scale=scale)
         latents = latents if other is None else other.config
         if unet.video != isinstance(latents, TemporalVAEConfig):
@@ -94,6 +100,19 @@ class Checkpoint:
         for name in checkpoint.components:
             checkpoint.part(name)
         return checkpoint
+
+    @classmethod
+    def _of_pixels(cls, source: Source, described: dict, unet: UNetConfig, family: Family, vae: str | None):
+        """A model whose latents are pictures."""
+        if vae is not None:
+            raise UsageError(f"{family.name} draws pixels, which need no {called('vae')}; leave it out")
+        channels, given = PixelConfig.latent_channels, (unet.in_channels, unet.out_channels)
+        if given != (channels, channels):
+            raise CheckpointError(
+                f"the U-Net reads {given[0]} channels and gives {given[1]}; of those that draw pixels only "
+                "nets of red, green and blue are supported, without learned variances"
+            )
+        return cls(source, unet, PixelConfig(), described.get("_name_or_path"))
 
     @property
     def index(self) -> dict:
@@ -128,6 +147,12 @@ class Checkpoint:
         size = self.unet_config.sample_size
         height, width = size if isinstance(size, tuple) else (size, size)
         return height * self.vae_config.factor, width * self.vae_config.factor
+
+    @property
+    def multiple(self) -> int:
+        """What a picture's sides should be multiples of, in pixels: of a UNet2DModel all levels halve exactly."""
+        unet, factor = self.unet_config, self.vae_config.factor
+        return factor if unet.cross_attention_dim is not None else factor * 2 ** (unet.levels - 1)
 
     @property
     def native_height(self) -> int:
@@ -193,6 +218,8 @@ class Checkpoint:
 
     def part(self, name: str) -> Part:
         """A component as it is stored, see `Source.part`."""
+        if name == "vae" and not self.family.decodes:
+            return Part({}, str(self.source.path), lambda: ({}, {}))
         return self.other_vae if name == "vae" and self.other_vae is not None else self.source.part(name)
 
     def module(self, name: str) -> nn.Module:

@@ -42,17 +42,18 @@ class Family:
     for, and the scheduler of its own repository; the first is what a file that says nothing is taken for. pipeline: how
     the names of diffusers' classes start; tasks: and how they go on; index: what model_index.json says beside the
     parts. sees: the folder of an encoder of pictures, where it is a picture that is read and not a prompt, and videos
-    are drawn; told: the defaults of what else is said of a video; size: (height, width) to draw at, where that is not
-    the U-Net's `sample_size`. head_size: of the U-Net's attention, or None where there are 8 heads everywhere; linear:
-    whether its transformers are entered by a linear layer, and not by a convolution; penultimate: whether it reads the
-    text encoders' hidden states before the last layer, unnormalised; time_ids: what it is told beside the pooled text,
-    by the picture's height and width in pixels and whether the prompt is wanted (or is the negative one); None: the
-    prompt is all. strength, inpainting_strength: how much of a picture is changed by default; second_prompt: whether
-    the last text encoder may read a text of its own; refines: whether it needs a picture; refinable: whether two models
-    of this kind may share a picture's steps; upcasts_vae, upcasts_encoder: whether the `force_upcast` of the VAE
-    counts, or that of its encoder alone; corrections: what diffusers' pipelines change in a scheduler's config as they
-    load it; schedule: what it says beside what all others say; colours: red, green and blue in [-1, 1] as a linear
-    function of the latents, as ComfyUI publishes them (comfy/latent_formats.py).
+    are drawn; decodes: whether a VAE makes the picture, else the latents are it; told: the defaults of what else is
+    said of a video; size: (height, width) to draw at, where that is not the U-Net's `sample_size`. head_size: of the
+    U-Net's attention, or None where there are 8 heads everywhere; linear: whether its transformers are entered by a
+    linear layer, and not by a convolution; penultimate: whether it reads the text encoders' hidden states before the
+    last layer, unnormalised; time_ids: what it is told beside the pooled text, by the picture's height and width in
+    pixels and whether the prompt is wanted (or is the negative one); None: the prompt is all. strength,
+    inpainting_strength: how much of a picture is changed by default; second_prompt: whether the last text encoder may
+    read a text of its own; refines: whether it needs a picture; refinable: whether two models of this kind may share a
+    picture's steps; upcasts_vae, upcasts_encoder: whether the `force_upcast` of the VAE counts, or that of its encoder
+    alone; corrections: what diffusers' pipelines change in a scheduler's config as they load it; schedule: what it says
+    beside what all others say; colours: red, green and blue in [-1, 1] as a linear function of the latents, as ComfyUI
+    publishes them (comfy/latent_formats.py).
     """
 
     name: str
@@ -62,6 +63,7 @@ class Family:
     index: dict = field(default_factory=dict)
     tasks: tuple[str, ...] = ("", "Img2Img", "Inpaint")
     sees: str | None = None
+    decodes: bool = True
     size: tuple[int, int] | None = None
     head_size: int | None = 64
     linear: bool = True
@@ -90,7 +92,7 @@ class Family:
     @property
     def networks(self) -> tuple[str, ...]:
         """Folders of all that encode, the U-Net's and the VAE's."""
-        return (*self.text, *([] if self.sees is None else [self.sees]), "unet", "vae")
+        return (*self.text, *([] if self.sees is None else [self.sees]), "unet", *["vae"] * self.decodes)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -202,7 +204,22 @@ SVD = Family(
     colours=SD1.colours,
 )
 
-FAMILIES = (SD1, SD2, SDXL, REFINER, SVD)
+DDPM = Family(
+    "DDPM",
+    {},
+    {EPSILON: (32, "DDPMScheduler")},
+    "DDPM",
+    tasks=("",),
+    decodes=False,
+    steps=1000,
+    guidance_scale=1.0,
+    colours={"factors": ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))},
+)
+
+# The same nets with the sampler of another pipeline, which takes any scheduler's config for its own
+DDIM = replace(DDPM, name="DDPM with DDIM", pipeline="DDIM", steps=50, corrections={"_class_name": "DDIMScheduler"})
+
+FAMILIES = (SD1, SD2, SDXL, REFINER, SVD, DDPM, DDIM)
 ENCODERS = {name: tokenizer for family in FAMILIES for name, tokenizer in family.encoders.items()}
 COMPONENTS = tuple(dict.fromkeys(name for family in FAMILIES for name in family.networks))
 
@@ -221,9 +238,14 @@ def check_pipeline(index: dict, where: object) -> None:
 def family_of(adds: bool, linear: bool, fits: Callable[[Family], bool]) -> Family:
     """adds, linear: whether the U-Net reads more than the prompt, and the family's `linear`; fits: tells those apart
     that have these in common, of which the first is taken if none fits. For the families that read a prompt."""
-    read = [family for family in FAMILIES if family.sees is None]
+    read = [family for family in FAMILIES if family.text]
     alike = [family for family in read if (family.time_ids is not None, family.linear) == (adds, adds or linear)]
     return next(filter(fits, alike), alike[0])
+
+
+def family_alone(index: dict) -> Family:
+    """The family of a U-Net that reads nothing but noisy latents; index: what model_index.json says."""
+    return next((f for f in (DDIM,) if index.get("_class_name") == f"{f.pipeline}Pipeline"), DDPM)
 
 
 def family_by(context: int) -> Family | None:

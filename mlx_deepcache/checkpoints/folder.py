@@ -87,9 +87,19 @@ class Source(Protocol):
         """Write a tokenizer's files to a folder that exists."""
 
 
+FLAT = "UNet2DModel"  # may lie in its repository without a folder of its own
+
+
+def is_flat(folder: Path) -> bool:
+    """Whether a U-Net lies there without a folder of its own."""
+    file = folder / "config.json"
+    return not (folder / "unet").is_dir() and file.is_file() and read_json(file).get("_class_name") == FLAT
+
+
 @dataclass(frozen=True)
 class Folder:
-    """A folder in the diffusers layout, or as `convert` wrote it.
+    """A folder in the diffusers layout, or as `convert` wrote it. Of a DDPM that may be flat: the U-Net's files and the
+    scheduler's config lie in it as they are, with model_index.json or without.
 
     prediction_type: what the U-Net predicts, if not what the scheduler's config says.
     """
@@ -100,6 +110,8 @@ class Folder:
     @cached_property
     def index(self) -> dict:
         if not (self.path / "model_index.json").is_file():
+            if self._flat:
+                return {"_class_name": "DDPMPipeline", "unet": ["diffusers", FLAT]}
             raise CheckpointError(
                 f"{self.path} is no checkpoint: expected a folder in the diffusers layout, with model_index.json in it"
                 ", or a .safetensors file"
@@ -110,7 +122,7 @@ class Folder:
         return Part.of(self._folder(name))
 
     def scheduler(self) -> dict:
-        config = read_json(self.path / "scheduler" / "scheduler_config.json")
+        config = read_json(self.path / ("" if self._flat else "scheduler") / "scheduler_config.json")
         return config if self.prediction_type is None else config | {"prediction_type": self.prediction_type}
 
     def tokenizer(self, name: str) -> CLIPTokenizer:
@@ -121,7 +133,13 @@ class Folder:
             if file.suffix in (".json", ".txt"):
                 shutil.copyfile(file, folder / file.name)
 
+    @cached_property
+    def _flat(self) -> bool:
+        return is_flat(self.path)
+
     def _folder(self, name: str) -> Path:
+        if name == "unet" and self._flat:
+            return self.path
         if not (self.path / name).is_dir():
             raise CheckpointError(f"{self.path} is no whole checkpoint: it lacks the folder {name}")
         return self.path / name

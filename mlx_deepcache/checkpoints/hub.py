@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from ..errors import CheckpointError
 from ..fields import shown, suggest
 from .families import COMPONENTS, ENCODERS, check_pipeline
-from .folder import Folder, Source, read_json
+from .folder import Folder, Source, is_flat, read_json
 from .names import SHORT_NAMES, HubId, hub_id
 from .original.singlefile import SingleFile
 from .weights import PICKLES, component_files, some
@@ -31,7 +31,7 @@ PATIENCE = 10  # seconds for the hub's first answers
 _quiet = ContextVar("quiet", default=False)
 
 _CONFIGS = re.compile(
-    r"model_index\.json|scheduler/[^/]+\.json"
+    r"model_index\.json|(scheduler/)?scheduler_config\.json"
     rf"|({'|'.join(COMPONENTS)})/config\.json|({'|'.join(ENCODERS.values())})/[^/]+\.(json|txt)"
 )
 
@@ -142,14 +142,18 @@ def _model(named: HubId, half: bool, alone: bool) -> Path:
             _download(named, configs, listed)
         else:
             parts, configs = COMPONENTS, [name for name in sizes if _CONFIGS.fullmatch(name)]
-            if "model_index.json" not in configs:
+            flat = "config.json" in sizes and "unet/config.json" not in sizes
+            if flat and is_flat(_download(named, ["config.json"], listed)):
+                parts, configs = ("",), ["config.json", *configs]
+            elif "model_index.json" not in configs:
                 files = [name for name in sizes if name.endswith(".safetensors") and "/" not in name]
                 raise CheckpointError(
                     f"{named.repository} is no checkpoint in the diffusers layout: it lacks model_index.json"
                     + (f"; a whole checkpoint in one file is named {named.repository}:{files[0]}" if files else "")
                 )
-            folder = _download(named, ["model_index.json"], listed)
-            check_pipeline(read_json(folder / "model_index.json"), named.repository)
+            if "model_index.json" in configs:
+                folder = _download(named, ["model_index.json"], listed)
+                check_pipeline(read_json(folder / "model_index.json"), named.repository)
         weights = [file for part in parts for file in _weights(named.repository, part, list(sizes), half)]
         return _download(named, [*configs, *weights], listed)
 
@@ -226,6 +230,8 @@ def _complete(folder: Path, alone: bool) -> bool:
         if alone:
             part = folder if (folder / "config.json").is_file() else folder / "vae"
             return (part / "config.json").is_file() and _has_weights(part)
+        if is_flat(folder):
+            return (folder / "scheduler_config.json").is_file() and _has_weights(folder)
         index = read_json(folder / "model_index.json")
         parts = [name for name in COMPONENTS if any(index.get(name) or ())]
         parts = parts or [name for name in COMPONENTS if (folder / name).is_dir()]

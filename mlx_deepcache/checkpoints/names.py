@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-BUNDLED_NAME = "emoji"
+BUNDLED_NAME = "emoji"  # the default
+BUNDLED_NAMES = (BUNDLED_NAME, "emoji-ddpm")  # folders of `bundled`
 # Mirrors, tried in order: several of the original repositories have been withdrawn.
 SHORT_NAMES = {
     "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "benjamin-paine/stable-diffusion-v1-5"),
@@ -15,9 +16,14 @@ SHORT_NAMES = {
     "sdxl-refiner": ("stabilityai/stable-diffusion-xl-refiner-1.0",),
     "sdxl-turbo": ("stabilityai/sdxl-turbo",),
     "sd-turbo": ("stabilityai/sd-turbo",),
+    "ddpm-cifar10": ("google/ddpm-cifar10-32",),
+    "ddpm-church": ("google/ddpm-ema-church-256",),
+    "ddpm-bedroom": ("google/ddpm-ema-bedroom-256",),
+    "ddpm-celebahq": ("google/ddpm-celebahq-256",),
     "svd": ("stabilityai/stable-video-diffusion-img2vid",),
     "svd-xt": ("stabilityai/stable-video-diffusion-img2vid-xt",),
 }
+OF_TEXT = (BUNDLED_NAME, "sd15", "sd21", "sdxl", "sdxl-refiner", "sdxl-turbo", "sd-turbo")  # need a prompt
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 

@@ -12,6 +12,7 @@ import mlx.core as mx
 from ..errors import CheckpointError
 from ..nets.autoencoder import AutoencoderKL, VAEConfig
 from ..nets.controlnet import ControlNetConfig, ControlNetModel
+from ..nets.pixels import PixelConfig, Pixels
 from ..nets.temporal_vae import AutoencoderKLTemporalDecoder, TemporalVAEConfig
 from ..nets.tiny import AutoencoderTiny, TinyVAEConfig
 from ..nets.unet_parts import UNetConfig
@@ -47,9 +48,10 @@ def vae_config(data: dict) -> VAEConfig | TinyVAEConfig:
     return _VAES[kind][0].from_dict(data)
 
 
-def vae_module(config: VAEConfig | TinyVAEConfig) -> AutoencoderKL | AutoencoderTiny:
+def vae_module(config: VAEConfig | TinyVAEConfig | PixelConfig) -> AutoencoderKL | AutoencoderTiny | Pixels:
     """A VAE with weights yet to be loaded."""
-    return next(module for kind, module in _VAES.values() if type(config) is kind)(config)
+    kinds = (*_VAES.values(), (PixelConfig, Pixels))
+    return next(module for kind, module in kinds if type(config) is kind)(config)
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,11 @@ def encode(
     return Conditioning(context, pooled, time_ids)
 
 
+def nothing(pictures: int, dtype: mx.Dtype) -> Conditioning:
+    """What an unconditional U-Net reads: no tokens."""
+    return Conditioning(mx.zeros((pictures, 0, 0), dtype))
+
+
 def see(
     encoder: CLIPVisionModelWithProjection,
     picture: np.ndarray,

@@ -145,7 +145,8 @@ def estimate(
                 as_read[leg, name] = _weights(model.checkpoint.module(name), dtype)
         if keep:  # it is read along with the text encoders
             held[leg, "unet"] = unet[leg, "unet"].weights
-        phase("encode", texts, keep)
+        if texts:
+            phase("encode", texts, keep)
         phase("denoise", unet | controls, keep)
     tiling = "on" if low_memory and settings.vae_tiling == "auto" else settings.vae_tiling
     if isinstance(vae, VAEConfig) and tiled(tiling, vae, (h, w), vae_dtype.size, budget - sum(held.values())):
@@ -154,7 +155,8 @@ def estimate(
     if frames:
         chunk = settings.decode_chunk or frames_together(vae, (*frames, h, w), vae_dtype.size, budget)
         frames = [min(chunk, *frames)]
-    phase("decode", {(0, "vae"): _vae_decoder(vae, vae_dtype, (*frames, h, w))}, keep)
+    if checkpoint.family.decodes:
+        phase("decode", {(0, "vae"): _vae_decoder(vae, vae_dtype, (*frames, h, w))}, keep)
     return peaks
 
 
@@ -166,7 +168,7 @@ def _unet(config: UNetConfig, dtype: mx.Dtype, bits: int | None, x: tuple[int, .
         quantize(unet, bits)
 
     def call(latents: mx.array, *texts: mx.array):
-        temb, cond = _conditioning(unet, texts)
+        temb, cond = _conditioning(unet, texts or [mx.zeros((x[0], 0, 0), dtype)])
         return unet(latents, temb, cond, branch=branch), cond  # which serves for all steps
 
     return footprint(_typed(unet, dtype), call, mx.zeros((*x, config.in_channels), dtype), *_texts(config, dtype, x[0]))
@@ -188,6 +190,8 @@ def _controlnet(config: ControlNetConfig, dtype: mx.Dtype, x: tuple[int, int, in
 
 def _texts(config: UNetConfig, dtype: mx.Dtype, n: int) -> list[mx.array]:
     """What a family's encoders would have given: see `Conditioning`."""
+    if config.cross_attention_dim is None:
+        return []
     if config.video:
         return [mx.zeros((n, 1, config.cross_attention_dim), dtype), mx.zeros((n, 3))]
     texts = [mx.zeros((n, TOKENS, config.cross_attention_dim), dtype)]

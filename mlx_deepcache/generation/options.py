@@ -17,7 +17,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.names import BUNDLED_NAME
+from ..checkpoints.names import BUNDLED_NAMES
 from ..diffusion.noise import GENERATORS
 from ..diffusion.schedulers import SCHEDULERS
 from ..errors import UnknownOption, UsageError, called
@@ -48,6 +48,7 @@ MACHINE, CACHE, FILES = "precision, speed and memory", "caches: the same picture
 GROUPS = (PICTURE, MODEL, START, VIDEO, CONTROL, REFINER, HOW, MACHINE, CACHE)
 
 PICTURES, VIDEOS, CLIPS = "pictures", "videos", "videos of a prompt"  # that are drawn
+FREE = "pictures without a prompt"
 
 MOST = 100_000  # of a repeated option; so many pictures take days
 SWITCH = ("auto", "on", "off")
@@ -193,7 +194,7 @@ def _told(file: Any) -> str:
 
 
 def _told_model(name: str) -> str:
-    return name if name == BUNDLED_NAME else _told(name)
+    return name if name in BUNDLED_NAMES else _told(name)
 
 
 def _take_motion(value: Any) -> tuple[float, float]:
@@ -479,8 +480,9 @@ class ModelOptions:
     model: Model | None = option(
         None,
         "a folder from convert.py or in the diffusers layout, a single .safetensors file in the original layout, a hub "
-        "id (owner/name[@revision][:file]), or sd15, sd21, sdxl, sdxl-refiner, sdxl-turbo, sd-turbo, svd, svd-xt; "
-        "default: the small model that comes with the package",
+        "id (owner/name[@revision][:file]), or sd15, sd21, sdxl, sdxl-refiner, sdxl-turbo, sd-turbo, svd, svd-xt, "
+        "ddpm-cifar10, ddpm-church, ddpm-bedroom, ddpm-celebahq, emoji-ddpm; default: the small "
+        "text-to-image model that comes with the package",
         MODEL,
         a1111="Model",
     )
@@ -535,7 +537,7 @@ class Options:
 
     steps: int | None = option(
         None,
-        "default 50, of videos 25; few-step models such as sdxl-turbo: 4",
+        "default 50, of videos 25, of a DDPM with its own scheduler 1000; few-step models such as sdxl-turbo: 4",
         HOW,
         check=at_least(1),
         model="steps",
@@ -556,6 +558,7 @@ class Options:
         HOW,
         metavar="G",
         model="guidance_scale",
+        only=(PICTURES, VIDEOS, CLIPS),
         a1111="CFG scale",
     )
     rng: str = option(

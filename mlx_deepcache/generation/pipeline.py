@@ -38,7 +38,7 @@ from ..nets.tiling import decode_tiled, tiled
 from ..nets.unet_parts import Conditioning
 from ..sampler import Denoiser, Progress, sample
 from .components import Components, name_of
-from .conditioning import encode, see
+from .conditioning import encode, nothing, see
 from .estimate import check_fits, estimate, together
 from .options import ModelOptions, taken
 from .prompts import parse
@@ -97,8 +97,9 @@ class StableDiffusion:
         o: ModelOptions = taken(ModelOptions, {"dtype": dtype, **options})
         if refiner is not None and not (refiner.family.refinable and checkpoint.family.refinable):
             raise UsageError("a refiner goes with SDXL only; both models should be of that family")
-        if checkpoint.video and (o.loras or o.embeddings):
-            raise UsageError("LoRAs and embeddings are for models of pictures, and this one draws videos")
+        if not checkpoint.family.text and (o.loras or o.embeddings):
+            other = "draws videos" if checkpoint.video else "reads no prompt"
+            raise UsageError(f"LoRAs and embeddings are for models of pictures of a prompt, and this one {other}")
         self.options, self.dtype, self.low_memory = o, dtype_of(o.dtype), o.low_memory
         self.budget = limit_memory(o.memory_limit)
         if o.lora_dir is not None and not Path(o.lora_dir).is_dir():
@@ -335,8 +336,10 @@ class Generation(Iterator[Progress]):
         settings, leg = self.settings, self.settings.legs[number]
         components = self.pipe.models[leg.model]
         checkpoint, names = components.checkpoint, components.checkpoint.family.encoders
-        if checkpoint.video:
+        if checkpoint.family.sees is not None:
             return self._see(leg, components)
+        if not names:
+            return nothing(len(settings.seeds), self.pipe.dtype)
         with self.clock.phase("load"):
             for name in () if self.pipe.low_memory else (*names, "unet") if components.keep else names:
                 components.start(name)  # files are read while the tokenizers are made

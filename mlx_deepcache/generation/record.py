@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from .._version import __version__
-from ..checkpoints.names import BUNDLED_NAME, may_be_fetched
+from ..checkpoints.names import BUNDLED_NAME, BUNDLED_NAMES, may_be_fetched
 from ..errors import Failure, UsageError
 from ..fields import file_and_scale, parse_json, shown
 from ..media.pictures import FORMATS
@@ -345,7 +345,7 @@ def _found(o: Option, value: object, file: Path) -> object:
     except ValueError as error:
         raise UsageError(f"{file}: its settings are damaged: {o.key} = {told!r}: {error}") from None
     named = str(o.kind.file(read))
-    if o.kind is KINDS["Model"] and named == BUNDLED_NAME:
+    if o.kind is KINDS["Model"] and named in BUNDLED_NAMES:
         return named
     ways = [Path(named), file.parent / named, Path(Path(named).name), file.parent / Path(named).name]
     if named and (found := _first(*ways)) is not None:

@@ -22,7 +22,7 @@ from ..errors import UsageError, called
 from ..fields import unicode_text, valued
 from ..media.pictures import FITS, read_mask, read_picture, size_for, source
 from ..nets.attend import compute, to_first_frame
-from .options import CLIPS, PICTURES, VIDEOS, Control, Options, option_of, options_of, taken
+from .options import CLIPS, FREE, PICTURES, VIDEO, VIDEOS, Control, Options, option_of, options_of, taken
 from .starts import Draw, FirstFrame, FromNoise, FromPicture, Moved, go_on, read_latents, take_latents
 
 DEFAULT_INTERVAL = 3
@@ -199,20 +199,23 @@ def settings_for(
     return Settings(complete, prompts, asked.seeds, tuple(legs), latent_shape, cache, start, noise, choice)
 
 
-_OF_VIDEOS = tuple(o.name for o in options_of(Options) if VIDEOS in (o.only or ()) and o.model is not None)
+_OF_VIDEOS = tuple(o.name for o in options_of(Options) if o.group == VIDEO and VIDEOS in o.only and o.model is not None)
 
 
 def _check_kind(checkpoint: Checkpoint, asked: Options, prompt: object, refiner: Checkpoint | None) -> str:
-    """What is drawn: pictures, videos, or videos of a prompt.
+    """What is drawn: pictures, of a prompt or without one, videos, or videos of a prompt.
 
     Raises:
         UsageError: for what has no meaning with these, or lacks.
     """
-    family, kind = checkpoint.family, VIDEOS if checkpoint.video else PICTURES if asked.frames is None else CLIPS
+    family = checkpoint.family
+    of_text = PICTURES if asked.frames is None else CLIPS
+    kind = of_text if family.text else VIDEOS if checkpoint.video else FREE
     for o in options_of(Options):
         value = getattr(asked, o.name)
         same = value is None or value is o.default or (type(value) is type(o.default) and value == o.default)
-        if o.only is None or kind in o.only or same:  # an array is never compared
+        unguided = o.name == "guidance_scale" and value == 1
+        if o.only is None or kind in o.only or same or unguided:  # an array is never compared
             continue
         if kind == PICTURES and CLIPS in o.only:
             raise UsageError(
@@ -220,14 +223,20 @@ def _check_kind(checkpoint: Checkpoint, asked: Options, prompt: object, refiner:
             )
         if kind == CLIPS:
             raise UsageError(f"{called(o.name)} does not go with {called('frames')}: it has no meaning for {CLIPS}")
+        if kind == FREE:
+            raise UsageError(f"{called(o.name)} has no meaning for {family.name}, which draws {kind}")
         raise UsageError(f"{called(o.name)} is for models of {o.only[0]}, and this one, {family.name}, draws {kind}")
-    if not checkpoint.video:
+    if family.text:
         if prompt is None:
             raise UsageError(f"{family.name} draws from text: give it a {called('prompt')}")
         if kind == CLIPS:
             _check_clip(checkpoint, asked, refiner)
         return kind
-    if any(prompt if isinstance(prompt, (list, tuple)) else [prompt]):
+    prompted = any(prompt if isinstance(prompt, (list, tuple)) else [prompt])
+    if kind == FREE:
+        _check_free(checkpoint, asked, prompted)
+        return kind
+    if prompted:
         raise UsageError(
             f"{family.name} reads a picture and no prompt; leave the prompt out, and give {called('image')}"
         )
@@ -238,6 +247,17 @@ def _check_kind(checkpoint: Checkpoint, asked: Options, prompt: object, refiner:
     if asked.vae_tiling == "on":
         raise UsageError(f"videos are not decoded in tiles; {called('decode_chunk')} takes less memory too")
     return kind
+
+
+def _check_free(checkpoint: Checkpoint, asked: Options, prompted: bool) -> None:
+    """Raises UsageError for what has no meaning without a prompt, or without a VAE."""
+    name, decodes = checkpoint.family.name, checkpoint.family.decodes
+    if prompted:
+        raise UsageError(f"{name} reads no prompt: leave {called('prompt')} out")
+    if asked.image is not None and not decodes:
+        raise UsageError(f"{name} draws from noise alone: leave {called('image')} out")
+    if asked.vae_tiling == "on" and not decodes:
+        raise UsageError(f"{name} has no VAE: leave {called('vae_tiling', 'on')} out")
 
 
 def _check_clip(checkpoint: Checkpoint, asked: Options, refiner: Checkpoint | None) -> None:
@@ -332,7 +352,7 @@ def _share(checkpoint: Checkpoint, steps: int, asked: Options) -> tuple[float | 
 
 def _size(checkpoint: Checkpoint, asked: Options, *pictures) -> tuple[int, int]:
     """(height, width): what was asked for, or the model's own, in the first picture's proportions."""
-    factor = checkpoint.vae_config.factor
+    factor = checkpoint.multiple
     if pictures:
         multiple = VIDEO_MULTIPLE if checkpoint.video else factor
         height, width = size_for(pictures[0], checkpoint.native_size, asked.height, asked.width, multiple)

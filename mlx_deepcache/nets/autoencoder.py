@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from ..backend.ops import compiled, done
 from ..errors import CheckpointError
-from .blocks import Attention, Downsample2D, ResnetBlock2D, Upsample2D
+from .blocks import AttentionBlock, Downsample2D, ResnetBlock2D, Upsample2D
 from .config import build_config, check_split
 from .layers import Conv2d, GroupNorm, Linear
 
@@ -63,19 +63,6 @@ class VAEConfig:
 EPS = 1e-6  # of every group normalisation in the VAE
 
 
-class VAEAttention(Attention):
-    """Self-attention with one head over the positions of a feature map, added to its input."""
-
-    def __init__(self, dims: int, groups: int):
-        super().__init__(dims, heads=1, bias=True)
-        self.group_norm = GroupNorm(groups, dims, EPS)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """x: (B, H, W, C)."""
-        B, H, W, C = x.shape
-        return x + super().__call__(self.group_norm(x).reshape(B, H * W, C)).reshape(B, H, W, C)
-
-
 class MidBlock(nn.Module):
     """Two resnets with, in all but the smallest VAEs, an attention layer between them."""
 
@@ -84,7 +71,7 @@ class MidBlock(nn.Module):
         groups = config.norm_num_groups
         self.resnets = [ResnetBlock2D(dims, dims, None, groups, EPS) for _ in range(2)]
         if config.mid_block_add_attention:
-            self.attentions = [VAEAttention(dims, groups)]
+            self.attentions = [AttentionBlock(dims, 1, groups, EPS)]
 
     def __call__(self, x: mx.array) -> mx.array:
         first, second = self.resnets
@@ -101,7 +88,8 @@ def _block(c_in: int, c_out: int, layers: int, groups: int) -> nn.Module:
 
 
 class Encoder(nn.Module):
-    """(B, H, W, 3) in [-1, 1] -> (B, H/f, W/f, 2 * latent_channels): means and log variances."""
+    """(B, H, W, 3) in [-1, 1] -> (B, H/f, W/f, 2 * latent_channels): means and log variances; or the latents
+    themselves, where the config says that they do not spread."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -115,7 +103,7 @@ class Encoder(nn.Module):
             self.down_blocks.append(block)
         self.mid_block = MidBlock(channels[-1], config)
         self.conv_norm_out = GroupNorm(groups, channels[-1], EPS)
-        self.conv_out = Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(channels[-1], (1 + config.spreads) * config.latent_channels, 3, padding=1)
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.conv_in(x)

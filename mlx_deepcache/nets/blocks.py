@@ -7,6 +7,7 @@ Resnets and transformers take (B, F, H, W, C) too, videos of F frames, each of w
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -142,7 +143,8 @@ class ResnetBlock2D(nn.Module):
 
 
 class Downsample2D(nn.Module):
-    """Halve the sides with a stride-2 convolution. The U-Net pads all round, the VAE bottom and right only."""
+    """Halve the sides with a stride-2 convolution. Stable Diffusion's U-Nets pad all round, those of DDPM and all VAEs
+    bottom and right only."""
 
     def __init__(self, dims: int, *, pad_all_round: bool = True):
         super().__init__()
@@ -232,6 +234,25 @@ class Attention(nn.Module):
         return x.reshape(B, S, self.heads, -1).swapaxes(1, 2)
 
 
+class AttentionBlock(Attention):
+    """Self-attention over the positions of a feature map, added to its input; `heads` share the channels."""
+
+    def __init__(self, dims: int, heads: int, groups: int, eps: float):
+        super().__init__(dims, heads, bias=True)
+        self.group_norm = GroupNorm(groups, dims, eps)
+
+    def prepare(self, context: mx.array) -> list:
+        """Nothing: it does not look at the context."""
+        return []
+
+    def __call__(self, x: mx.array, own: Sequence = (), attend: Attend = PLAIN) -> mx.array:
+        """x: (B, H, W, C); own: what `prepare` returned; attend: runs the attention layer."""
+        return x + attend(super().__call__, self._normed, x).reshape(x.shape)
+
+    def _normed(self, x: mx.array) -> mx.array:
+        return self.group_norm(x).flatten(-3, -2)
+
+
 class GEGLU(nn.Module):
     """A linear layer gated by its own second half (Shazeer 2020)."""
 
@@ -283,12 +304,12 @@ class Transformer2DModel(nn.Module):
         self.transformer_blocks = [BasicTransformerBlock(dims, heads, context_dims) for _ in range(layers)]
         self.proj_out = Linear(dims, dims)
 
-    def keys_values(self, context: mx.array) -> list[tuple[mx.array, mx.array]]:
+    def prepare(self, context: mx.array) -> list[tuple[mx.array, mx.array]]:
         """The prompt's keys and values for each transformer block, the same at every step; context: (B, S, dims)."""
         return [block.attn2.keys_values(context) for block in self.transformer_blocks]
 
     def __call__(self, x: mx.array, prompt: list[tuple[mx.array, mx.array]], attend: Attend = PLAIN) -> mx.array:
-        """x: (B, H, W, C); prompt: what `keys_values` returned; attend: runs the attention layers."""
+        """x: (B, H, W, C); prompt: what `prepare` returned; attend: runs the attention layers."""
         h = self.proj_in(by_frame(self.norm, x).flatten(-3, -2))
         for block, keys_values in zip(self.transformer_blocks, prompt, strict=True):
             h = block(h, keys_values, attend)

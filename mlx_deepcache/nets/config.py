@@ -52,7 +52,7 @@ def _range(name: str, annotation: str) -> tuple[float, float]:
     """What numbers of this name can be: sizes and counts start at 1, and nets have not many thousand layers."""
     if name.endswith("_eps"):
         return 1e-30, math.inf
-    if "int" not in annotation or name.endswith("_id"):
+    if "int" not in annotation or name.endswith(("_id", "_padding")):
         return -math.inf, math.inf
     return 1, MOST_LAYERS if "layers" in name or "blocks" in name else math.inf
 

@@ -138,13 +138,13 @@ class TransformerSpatioTemporalModel(nn.Module):
         self.time_mixer = AlphaBlender()
         self.proj_out = Linear(dims, dims)
 
-    def keys_values(self, context: mx.array) -> list[tuple[tuple[mx.array, mx.array], ...]]:
+    def prepare(self, context: mx.array) -> list[tuple[tuple[mx.array, mx.array], ...]]:
         """The context's keys and values for each pair of blocks, the same at every step; context: (B, S, dims)."""
         pairs = zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True)
         return [tuple(block.attn2.keys_values(context) for block in pair) for pair in pairs]
 
     def __call__(self, x: mx.array, prompt: list, attend: Attend = PLAIN) -> mx.array:
-        """x: (B, F, H, W, C); prompt: what `keys_values` returned; attend: runs the attention layers, of frames and
+        """x: (B, F, H, W, C); prompt: what `prepare` returned; attend: runs the attention layers, of frames and
         over them in turn."""
         B, F, H, W, C = x.shape
         h = self.proj_in(by_frame(self.norm, x).reshape(B, F, H * W, C))

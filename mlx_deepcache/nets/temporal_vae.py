@@ -11,8 +11,8 @@ import mlx.nn as nn
 import numpy as np
 
 from ..backend.ops import compiled
-from .autoencoder import EPS, AutoencoderKL, VAEAttention, VAEConfig
-from .blocks import Upsample2D
+from .autoencoder import EPS, AutoencoderKL, VAEConfig
+from .blocks import AttentionBlock, Upsample2D
 from .layers import Conv2d, GroupNorm, by_frame
 from .spatiotemporal import SpatioTemporalResBlock, TemporalConv
 from .tiling import decoding_bytes
@@ -40,7 +40,7 @@ class TemporalDecoder(nn.Module):
         self.conv_in = Conv2d(config.latent_channels, channels[0], 3, padding=1)
         self.mid_block = nn.Module()
         self.mid_block.resnets = [_resnet(channels[0], channels[0], groups) for _ in range(n)]
-        self.mid_block.attentions = [VAEAttention(channels[0], groups)]
+        self.mid_block.attentions = [AttentionBlock(channels[0], 1, groups, EPS)]
         self.up_blocks = []
         for level, c_out in enumerate(channels):
             c_in, block = channels[max(level - 1, 0)], nn.Module()

@@ -24,8 +24,10 @@ def tiled(tiling: str, config: VAEConfig, size: tuple[int, int], itemsize: int, 
     """Whether to decode in tiles latents of this (height, width): "auto" does if the whole would take over `SHARE` of
     the `room`, in bytes, that there is beside the weights.
     """
+    if config.factor == 1 or max(size) <= TILE:
+        return False
     whole = decoding_bytes(config, size, itemsize)
-    return max(size) > TILE and (tiling == "on" or (tiling == "auto" and whole > SHARE * room))
+    return tiling == "on" or (tiling == "auto" and whole > SHARE * room)
 
 
 def decoding_bytes(config: VAEConfig, size: tuple[int, int], itemsize: int) -> int:

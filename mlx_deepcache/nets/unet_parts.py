@@ -18,7 +18,15 @@ from mlx.utils import tree_map
 from ..backend.ops import silu
 from ..errors import CheckpointError
 from .attend import PLAIN, Attend
-from .blocks import Downsample2D, ResnetBlock2D, TimestepEmbedding, Transformer2DModel, Upsample2D, timestep_embedding
+from .blocks import (
+    AttentionBlock,
+    Downsample2D,
+    ResnetBlock2D,
+    TimestepEmbedding,
+    Transformer2DModel,
+    Upsample2D,
+    timestep_embedding,
+)
 from .config import build_config, check_split, per_level
 from .layers import Conv2d, by_frame
 from .spatiotemporal import SpatioTemporalResBlock, TransformerSpatioTemporalModel
@@ -26,24 +34,26 @@ from .spatiotemporal import SpatioTemporalResBlock, TransformerSpatioTemporalMod
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """UNet2DConditionModel's config.json, or UNetSpatioTemporalConditionModel's; addition_embed_type: of the latter,
-    "time": it reads numbers and no pooled text; num_frames: of a video that it was trained for."""
+    """UNet2DConditionModel's config.json, UNet2DModel's, or UNetSpatioTemporalConditionModel's; cross_attention_dim:
+    None where it reads nothing but noisy latents; addition_embed_type: of videos "time": it reads numbers and no pooled
+    text; num_frames: of a video that it was trained for."""
 
     block_out_channels: tuple[int, ...]
     down_block_types: tuple[str, ...]
     up_block_types: tuple[str, ...]
-    cross_attention_dim: int
+    cross_attention_dim: int | None
     in_channels: int = 4
     out_channels: int = 4
     sample_size: int | tuple[int, int] = 64
     layers_per_block: int = 2
     mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
-    attention_head_dim: int | tuple[int, ...] = 8
+    attention_head_dim: int | tuple[int, ...] | None = 8
     num_attention_heads: int | tuple[int, ...] | None = None
     transformer_layers_per_block: int | tuple[int, ...] = 1
     use_linear_projection: bool = False
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
+    downsample_padding: int = 1
     flip_sin_to_cos: bool = True
     freq_shift: float = 0
     addition_embed_type: str | None = None
@@ -57,6 +67,8 @@ class UNetConfig:
         """Raises CheckpointError for a value that this U-Net cannot honour."""
         if data.get("_class_name") == "UNetSpatioTemporalConditionModel":
             data = _VIDEO_DEFAULTS | {k: v for k, v in data.items() if v is not None} | _VIDEO_ALWAYS
+        if alone := data.get("_class_name") == "UNet2DModel":
+            data = _ALONE_DEFAULTS | data | _ALONE_ALWAYS
         config = build_config(cls, data, _UNET_SUPPORTED)
         for name, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
             for kind in set(getattr(config, name)) - set(known):
@@ -67,9 +79,16 @@ class UNetConfig:
             if (value := getattr(config, name)) not in (*known, None):
                 only = " or ".join(map(repr, known))
                 raise CheckpointError(f"{name} = {value!r} is not supported, only {only} or null")
-        for name in ("layers_per_block", "cross_attention_dim"):
+        for name in ("layers_per_block", *([] if alone else ["cross_attention_dim"])):
             if not isinstance(value := getattr(config, name), int):
                 raise CheckpointError(f"{name} = {value!r} is not supported, only one number")
+        for kind in config.kinds:
+            if kind not in _EVERYWHERE and (kind in _ALONE) != alone:
+                raise CheckpointError(f"{kind} is not supported in a {data.get('_class_name', 'UNet2DConditionModel')}")
+        if alone:
+            config._check_heads()
+        elif None in config.heads:
+            raise CheckpointError("attention_head_dim = None is not supported, only one number, or one a level")
         for name, per in (
             ("norm_num_groups", (config.norm_num_groups,) * config.levels),
             ("attention_head_dim", config.heads),
@@ -78,6 +97,17 @@ class UNetConfig:
         if len({_VIDEO in kind for kind in config.kinds}) > 1:
             raise CheckpointError(f"blocks of pictures and of videos in one net are not supported, got {config.kinds}")
         return config
+
+    def _check_heads(self) -> None:
+        """Raises CheckpointError where a UNet2DModel's levels cannot be split into heads of its size."""
+        size = self.attention_head_dim
+        if isinstance(size, tuple):
+            raise CheckpointError(f"attention_head_dim = {list(size)} is not supported, only one number or null")
+        for level, width in enumerate(self.block_out_channels):
+            kinds = self.down_block_types[level], self.up_block_types[-1 - level]
+            attends = any(kind in _ALONE for kind in kinds) or (self.mid_block_type and level == self.levels - 1)
+            if attends and size is not None and width % size:
+                raise CheckpointError(f"a width of {width} cannot be split into heads of attention_head_dim = {size}")
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -114,7 +144,11 @@ class UNetConfig:
 
     @property
     def heads(self) -> tuple[int, ...]:
-        """Attention heads of each level. diffusers calls this number `attention_head_dim`, for history's sake."""
+        """Attention heads of each level. diffusers calls this number `attention_head_dim`, for history's sake; in a
+        UNet2DModel that is what its name says, the size of each, or null for one head."""
+        if self.cross_attention_dim is None:
+            size = self.attention_head_dim
+            return tuple(1 if size is None or width % size else width // size for width in self.block_out_channels)
         heads = self.attention_head_dim if self.num_attention_heads is None else self.num_attention_heads
         return per_level(heads, self.levels, "attention_head_dim")
 
@@ -126,15 +160,18 @@ class UNetConfig:
 
 _UNET_SUPPORTED = {
     "act_fn": ("silu", "swish"),
+    "add_attention": (True,),
     "addition_embed_type_num_heads": (64, None),
     "attention_type": ("default",),
+    "attn_norm_num_groups": (None,),
     "center_input_sample": (False,),
     "class_embed_type": (None,),
     "class_embeddings_concat": (False,),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
     "cross_attention_norm": (None,),
-    "downsample_padding": (1,),
+    "downsample_padding": (0, 1),
+    "downsample_type": ("conv",),
     "dual_cross_attention": (False,),
     "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,),
@@ -150,6 +187,7 @@ _UNET_SUPPORTED = {
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
+    "upsample_type": ("conv",),
 }
 _VIDEO = "SpatioTemporal"  # in the names of blocks that have an axis of frames
 # What UNetSpatioTemporalConditionModel takes for what its config does not say, and what it has no word for
@@ -169,6 +207,18 @@ _VIDEO_ALWAYS = {
     "use_linear_projection": True,
     "addition_embed_type": "time",
 }
+# The same for UNet2DModel
+_ALONE_DEFAULTS = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [224, 448, 672, 896],
+    "down_block_types": ["DownBlock2D"] + ["AttnDownBlock2D"] * 3,
+    "mid_block_type": "UNetMidBlock2D",
+    "up_block_types": ["AttnUpBlock2D"] * 3 + ["UpBlock2D"],
+}
+_ALONE_ALWAYS = {"cross_attention_dim": None, "num_attention_heads": None, "addition_embed_type": None}
+_ALONE = ("AttnDownBlock2D", "UNetMidBlock2D", "AttnUpBlock2D")  # blocks that attend to nothing but what they are given
+_EVERYWHERE = ("DownBlock2D", "UpBlock2D")
 
 
 def _resnet(c: UNetConfig, c_in: int, c_out: int) -> ResnetBlock2D:
@@ -178,6 +228,10 @@ def _resnet(c: UNetConfig, c_in: int, c_out: int) -> ResnetBlock2D:
 def _transformer(c: UNetConfig, level: int, make: type = Transformer2DModel) -> nn.Module:
     dims, heads, depth = c.block_out_channels[level], c.heads[level], c.transformer_layers[level]
     return make(dims, heads, c.cross_attention_dim, depth, c.norm_num_groups)
+
+
+def _self_attention(c: UNetConfig, level: int) -> AttentionBlock:
+    return AttentionBlock(c.block_out_channels[level], c.heads[level], c.norm_num_groups, c.norm_eps)
 
 
 def _video_resnet(c: UNetConfig, c_in: int, c_out: int, *, eps: float) -> SpatioTemporalResBlock:
@@ -190,16 +244,19 @@ _video_transformer = partial(_transformer, make=TransformerSpatioTemporalModel)
 # The kinds of blocks: what makes a layer's resnet, and what its transformer, if there is one
 DOWN_BLOCKS = {
     "CrossAttnDownBlock2D": (_resnet, _transformer),
+    "AttnDownBlock2D": (_resnet, _self_attention),
     "DownBlock2D": (_resnet, None),
     "CrossAttnDownBlockSpatioTemporal": (partial(_video_resnet, eps=1e-6), _video_transformer),
     "DownBlockSpatioTemporal": (partial(_video_resnet, eps=1e-5), None),
 }
 MID_BLOCKS = {
     "UNetMidBlock2DCrossAttn": (_resnet, _transformer),
+    "UNetMidBlock2D": (_resnet, _self_attention),
     "UNetMidBlockSpatioTemporal": (partial(_video_resnet, eps=1e-5), _video_transformer),
 }
 UP_BLOCKS = {
     "CrossAttnUpBlock2D": (_resnet, _transformer),
+    "AttnUpBlock2D": (_resnet, _self_attention),
     "UpBlock2D": (_resnet, None),
     "CrossAttnUpBlockSpatioTemporal": (partial(_video_resnet, eps=1e-6), _video_transformer),
     "UpBlockSpatioTemporal": (partial(_video_resnet, eps=1e-6), None),
@@ -223,7 +280,7 @@ def down_blocks(config: UNetConfig) -> list[nn.Module]:
     for level, (kind, c_out) in enumerate(zip(config.down_block_types, config.block_out_channels, strict=True)):
         blocks.append(_block(DOWN_BLOCKS[kind], config, level, [c_in, *[c_out] * (n - 1)], n))
         if level < config.levels - 1:
-            blocks[-1].downsamplers = [Downsample2D(c_out)]
+            blocks[-1].downsamplers = [Downsample2D(c_out, pad_all_round=config.downsample_padding == 1)]
         c_in = c_out
     return blocks
 
@@ -250,9 +307,10 @@ def up_blocks(config: UNetConfig) -> list[nn.Module]:
 class Conditioning:
     """What a picture is drawn from.
 
-    context: (B, S, C) the encoded prompt, or picture; pooled: (B, P) and time_ids: (B, 6) for SDXL (original height and
-    width, crop top and left, target height and width, in pixels), for videos time_ids: (B, 3) alone (frames a second
-    less one, motion, noise added to the picture), else None; guidance: (B,) the scale that LCM's U-Net is told.
+    context: (B, S, C) the encoded prompt, picture or class, no tokens (S = 0) where there is nothing to read; pooled:
+    (B, P) and time_ids: (B, 6) for SDXL (original height and width, crop top and left, target height and width, in
+    pixels), for videos time_ids: (B, 3) alone (frames a second less one, motion, noise added to the picture), else
+    None; guidance: (B,) the scale that LCM's U-Net is told.
     """
 
     context: mx.array
@@ -285,12 +343,12 @@ class Layer:
 
     conv: nn.Module | None = None
     resnet: ResnetBlock2D | None = None
-    attention: Transformer2DModel | None = None
+    attention: Transformer2DModel | AttentionBlock | None = None
     upsample: Upsample2D | None = None
 
     def prepare(self, cond: Conditioning) -> list:
         """This layer's own share of the conditioning: the prompt's keys and values in each transformer block."""
-        return [] if self.attention is None else self.attention.keys_values(cond.context)
+        return [] if self.attention is None else self.attention.prepare(cond.context)
 
     def __call__(
         self, x: mx.array, temb: mx.array, own: list, attend: Attend = PLAIN, size: tuple[int, int] | None = None
