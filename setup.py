@@ -15,7 +15,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["mlx_deepcache", "mlx_deepcache.*"]),
-    package_data={"mlx_deepcache": ["checkpoints/bundled/**/*", "apps/*.txt"]},
+    package_data={"mlx_deepcache": ["checkpoints/bundled/**/*", "apps/*.txt", "generation/*.txt"]},
     install_requires=[
         # Before 0.32.2 a large convolution could come out as zeros on Metal; see mlx_deepcache/backend/ops.py
         "mlx>=0.32.2; sys_platform == 'darwin'",

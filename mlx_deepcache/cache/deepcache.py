@@ -27,7 +27,8 @@ class DeepCache(Policy):
     from the outside (the pip package's `cache_branch_id`).
     interval: 3; 1 is no caching.
     center, power: the paper's non-uniform 1:N schedule (section 3.3): as many full steps as the interval gives, dense
-    around step `center`, the sparser the larger `power` (above 1; the paper has 1.2 to 1.4).
+    around step `center`, the sparser the larger `power` (above 1; the paper has 1.2 to 1.4). Without a center that of
+    its code for latent diffusion: dense at the start, with some steps fewer.
     steps: the full steps themselves, by index from 0, in place of an interval.
     start, end: fractions of the steps; every step outside [start, end) is full.
     warmup: this many first steps are full.
@@ -62,10 +63,10 @@ class DeepCache(Policy):
             alone = self.interval is None and self.center is None and self.power is None
             require(alone, "deepcache's steps name the full steps themselves; leave out interval, center, power")
             require(self.steps[:1] == (0,), "deepcache's steps must include 0: the first step has no features to reuse")
-        needs = "deepcache's non-uniform schedule needs"
-        both = (self.center is None) == (self.power is None)
-        require(both, f"{needs} center and power, such as center=15,power=1.4")
-        if self.power is not None and (self.interval < 2 or self.center < 0 or not self.power > 1):
+        needs, center = "deepcache's non-uniform schedule needs", self.center or 0
+        both = self.center is None or self.power is not None
+        require(both, f"{needs} center and power, such as center=15,power=1.4, or power alone")
+        if self.power is not None and (self.interval < 2 or center < 0 or not self.power > 1):
             got = f"interval={self.interval}, center={self.center}, power={self.power:g}"
             raise UsageError(f"{needs} interval >= 2, center >= 0 and power > 1, got {got}")
         check_cut(self.branch, self.warmup)
@@ -110,8 +111,9 @@ class DeepCache(Policy):
         return Planned(self.full_steps(len(plan.steps), plan.repeated))
 
 
-def non_uniform_steps(n: int, full: int, center: int, power: float) -> list[int]:
-    """Which `full` of n steps the paper's code picks: spaced by |i - center|^(1/power), whole numbers.
+def non_uniform_steps(n: int, full: int, center: int | None, power: float) -> list[int]:
+    """Which `full` of n steps the paper's code picks: spaced by |i - center|^(1/power), whole numbers. Without a center
+    they are spaced from the first one on, and those that coincide are one.
 
     Before the centre that is a root of a negative number, for which its code takes the complex one. Its powers are cut
     to whole steps; where some coincide, the power is lowered by 0.02 until none do.
@@ -119,6 +121,9 @@ def non_uniform_steps(n: int, full: int, center: int, power: float) -> list[int]
     Raises:
         UsageError: no power above 1 gives so many different steps; the paper's code stops there too.
     """
+    if center is None:
+        powers = np.linspace(0, n ** (1 / power), full + 1) ** power
+        return np.unique(powers.astype(int))[:-1].tolist()
     if center >= n:
         raise UsageError(f"deepcache's center must be one of the {n} steps, from 0 to {n - 1}, got {center}")
     p = power

@@ -31,6 +31,7 @@ class FasterCache(Policy):
 
     name: ClassVar[str] = "fastercache"
     slots: ClassVar[dict[str, str]] = ATTENTION | GUIDANCE
+    alone: ClassVar[bool] = False
     about: ClassVar[str] = (
         "runs guidance's unconditional half every 5th time and rebuilds it between; extrapolates self-attention"
     )

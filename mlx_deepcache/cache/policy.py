@@ -24,12 +24,13 @@ SHALLOW, DEEP, FINISH = PARTS = range(3)  # the U-Net's parts, in the order in w
 
 class Policy:
     """A caching method's settings: a frozen dataclass that holds no arrays. name: on the command line; slots: the
-    questions that it answers; videos: whether it serves for these too, whose timesteps are other numbers; about: a line
-    of help."""
+    questions that it answers; videos: whether it serves for these too, whose timesteps are other numbers; alone:
+    whether it serves for nets that read nothing but noisy latents; about: a line of help."""
 
     name: ClassVar[str]
     slots: ClassVar[dict[str, str]]
     videos: ClassVar[bool] = False
+    alone: ClassVar[bool] = True
     about: ClassVar[str]
 
     def check(self, plan: Plan, guided: bool) -> None:

@@ -29,6 +29,7 @@ class TGate(Policy):
 
     name: ClassVar[str] = "tgate"
     slots: ClassVar[dict[str, str]] = ATTENTION | GUIDANCE
+    alone: ClassVar[bool] = False
     about: ClassVar[str] = (
         "T-GATE: after so many steps the prompt is no longer read and guidance is off; self-attention is thinned before"
     )

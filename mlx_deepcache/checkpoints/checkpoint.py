@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,12 +15,13 @@ from ..errors import CheckpointError, UsageError, called
 from ..nets.autoencoder import VAEConfig
 from ..nets.clip import CLIPConfig, CLIPTextModel, CLIPVisionConfig
 from ..nets.clip_vision import CLIPVisionModelWithProjection
+from ..nets.labels import LabelConfig, LabelEmbedding
 from ..nets.pixels import PixelConfig
 from ..nets.temporal_vae import TemporalVAEConfig
 from ..nets.tiny import TinyVAEConfig
 from ..nets.unet_parts import UNetConfig
 from ..unet import UNet2DConditionModel
-from .families import EPSILON, SVD, Family, FewStep, V, check_pipeline, family_alone, family_of, few_step
+from .families import EPSILON, LDM_CLASS, SVD, Family, FewStep, V, check_pipeline, family_alone, family_of, few_step
 from .folder import Folder, Part, Source
 from .hub import find_source
 from .names import BUNDLED_NAME, BUNDLED_NAMES
@@ -34,6 +36,8 @@ def _family(unet: UNetConfig, index: dict) -> Family:
         return SVD
     if unet.cross_attention_dim is None:
         return family_alone(index)
+    if any(index.get(LDM_CLASS.labelled) or ()):
+        return LDM_CLASS
     refines, adds = bool(index.get("requires_aesthetics_score")), unet.addition_embed_type == "text_time"
     return family_of(adds, unet.use_linear_projection, lambda family: family.refines == refines)
 
@@ -91,7 +95,8 @@ class Checkpoint:
             which = "AutoencoderKLTemporalDecoder" if unet.video else "AutoencoderKL or AutoencoderTiny"
             raise CheckpointError(f"the VAE that goes with this U-Net is an {which}, and this one is another")
         channels = latents.latent_channels
-        if unet.in_channels not in ((2 * channels,) if unet.video else (channels, 2 * channels + 1)):
+        fills = [2 * channels + 1] if family.text else []
+        if unet.in_channels not in ((2 * channels,) if unet.video else (channels, *fills)):
             raise CheckpointError(
                 f"the U-Net reads {unet.in_channels} channels where the VAE's latents have {latents.latent_channels}; "
                 "of variants with further inputs only inpainting is supported, with a mask and a second picture"
@@ -99,6 +104,11 @@ class Checkpoint:
         checkpoint = cls(source, unet, latents, described.get("_name_or_path"), other and other.part)
         for name in checkpoint.components:
             checkpoint.part(name)
+        if (labels := checkpoint.labels) is not None and labels.embedding_dim != unet.cross_attention_dim:
+            raise CheckpointError(
+                f"the embedding of classes has a width of {labels.embedding_dim}, and the U-Net reads "
+                f"{unet.cross_attention_dim}; they do not go together"
+            )
         return checkpoint
 
     @classmethod
@@ -133,6 +143,12 @@ class Checkpoint:
     def video(self) -> bool:
         """Whether it draws videos."""
         return self.unet_config.video
+
+    @property
+    def labels(self) -> LabelConfig | None:
+        """Of the classes that it draws, if it draws these."""
+        name = self.family.labelled
+        return None if name is None else LabelConfig.from_dict(self.part(name).config)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -207,14 +223,14 @@ class Checkpoint:
             raise CheckpointError(f"model_index.json: default_guidance_scale should be a number, got {scale!r}")
         return float(scale)
 
-    def schedule(self, name: str | None) -> NoiseSchedule:
-        """The noise schedule of one of `SCHEDULERS`, or of the checkpoint's own scheduler.
+    def schedule(self, name: str | None, **asked: Any) -> NoiseSchedule:
+        """The noise schedule of one of `SCHEDULERS`, or of the checkpoint's own scheduler; asked: see `schedule`.
 
         The family's corrections are made in what its config says.
         """
         config = self.source.scheduler()
         config |= {key: value for key, value in self.family.corrections.items() if name is None or key in config}
-        return schedule(config, name)
+        return schedule(config, name, **asked)
 
     def part(self, name: str) -> Part:
         """A component as it is stored, see `Source.part`."""
@@ -230,6 +246,8 @@ class Checkpoint:
             return vae_module(self.vae_config)
         if name == self.family.sees:
             return CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(self.part(name).config))
+        if name == self.family.labelled:
+            return LabelEmbedding(self.labels)
         return CLIPTextModel(CLIPConfig.from_dict(self.part(name).config))
 
     def load(self, name: str, dtype: mx.Dtype | None) -> nn.Module:

@@ -178,8 +178,8 @@ def _copy_settings(checkpoint: Checkpoint, target: Path) -> None:
     tokenizers = checkpoint.family.encoders.values()
     names = {*checkpoint.components, *tokenizers, "scheduler"}
     index = {name: said for name, said in checkpoint.index.items() if name in names or not isinstance(said, list)}
-    if checkpoint.other_vae is not None:
-        index["vae"] = ["diffusers", checkpoint.other_vae.config.get("_class_name", "AutoencoderKL")]
+    if "vae" in checkpoint.components:  # which may have another name in the source
+        index["vae"] = ["diffusers", checkpoint.part("vae").config.get("_class_name", "AutoencoderKL")]
     _write_json(target / "model_index.json", index)
     (target / "scheduler").mkdir()
     _write_json(target / "scheduler" / "scheduler_config.json", checkpoint.source.scheduler())

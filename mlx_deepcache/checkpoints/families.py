@@ -42,18 +42,19 @@ class Family:
     for, and the scheduler of its own repository; the first is what a file that says nothing is taken for. pipeline: how
     the names of diffusers' classes start; tasks: and how they go on; index: what model_index.json says beside the
     parts. sees: the folder of an encoder of pictures, where it is a picture that is read and not a prompt, and videos
-    are drawn; decodes: whether a VAE makes the picture, else the latents are it; told: the defaults of what else is
-    said of a video; size: (height, width) to draw at, where that is not the U-Net's `sample_size`. head_size: of the
-    U-Net's attention, or None where there are 8 heads everywhere; linear: whether its transformers are entered by a
-    linear layer, and not by a convolution; penultimate: whether it reads the text encoders' hidden states before the
-    last layer, unnormalised; time_ids: what it is told beside the pooled text, by the picture's height and width in
-    pixels and whether the prompt is wanted (or is the negative one); None: the prompt is all. strength,
-    inpainting_strength: how much of a picture is changed by default; second_prompt: whether the last text encoder may
-    read a text of its own; refines: whether it needs a picture; refinable: whether two models of this kind may share a
-    picture's steps; upcasts_vae, upcasts_encoder: whether the `force_upcast` of the VAE counts, or that of its encoder
-    alone; corrections: what diffusers' pipelines change in a scheduler's config as they load it; schedule: what it says
-    beside what all others say; colours: red, green and blue in [-1, 1] as a linear function of the latents, as ComfyUI
-    publishes them (comfy/latent_formats.py).
+    are drawn; labelled: the folder of the embedding of classes, where one of these is read; decodes: whether a VAE
+    makes the picture, else the latents are it; told: the defaults of what else is said of a video; size: (height,
+    width) to draw at, where that is not the U-Net's `sample_size`. head_size: of the U-Net's attention, or None where
+    there are as many `heads` everywhere; linear: whether its transformers are entered by a linear layer, and not by a
+    convolution; penultimate: whether it reads the text encoders' hidden states before the last layer, unnormalised;
+    time_ids: what it is told beside the pooled text, by the picture's height and width in pixels and whether the prompt
+    is wanted (or is the negative one); None: the prompt is all. strength, inpainting_strength: how much of a picture is
+    changed by default; second_prompt: whether the last text encoder may read a text of its own; refines: whether it
+    needs a picture; refinable: whether two models of this kind may share a picture's steps; upcasts_vae,
+    upcasts_encoder: whether the `force_upcast` of the VAE counts, or that of its encoder alone; corrections: what
+    diffusers' pipelines change in a scheduler's config as they load it; schedule: what it says beside what all others
+    say; colours: red, green and blue in [-1, 1] as a linear function of the latents, as ComfyUI publishes them
+    (comfy/latent_formats.py).
     """
 
     name: str
@@ -63,9 +64,11 @@ class Family:
     index: dict = field(default_factory=dict)
     tasks: tuple[str, ...] = ("", "Img2Img", "Inpaint")
     sees: str | None = None
+    labelled: str | None = None
     decodes: bool = True
     size: tuple[int, int] | None = None
     head_size: int | None = 64
+    heads: int = 8
     linear: bool = True
     penultimate: bool = False
     time_ids: Callable[[int, int, bool], tuple[float, ...]] | None = None
@@ -92,7 +95,8 @@ class Family:
     @property
     def networks(self) -> tuple[str, ...]:
         """Folders of all that encode, the U-Net's and the VAE's."""
-        return (*self.text, *([] if self.sees is None else [self.sees]), "unet", *["vae"] * self.decodes)
+        encoders = (*self.text, self.sees, self.labelled)
+        return (*filter(None, encoders), "unet", *["vae"] * self.decodes)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -219,9 +223,32 @@ DDPM = Family(
 # The same nets with the sampler of another pipeline, which takes any scheduler's config for its own
 DDIM = replace(DDPM, name="DDPM with DDIM", pipeline="DDIM", steps=50, corrections={"_class_name": "DDIMScheduler"})
 
-FAMILIES = (SD1, SD2, SDXL, REFINER, SVD, DDPM, DDIM)
+LDM = Family(
+    "LDM",
+    {},
+    {EPSILON: (256, "DDIMScheduler")},
+    "LDM",
+    tasks=("",),
+    head_size=32,
+    scaling_factor=1.0,
+    guidance_scale=1.0,
+    schedule={"beta_start": 0.0015, "beta_end": 0.0195},
+)
+
+LDM_CLASS = replace(
+    LDM,
+    name="LDM-4-G",
+    labelled="class_embedding",
+    head_size=None,
+    heads=1,
+    linear=False,
+    guidance_scale=3.0,  # its authors' example; their figures are at 1.5
+)
+
+FAMILIES = (SD1, SD2, SDXL, REFINER, SVD, DDPM, DDIM, LDM, LDM_CLASS)
 ENCODERS = {name: tokenizer for family in FAMILIES for name, tokenizer in family.encoders.items()}
-COMPONENTS = tuple(dict.fromkeys(name for family in FAMILIES for name in family.networks))
+VQVAE = "vqvae"  # the VAE's folder in some repositories
+COMPONENTS = (*dict.fromkeys(name for family in FAMILIES for name in family.networks), VQVAE)
 
 PIPELINES = (  # diffusers' classes that draw with these; the last draws with a few-step model of SD 1.x
     *dict.fromkeys(f"{family.pipeline}{task}Pipeline" for family in FAMILIES for task in family.tasks),
@@ -245,7 +272,9 @@ def family_of(adds: bool, linear: bool, fits: Callable[[Family], bool]) -> Famil
 
 def family_alone(index: dict) -> Family:
     """The family of a U-Net that reads nothing but noisy latents; index: what model_index.json says."""
-    return next((f for f in (DDIM,) if index.get("_class_name") == f"{f.pipeline}Pipeline"), DDPM)
+    if any(any(index.get(name) or ()) for name in ("vae", VQVAE)):
+        return LDM
+    return DDIM if index.get("_class_name") == f"{DDIM.pipeline}Pipeline" else DDPM
 
 
 def family_by(context: int) -> Family | None:

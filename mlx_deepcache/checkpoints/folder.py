@@ -17,6 +17,7 @@ import mlx.nn as nn
 from ..errors import CheckpointError
 from ..fields import parse_json
 from ..media.files import read_text
+from .families import VQVAE
 from .tokenizer import CLIPTokenizer, load_tokenizer
 from .weights import fill, read_component
 
@@ -140,6 +141,8 @@ class Folder:
     def _folder(self, name: str) -> Path:
         if name == "unet" and self._flat:
             return self.path
+        if name == "vae" and not (self.path / name).is_dir() and (self.path / VQVAE).is_dir():
+            return self.path / VQVAE
         if not (self.path / name).is_dir():
             raise CheckpointError(f"{self.path} is no whole checkpoint: it lacks the folder {name}")
         return self.path / name

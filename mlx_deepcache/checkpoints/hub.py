@@ -24,6 +24,7 @@ from ..fields import shown, suggest
 from .families import COMPONENTS, ENCODERS, check_pipeline
 from .folder import Folder, Source, is_flat, read_json
 from .names import SHORT_NAMES, HubId, hub_id
+from .original.ddpm import DDPMFile, is_ddpm
 from .original.singlefile import SingleFile
 from .weights import PICKLES, component_files, some
 
@@ -118,7 +119,9 @@ def find_source(model: str, *, half: bool = False, prediction_type: str | None =
         CheckpointError: it cannot be found, or is a file that is no checkpoint.
     """
     path = find(model, half=half)
-    return SingleFile(path, prediction_type) if of_weights(path) else Folder(path, prediction_type)
+    if not of_weights(path):
+        return Folder(path, prediction_type)
+    return (DDPMFile if is_ddpm(path) else SingleFile)(path, prediction_type)
 
 
 def of_weights(path: Path) -> bool:

@@ -20,6 +20,7 @@ SHORT_NAMES = {
     "ddpm-church": ("google/ddpm-ema-church-256",),
     "ddpm-bedroom": ("google/ddpm-ema-bedroom-256",),
     "ddpm-celebahq": ("google/ddpm-celebahq-256",),
+    "ldm-celebahq": ("CompVis/ldm-celebahq-256",),
     "svd": ("stabilityai/stable-video-diffusion-img2vid",),
     "svd-xt": ("stabilityai/stable-video-diffusion-img2vid-xt",),
 }

@@ -16,6 +16,8 @@ from ..nets.pixels import PixelConfig, Pixels
 from ..nets.temporal_vae import AutoencoderKLTemporalDecoder, TemporalVAEConfig
 from ..nets.tiny import AutoencoderTiny, TinyVAEConfig
 from ..nets.unet_parts import UNetConfig
+from ..nets.vq import VQConfig, VQModel
+from .families import VQVAE
 from .folder import Part, read_json
 from .hub import find, find_source, of_weights
 from .original import alone
@@ -37,6 +39,7 @@ _VAES = {
     "AutoencoderKL": (VAEConfig, AutoencoderKL),
     "AutoencoderTiny": (TinyVAEConfig, AutoencoderTiny),
     "AutoencoderKLTemporalDecoder": (TemporalVAEConfig, AutoencoderKLTemporalDecoder),
+    "VQModel": (VQConfig, VQModel),
 }
 
 
@@ -75,7 +78,7 @@ class OtherVAE:
         if of_weights(path) and not is_checkpoint(path):
             scale = own.scaling_factor if isinstance(own, VAEConfig) else scale
             part = described(path) or alone.vae(path, scale)
-        elif path.is_file() or (path / "vae").is_dir():
+        elif path.is_file() or (path / "vae").is_dir() or (path / VQVAE).is_dir():
             part = find_source(str(path), half=half).part("vae")
         elif (path / "config.json").is_file():
             part = Part.of(path.resolve())

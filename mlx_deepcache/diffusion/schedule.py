@@ -37,7 +37,7 @@ def _late(s: NoiseSchedule, n: int, steps: list[Step], start: int) -> list[Step]
 @dataclass(frozen=True)
 class Scheduler:
     """A row: diffusers' class, how steps are laid out, the solver for a config, the class's own defaults, and what is
-    left of the steps in a run that starts late."""
+    left of the steps in a run that starts late; takes: what else may be asked of it, see `schedulers.schedule`."""
 
     diffusers_class: str
     steps: Callable
@@ -46,6 +46,7 @@ class Scheduler:
     overrides: dict[str, Any]
     zero_snr_floor: float = 2**-24
     late: Callable = _late
+    takes: tuple[str, ...] = ()
 
 
 class NoiseSchedule:
@@ -95,13 +96,19 @@ class NoiseSchedule:
         return after / before
 
     def spaced(self, n: int, *, whole: bool = True) -> np.ndarray:
-        """n timesteps, descending, spread as the config's `timestep_spacing` says.
+        """n timesteps, descending, spread as the config's `timestep_spacing` says, or one of DDIM's own code:
+        "uniform", which makes more than n where n does not divide the training timesteps, and "quad", denser towards
+        the picture (Song et al. 2021, section D.2), which repeats the last ones where n is large.
 
         Raises:
             UsageError: they should be whole, and the first lies beyond the last training timestep.
         """
         c, total = self.config, self.config["num_train_timesteps"]
         spacing = c["timestep_spacing"]
+        if spacing == "uniform":
+            return np.arange(0, total, total // n)[::-1]
+        if spacing == "quad":
+            return (np.linspace(0, math.sqrt(0.8 * total), n) ** 2).astype(int)[::-1]
         if spacing == "linspace":
             t = np.linspace(0, total - 1, n)[::-1]
             return t.round() if whole else t.astype(np.float32)

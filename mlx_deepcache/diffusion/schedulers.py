@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +16,13 @@ from .levels import CLEAN, Level, Step
 from .schedule import NoiseSchedule, Scheduler
 from .solvers import ddim, ddpm, dpm_2m, euler_ancestral, heun, lcm, plms, unipc
 
+TIMESTEPS = ("uniform", "quad")  # spacings of DDIM's own code, which ends at clean latents
+
 
 # How each family lays out its steps: (schedule, n) -> steps, init_scale
 def _ddim_steps(s: NoiseSchedule, n: int):
+    if s.config["timestep_spacing"] in TIMESTEPS:
+        return _ddpm_steps(s, n)
     stride = s.config["num_train_timesteps"] // n
     return [Step(s.level(t), s.level(t - stride)) for t in s.spaced(n).astype(int)], 1.0
 
@@ -262,10 +267,11 @@ SCHEDULERS = {
     "ddim": Scheduler(
         "DDIMScheduler",
         _ddim_steps,
-        _fixed(ddim),
+        lambda c: partial(ddim, eta=c.get("eta", 0.0)),
         {**_CLIP, "set_alpha_to_one": True, "rescale_betas_zero_snr": False},
         {},
         zero_snr_floor=0.0,
+        takes=("eta", "timesteps", "clip"),
     ),
     "pndm": Scheduler(
         "PNDMScheduler",
@@ -283,7 +289,7 @@ SCHEDULERS = {
         {"timestep_spacing": "linspace", "rescale_betas_zero_snr": False},
         {},
     ),
-    "heun": Scheduler("HeunDiscreteScheduler", _euler_steps, _fixed(heun), _HEUN, {}),
+    "heun": Scheduler("HeunDiscreteScheduler", _euler_steps, _fixed(heun), _HEUN, {}, takes=("clip",)),
     "dpm++2m": Scheduler("DPMSolverMultistepScheduler", _dpm_steps, _dpm_solver, _DPM, {}),
     "dpm++2m-karras": Scheduler("", _dpm_steps, _dpm_solver, _DPM, {"use_karras_sigmas": True}),
     "dpm++2m-sde": Scheduler("", _dpm_steps, _dpm_solver, _DPM, {"algorithm_type": "sde-dpmsolver++"}),
@@ -295,7 +301,13 @@ SCHEDULERS = {
         {},
     ),
     "lcm": Scheduler(
-        "LCMScheduler", _lcm_steps, lambda c: partial(lcm, scaling=c["timestep_scaling"]), _LCM, {}, zero_snr_floor=0.0
+        "LCMScheduler",
+        _lcm_steps,
+        lambda c: partial(lcm, scaling=c["timestep_scaling"]),
+        _LCM,
+        {},
+        zero_snr_floor=0.0,
+        takes=("clip",),
     ),
     "ddpm": Scheduler(
         "DDPMScheduler",
@@ -304,6 +316,7 @@ SCHEDULERS = {
         {**_CLIP, "variance_type": "fixed_small", "rescale_betas_zero_snr": False},
         {},
         zero_snr_floor=0.0,
+        takes=("timesteps", "clip"),
     ),
 }
 
@@ -319,13 +332,18 @@ def _by_class(diffusers_class: str | None) -> str:
     )
 
 
-def schedule(config: dict, name: str | None = None) -> NoiseSchedule:
+_ASKED = {"eta": "eta", "timesteps": "timestep_spacing", "clip": "clip_sample"}
+
+
+def schedule(config: dict, name: str | None = None, **asked: Any) -> NoiseSchedule:
     """The noise schedule that a config describes.
 
-    config: scheduler_config.json; name: one of SCHEDULERS, or None for the config's own.
+    config: scheduler_config.json; name: one of SCHEDULERS, or None for the config's own; asked, for some of them: eta,
+    the share of DDPM's noise that DDIM adds; timesteps, one of `TIMESTEPS`; clip, whether clean latents are clipped on
+    the way, if not as the config says.
 
     Raises:
-        UsageError: the name is not known.
+        UsageError: the name is not known, or something is asked for that this scheduler does not have.
         CheckpointError: the config holds a value that is not supported; it is named.
     """
     if name is None:
@@ -367,6 +385,11 @@ def schedule(config: dict, name: str | None = None) -> NoiseSchedule:
             raise CheckpointError(
                 f"the scheduler's {key} = {c[key]!r} is not supported with {name}, only {list(allowed)}"
             )
+    for key, value in asked.items():
+        if key not in kind.takes:
+            takers = ", ".join(other for other, row in SCHEDULERS.items() if key in row.takes)
+            raise UsageError(f"{called(key)} goes with a scheduler of {takers}, and this is {name}")
+        c[_ASKED[key]] = value
     made = NoiseSchedule(name, kind, c)
     if not c.get("rescale_betas_zero_snr") and not 0 < made.alphas_cumprod[-1] <= made.alphas_cumprod[0] < 1:
         raise CheckpointError(

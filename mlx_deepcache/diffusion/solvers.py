@@ -19,10 +19,16 @@ if TYPE_CHECKING:  # so that names and plans cost no MLX
     import mlx.core as mx
 
 
-def ddim(denoise, x, step: Step, history, noise):
-    """DDIM (Song et al. 2021, equation 12, eta = 0); over these latents, Euler's method is the same formula."""
+def ddim(denoise, x, step: Step, history, noise, *, eta: float = 0.0):
+    """DDIM (Song et al. 2021, equation 12); eta: of the noise that DDPM adds, from none to all of it (equation 16).
+    Over these latents, Euler's method is the same formula without noise."""
     p = denoise(x, step.here)
-    return step.there.alpha * p.x0 + step.there.sigma * p.eps, None
+    here, there = step.here, step.there
+    if not eta:
+        return there.alpha * p.x0 + there.sigma * p.eps, None
+    added = eta * there.sigma / here.sigma * math.sqrt(max(1 - (here.alpha / there.alpha) ** 2, 0))
+    left = math.sqrt(max(there.sigma**2 - added**2, 0))
+    return there.alpha * p.x0 + left * p.eps + added * noise(), None
 
 
 def euler_ancestral(denoise, x, step: Step, history, noise):

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..checkpoints.families import Family
 from ..nets.clip_vision import CLIPVisionModelWithProjection, clip_pixels
+from ..nets.labels import LabelEmbedding
 from ..nets.unet_parts import Conditioning
 from .prompts import chunked, chunks_needed, emphasise, tokenize
 
@@ -50,6 +51,12 @@ def encode(
     wanted = [False] * len(negatives) + [True] * len(prompts)
     time_ids = mx.array([family.time_ids(*size, good) for good in wanted], dtype=mx.float32)
     return Conditioning(context, pooled, time_ids)
+
+
+def label(embedding: LabelEmbedding, number: int, pictures: int, *, guided: bool) -> Conditioning:
+    """What a class-conditional U-Net reads for so many pictures of a class; if guided, first as many of none."""
+    without = [embedding.config.without] * pictures if guided else []
+    return Conditioning(embedding(mx.array([*without, *[number] * pictures])))
 
 
 def nothing(pictures: int, dtype: mx.Dtype) -> Conditioning:

@@ -20,6 +20,7 @@ from ..nets.autoencoder import VAEConfig
 from ..nets.clip import CLIPConfig, CLIPTextModel, CLIPVisionConfig
 from ..nets.clip_vision import CLIPVisionModelWithProjection
 from ..nets.controlnet import ControlNetConfig, ControlNetModel
+from ..nets.labels import LabelConfig, LabelEmbedding
 from ..nets.temporal_vae import frames_together
 from ..nets.tiling import TILE, tiled
 from ..nets.tiny import TinyVAEConfig
@@ -138,6 +139,8 @@ def estimate(
         if (seeing := model.checkpoint.family.sees) is not None:
             encoder = model.checkpoint.module(seeing).config
             texts[leg, seeing] = _picture_encoder(encoder, dtype, model.bits_of(seeing))
+        if (labels := model.checkpoint.labels) is not None:
+            texts[leg, model.checkpoint.family.labelled] = _labels(labels, dtype)
         nets = [find_controlnet(control.model, config, vae.factor, dtype)[1] for control in drawn.controls]
         controls = {(leg, i): _controlnet(net, dtype, x, vae.factor) for i, net in enumerate(nets)}
         if model.bits is not None:
@@ -233,6 +236,12 @@ def _picture_encoder(config: CLIPVisionConfig, dtype: mx.Dtype, bits: int | None
         quantize(net, bits)
     pixels = mx.zeros((1, config.image_size, config.image_size, config.num_channels), dtype)
     return footprint(_typed(net, dtype), net, pixels)
+
+
+@lru_cache(16)
+def _labels(config: LabelConfig, dtype: mx.Dtype) -> Footprint:
+    net = LabelEmbedding(config)
+    return footprint(_typed(net, dtype), net, mx.zeros((2,), mx.int32))
 
 
 @lru_cache(16)

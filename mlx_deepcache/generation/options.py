@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.names import BUNDLED_NAMES
 from ..diffusion.noise import GENERATORS
-from ..diffusion.schedulers import SCHEDULERS
+from ..diffusion.schedulers import SCHEDULERS, TIMESTEPS
 from ..errors import UnknownOption, UsageError, called
 from ..fields import file_and_scale, file_and_word, finite, suggest, unicode_text, valued
 from ..media.pictures import FITS, is_picture
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     Lora = File | tuple[File, float]
     Embedding = File | tuple[File, str | None]
     Motion = tuple[float, float]
+    Label = int | str
     Policy = CachingPolicy | str
 
 PICTURE, MODEL, HOW = "what to draw", "which model draws it", "how it is drawn"
@@ -48,7 +49,7 @@ MACHINE, CACHE, FILES = "precision, speed and memory", "caches: the same picture
 GROUPS = (PICTURE, MODEL, START, VIDEO, CONTROL, REFINER, HOW, MACHINE, CACHE)
 
 PICTURES, VIDEOS, CLIPS = "pictures", "videos", "videos of a prompt"  # that are drawn
-FREE = "pictures without a prompt"
+LABELLED, FREE = "pictures of a class", "pictures without a prompt"
 
 MOST = 100_000  # of a repeated option; so many pictures take days
 SWITCH = ("auto", "on", "off")
@@ -230,6 +231,14 @@ def _drawn_seed(value: Any) -> int:
     return secrets.randbelow(2**32) if isinstance(value, str) and value == "random" else _exactly(Real, int)(value)
 
 
+def _label(text: str) -> int | str:
+    return int(text) if text.strip().isdecimal() else _str(text)
+
+
+def _take_label(value: Any) -> int | str:
+    return _label(value) if isinstance(value, str) else _exactly(Real, int)(value)
+
+
 KINDS = {
     "str": Kind("text in UTF-8", "TEXT", unicode_text, _str),
     "int": Kind("a whole number", "N", int, _exactly(Real, int)),
@@ -272,6 +281,7 @@ KINDS = {
         _tagged,
         file=_file_of_pair,
     ),
+    "Label": Kind("a class's number or name", "N|NAME", _label, _take_label),
     "Motion": Kind("two numbers, X,Y", "X,Y", _take_motion, _take_motion, _told_motion),
     "Policy": Kind(
         "one of the policies, such as DeepCache(interval=3), or its text",
@@ -481,7 +491,7 @@ class ModelOptions:
         None,
         "a folder from convert.py or in the diffusers layout, a single .safetensors file in the original layout, a hub "
         "id (owner/name[@revision][:file]), or sd15, sd21, sdxl, sdxl-refiner, sdxl-turbo, sd-turbo, svd, svd-xt, "
-        "ddpm-cifar10, ddpm-church, ddpm-bedroom, ddpm-celebahq, emoji-ddpm; default: the small "
+        "ddpm-cifar10, ddpm-church, ddpm-bedroom, ddpm-celebahq, ldm-celebahq, emoji-ddpm; default: the small "
         "text-to-image model that comes with the package",
         MODEL,
         a1111="Model",
@@ -552,13 +562,34 @@ class Options:
         a1111="Sampler",
         a1111_values=A1111_SAMPLERS,
     )
+    timesteps: str | None = option(
+        None,
+        "how the steps are spread, with ddim (then the default) or ddpm: uniform, or quad, denser towards the picture, "
+        "both as in DDIM's own code; default: as the model's scheduler says",
+        HOW,
+        choices=TIMESTEPS,
+    )
+    eta: float = option(
+        0.0,
+        "with ddim (then the default): the share of DDPM's noise that is added in each step, from 0 (none) to 1",
+        HOW,
+        check=Check("a number from 0 to 1", lambda value: 0 <= value <= 1),
+    )
+    clip: str = option(
+        "auto",
+        "with ddim, ddpm, heun, lcm: clip what each step takes for the clean picture to [-1, 1]; auto: as the model's "
+        "scheduler says",
+        HOW,
+        choices=SWITCH,
+    )
     guidance_scale: float | None = option(
         None,
-        "default 7.5 for SD, 5 for SDXL; 1 turns it off (few-step models). Of a video the last frame's, default 3",
+        "default 7.5 for SD, 5 for SDXL, 3 for classes; 1 turns it off (few-step models). Of a video the last frame's, "
+        "default 3",
         HOW,
         metavar="G",
         model="guidance_scale",
-        only=(PICTURES, VIDEOS, CLIPS),
+        only=(PICTURES, VIDEOS, CLIPS, LABELLED),
         a1111="CFG scale",
     )
     rng: str = option(
@@ -568,6 +599,13 @@ class Options:
         choices=tuple(GENERATORS),
         a1111="RNG",
         a1111_values=A1111_RNGS,
+    )
+    class_label: Label | None = option(
+        None,
+        "of a model that draws classes: which, by its number or its name in ImageNet, such as 207 or 'golden "
+        "retriever'; 1000: none of them",
+        PICTURE,
+        only=(LABELLED,),
     )
     negative_prompt: str | None = option(None, "what it should not show", PICTURE, only=(PICTURES, CLIPS))
     prompt_2: str | None = option(None, "for SDXL's second text encoder", PICTURE, only=(PICTURES, CLIPS))
@@ -590,7 +628,7 @@ class Options:
         None, "start from this picture, drawn in its proportions; of a video the first frame", START
     )
     mask: Picture | None = option(
-        None, "change it only where this one is white", START, needs=("image",), only=(PICTURES,)
+        None, "change it only where this one is white", START, needs=("image",), only=(PICTURES, LABELLED, FREE)
     )
     mask_blur: float = option(
         0.0,
@@ -598,7 +636,7 @@ class Options:
         START,
         metavar="PX",
         check=Check("a number of pixels from 0 to 256", lambda value: 0 <= value <= 256),
-        only=(PICTURES,),
+        only=(PICTURES, LABELLED, FREE),
         needs=("mask",),
         a1111="Mask blur",
     )
@@ -608,7 +646,7 @@ class Options:
         START,
         check=SHARE,
         needs=("image",),
-        only=(PICTURES,),
+        only=(PICTURES, LABELLED, FREE),
         a1111="Denoising strength",
     )
     fit: str | None = option(

@@ -38,7 +38,7 @@ from ..nets.tiling import decode_tiled, tiled
 from ..nets.unet_parts import Conditioning
 from ..sampler import Denoiser, Progress, sample
 from .components import Components, name_of
-from .conditioning import encode, nothing, see
+from .conditioning import encode, label, nothing, see
 from .estimate import check_fits, estimate, together
 from .options import ModelOptions, taken
 from .prompts import parse
@@ -338,6 +338,8 @@ class Generation(Iterator[Progress]):
         checkpoint, names = components.checkpoint, components.checkpoint.family.encoders
         if checkpoint.family.sees is not None:
             return self._see(leg, components)
+        if checkpoint.family.labelled is not None:
+            return self._label(leg, components)
         if not names:
             return nothing(len(settings.seeds), self.pipe.dtype)
         with self.clock.phase("load"):
@@ -380,6 +382,19 @@ class Generation(Iterator[Progress]):
             )
             mx.eval(cond.context)
         del encoder
+        components.release(name)
+        return cond
+
+    def _label(self, leg: Leg, components: Components) -> Conditioning:
+        """What the U-Net reads of a class."""
+        settings, name = self.settings, components.checkpoint.family.labelled
+        with self.clock.phase("load"):
+            embedding = components.network(name)
+        with self.clock.phase("encode"):
+            guided = leg.guidance_scale is not None
+            cond = label(embedding, settings.class_label, len(settings.seeds), guided=guided)
+            mx.eval(cond.context)
+        del embedding
         components.release(name)
         return cond
 

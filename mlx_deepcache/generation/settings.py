@@ -22,14 +22,15 @@ from ..errors import UsageError, called
 from ..fields import unicode_text, valued
 from ..media.pictures import FITS, read_mask, read_picture, size_for, source
 from ..nets.attend import compute, to_first_frame
-from .options import CLIPS, FREE, PICTURES, VIDEO, VIDEOS, Control, Options, option_of, options_of, taken
+from .labels import number_of
+from .options import CLIPS, FREE, LABELLED, PICTURES, VIDEO, VIDEOS, Control, Options, option_of, options_of, taken
 from .starts import Draw, FirstFrame, FromNoise, FromPicture, Moved, go_on, read_latents, take_latents
 
 DEFAULT_INTERVAL = 3
 FEWEST_STEPS_TO_CACHE = 10  # below this, steps differ too much for features to be reused
 DEFAULT_HANDOVER = 0.8
 VIDEO_MULTIPLE = 64  # pixels, of the sides of a video that are chosen for it
-CLIP_SCHEDULER = "ddim"
+DDIM = "ddim"  # draws videos of a prompt, and with what its own code can be asked for
 CLIP_FPS = 4
 CLIP_MOTION = 12.0, 12.0
 CLIP_LEVELS = 0.88, 0.94  # shares of the steps that follow t0 and t1
@@ -129,7 +130,7 @@ def settings_for(
     if not family.second_prompt and not (asked.prompt_2 is None and asked.negative_prompt_2 is None):
         raise UsageError("a second prompt is for SDXL's second text encoder, and this model has only one")
 
-    schedule = checkpoint.schedule(CLIP_SCHEDULER if kind == CLIPS else asked.scheduler)
+    schedule = _schedule(checkpoint, asked, kind)
     steps, scale = _filled(asked, checkpoint, "steps"), _filled(asked, checkpoint, "guidance_scale")
     strength, left_out = _share(checkpoint, steps, asked)
     stop, handover, second = None, None, None
@@ -152,7 +153,9 @@ def settings_for(
         start = FirstFrame(shown, np.asarray(picture), said["noise_aug"], checkpoint.vae_config.scaling_factor)
     elif kind == CLIPS:
         said = _of_clip(asked, steps)
-    elif picture is not None:
+    elif kind == LABELLED:
+        said = {"class_label": number_of(asked.class_label, checkpoint.labels)}
+    if picture is not None and not checkpoint.video:
         mask = None if asked.mask is None else read_mask(asked.mask)
         start = FromPicture(source(picture, mask, height, width, fit, asked.mask_blur), strength, checkpoint.inpainting)
     controls = tuple(
@@ -203,14 +206,16 @@ _OF_VIDEOS = tuple(o.name for o in options_of(Options) if o.group == VIDEO and V
 
 
 def _check_kind(checkpoint: Checkpoint, asked: Options, prompt: object, refiner: Checkpoint | None) -> str:
-    """What is drawn: pictures, of a prompt or without one, videos, or videos of a prompt.
+    """What is drawn: pictures, of a prompt, of a class or of neither, videos, or videos of a prompt.
 
     Raises:
         UsageError: for what has no meaning with these, or lacks.
     """
     family = checkpoint.family
-    of_text = PICTURES if asked.frames is None else CLIPS
-    kind = of_text if family.text else VIDEOS if checkpoint.video else FREE
+    if family.text:
+        kind = PICTURES if asked.frames is None else CLIPS
+    else:
+        kind = VIDEOS if checkpoint.video else FREE if family.labelled is None else LABELLED
     for o in options_of(Options):
         value = getattr(asked, o.name)
         same = value is None or value is o.default or (type(value) is type(o.default) and value == o.default)
@@ -223,7 +228,7 @@ def _check_kind(checkpoint: Checkpoint, asked: Options, prompt: object, refiner:
             )
         if kind == CLIPS:
             raise UsageError(f"{called(o.name)} does not go with {called('frames')}: it has no meaning for {CLIPS}")
-        if kind == FREE:
+        if kind in (FREE, LABELLED):
             raise UsageError(f"{called(o.name)} has no meaning for {family.name}, which draws {kind}")
         raise UsageError(f"{called(o.name)} is for models of {o.only[0]}, and this one, {family.name}, draws {kind}")
     if family.text:
@@ -233,8 +238,8 @@ def _check_kind(checkpoint: Checkpoint, asked: Options, prompt: object, refiner:
             _check_clip(checkpoint, asked, refiner)
         return kind
     prompted = any(prompt if isinstance(prompt, (list, tuple)) else [prompt])
-    if kind == FREE:
-        _check_free(checkpoint, asked, prompted)
+    if kind in (FREE, LABELLED):
+        _check_unprompted(checkpoint, asked, prompted)
         return kind
     if prompted:
         raise UsageError(
@@ -249,9 +254,14 @@ def _check_kind(checkpoint: Checkpoint, asked: Options, prompt: object, refiner:
     return kind
 
 
-def _check_free(checkpoint: Checkpoint, asked: Options, prompted: bool) -> None:
-    """Raises UsageError for what has no meaning without a prompt, or without a VAE."""
-    name, decodes = checkpoint.family.name, checkpoint.family.decodes
+def _check_unprompted(checkpoint: Checkpoint, asked: Options, prompted: bool) -> None:
+    """Raises UsageError for what has no meaning without a prompt, or without a VAE, or for a class that lacks."""
+    name, decodes, labels = checkpoint.family.name, checkpoint.family.decodes, checkpoint.labels
+    if labels is not None and asked.class_label is None:
+        raise UsageError(
+            f"{name} draws one of {labels.without} classes: give {called('class_label')}, its number or name"
+            + (", and no prompt" if prompted else "")
+        )
     if prompted:
         raise UsageError(f"{name} reads no prompt: leave {called('prompt')} out")
     if asked.image is not None and not decodes:
@@ -273,8 +283,8 @@ def _check_clip(checkpoint: Checkpoint, asked: Options, refiner: Checkpoint | No
         raise UsageError(f"{CLIPS} need an ordinary model, and this one {other}; leave out {frames}")
     if asked.frames < 2:
         raise UsageError(f"{frames} should be 2 or more for {CLIPS}, got {asked.frames}; without it one is drawn")
-    if asked.scheduler not in (None, CLIP_SCHEDULER):
-        raise UsageError(f"{CLIPS} are drawn with {CLIP_SCHEDULER}; leave out {called('scheduler', asked.scheduler)}")
+    if asked.scheduler not in (None, DDIM):
+        raise UsageError(f"{CLIPS} are drawn with {DDIM}; leave out {called('scheduler', asked.scheduler)}")
 
 
 def _of_clip(asked: Options, steps: int) -> dict[str, Any]:
@@ -328,6 +338,15 @@ def _filled(asked: Options, checkpoint: Checkpoint, name: str) -> Any:
     return getattr(checkpoint, option_of(Options, name).model) if value is None else value
 
 
+def _schedule(checkpoint: Checkpoint, asked: Options, kind: str) -> NoiseSchedule:
+    """The noise schedule: of what is asked for, and else the model's own."""
+    said = {"timesteps": asked.timesteps} if asked.timesteps is not None else {}
+    said |= {"eta": asked.eta} if asked.eta else {}
+    name = DDIM if kind == CLIPS or (said and asked.scheduler is None) else asked.scheduler
+    said |= {"clip": asked.clip == "on"} if asked.clip != "auto" else {}
+    return checkpoint.schedule(name, **said)
+
+
 def _share(checkpoint: Checkpoint, steps: int, asked: Options) -> tuple[float | None, int]:
     """The strength, and how many steps are left out at the start."""
     if checkpoint.inpainting and (asked.image is None or asked.mask is None):
@@ -373,7 +392,7 @@ def _handover(
     """The step at which the base model stops, and the refiner's plan."""
     if asked.mask is not None:
         raise UsageError(f"a mask and a refiner do not go together; refine the result as another's {called('image')}")
-    its = refiner.schedule(asked.scheduler)
+    its = _schedule(refiner, asked, PICTURES)
     stop, first = schedule.handover(steps, share), its.handover(steps, share)
     if stop <= start:
         raise UsageError(
@@ -420,8 +439,10 @@ def _cache(
             "the policy"
         )
     caches = Caches.of(policies)
-    for policy in caches.policies if checkpoint.video else ():
-        if not policy.videos:
+    for policy in caches.policies:
+        if checkpoint.video and not policy.videos:
             raise UsageError(f"{policy.name} is for pictures: its timesteps are those of other models than this one's")
+        if checkpoint.unet_config.cross_attention_dim is None and not policy.alone:
+            raise UsageError(f"{policy.name} is for models that read a prompt or a class, and this one reads nothing")
     check(caches)
     return caches, choice

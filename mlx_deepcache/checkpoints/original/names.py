@@ -74,6 +74,8 @@ def unet_places(config: UNetConfig) -> dict[str, str]:
 
     def attention(old: str, new: str) -> None:
         places[old] = new
+        if config.cross_attention_dim is None:
+            places.update({f"{old}.norm": f"{new}.group_norm", f"{old}.proj_out": f"{new}.to_out.0"})
         if config.video:
             places[f"{old}.time_stack"] = f"{new}.temporal_transformer_blocks"
             for old_layer, layer in ((0, 1), (2, 2)):
@@ -86,7 +88,7 @@ def unet_places(config: UNetConfig) -> dict[str, str]:
     for level, kind in enumerate(config.down_block_types):
         for layer in range(config.layers_per_block):
             resnet(f"input_blocks.{i}.0", f"down_blocks.{level}.resnets.{layer}")
-            if kind.startswith("CrossAttn"):
+            if "Attn" in kind:
                 attention(f"input_blocks.{i}.1", f"down_blocks.{level}.attentions.{layer}")
             i += 1
         if level < last:
@@ -94,7 +96,7 @@ def unet_places(config: UNetConfig) -> dict[str, str]:
             i += 1
     i = 0
     for level, kind in enumerate(config.up_block_types):
-        attends = kind.startswith("CrossAttn")
+        attends = "Attn" in kind
         for layer in range(config.layers_per_block + 1):
             resnet(f"output_blocks.{i}.0", f"up_blocks.{level}.resnets.{layer}")
             if attends:

@@ -14,6 +14,7 @@ from pathlib import Path
 from ...errors import CheckpointError
 
 VISION_HEAD = 80  # numbers of a head in OpenCLIP's ViT-H
+CODEBOOK = "quantize.embedding.weight"
 _CROSS, _PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
 
 
@@ -47,9 +48,9 @@ class Shapes:
         return next((self[name.removeprefix(self.prefix)] for name in found), None)
 
 
-def unet(shapes: Shapes, *, head_size: int | None, linear: bool) -> dict:
-    """A U-Net's config; head_size: of attention, or None for 8 heads everywhere; linear: whether its transformers are
-    entered by a linear layer, and not by a convolution.
+def unet(shapes: Shapes, *, head_size: int | None, linear: bool, heads: int = 8) -> dict:
+    """A U-Net's config; head_size: of attention, or None for so many heads everywhere; linear: whether its transformers
+    are entered by a linear layer, and not by a convolution.
 
     Raises:
         CheckpointError: its blocks are laid out as no config can say.
@@ -77,6 +78,17 @@ def unet(shapes: Shapes, *, head_size: int | None, linear: bool) -> dict:
             )
         depths.append(counts.pop() if counts else 1)
     context = shapes.first("attn2.to_k.weight")
+    if context is None and shapes.first(".qkv.weight") is not None:
+        return {
+            "_class_name": "UNet2DModel",
+            "in_channels": shapes["input_blocks.0.0.weight"][1],
+            "out_channels": shapes["out.2.weight"][0],
+            "block_out_channels": channels,
+            "layers_per_block": layers,
+            "down_block_types": [kind.removeprefix("Cross") for kind in down],
+            "up_block_types": [kind.removeprefix("Cross") for kind in up],
+            "attention_head_dim": head_size,
+        }
     if context is None:
         raise CheckpointError(f"{shapes.file}: the U-Net has no cross-attention, so no prompt can be given to it")
     return {
@@ -91,7 +103,7 @@ def unet(shapes: Shapes, *, head_size: int | None, linear: bool) -> dict:
         "transformer_layers_per_block": depths,
         "cross_attention_dim": context[1],
         "use_linear_projection": linear,
-        "attention_head_dim": 8 if head_size is None else [max(1, width // head_size) for width in channels],
+        "attention_head_dim": heads if head_size is None else [max(1, width // head_size) for width in channels],
     }
 
 
@@ -118,8 +130,9 @@ def vae(shapes: Shapes) -> dict:
     levels = shapes.count(r"decoder\.up(?:_blocks)?\.(\d+)\.")
     ups = [f"up_blocks.{levels - 1 - i}.resnets" if ours else f"up.{i}.block" for i in range(levels)]
     query = ("mid_block.attentions.0.to_q", "mid_block.attentions.0.query", "mid.attn_1.q")
-    return {
-        "_class_name": "AutoencoderKL",
+    words = {"num_vq_embeddings": shapes[CODEBOOK][0]} if CODEBOOK in shapes else {}
+    return words | {
+        "_class_name": "VQModel" if words else "AutoencoderKL",
         "in_channels": shapes["encoder.conv_in.weight"][1],
         "out_channels": shapes["decoder.conv_out.weight"][0],
         "latent_channels": shapes["decoder.conv_in.weight"][1],

@@ -18,9 +18,10 @@ from ...errors import CheckpointError, called
 from ...nets.autoencoder import VAEConfig
 from ...nets.temporal_vae import TemporalVAEConfig
 from ...nets.unet_parts import UNetConfig
+from ...nets.vq import VQConfig
 from .. import tokenizer as vocabulary
-from ..families import CLIP, EPSILON, SVD, Family, V, family_of
-from ..folder import Part
+from ..families import CLIP, EPSILON, LDM, LDM_CLASS, SVD, Family, V, family_of
+from ..folder import FLAT, Part
 from ..weights import read_header, read_tensors
 from . import names as ldm
 from . import shapes as architecture
@@ -29,6 +30,7 @@ from .shapes import Shapes
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 # Of Stable Video Diffusion's files: CLIP's encoder of pictures, and the VAE's encoder, of which `VAE` has the decoder
 VISION, VAE_ENCODER = "conditioner.embedders.0.open_clip.model.visual.", "conditioner.embedders.3.encoder."
+LABELS = "cond_stage_model.embedding."  # of classes
 TIME = ".time_stack."  # in the names of layers over frames
 _PREDICTIONS = {"v": V, "v_prediction": V, "v-prediction": V, "velocity": V, "epsilon": EPSILON, "eps": EPSILON}
 
@@ -47,6 +49,7 @@ _SCHEDULER = {
 }
 
 
+_UNETS = {SVD.name: "UNetSpatioTemporalConditionModel", LDM.name: FLAT}  # of all others UNet2DConditionModel
 _TOLD = ("fps", "motion_bucket", "noise_aug")  # the numbers that a U-Net of videos reads
 
 
@@ -109,18 +112,20 @@ class SingleFile:
             parts[encoder.tokenizer] = ["transformers", "CLIPTokenizer"]
         if self._family.sees is not None:
             parts[self._family.sees] = ["transformers", "CLIPVisionModelWithProjection"]
+        if self._family.labelled is not None:
+            parts[self._family.labelled] = ["mlx_deepcache", "LabelEmbedding"]
         return {
             "_class_name": f"{self._family.pipeline}{task}Pipeline",
             "scheduler": ["diffusers", self.scheduler()["_class_name"]],
-            "unet": ["diffusers", "UNetSpatioTemporalConditionModel" if self._video else "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKLTemporalDecoder" if self._video else "AutoencoderKL"],
+            "unet": ["diffusers", _UNETS.get(self._family.name, "UNet2DConditionModel")],
+            "vae": ["diffusers", "AutoencoderKLTemporalDecoder" if self._video else self._vae_class],
             **self._family.index,
             **parts,
         }
 
     def part(self, name: str) -> Part:
         """A component; raises CheckpointError if it lacks."""
-        configs = {"unet": self._unet, "vae": self._vae, SVD.sees: self._vision}
+        configs = {"unet": self._unet, "vae": self._vae, SVD.sees: self._vision, LDM_CLASS.labelled: self._labels}
         config = configs.get(name, partial(self._text, name))()
         return Part(config, f"{self.path} ({name})", partial(self._tensors, name, config))
 
@@ -161,6 +166,10 @@ class SingleFile:
             raise CheckpointError(f"{self.path} has an EDM noise schedule (Playground v2.5, CosXL): not supported")
         if any(name.startswith(UNET) and TIME in name for name in names):
             return SVD
+        if f"{LABELS}weight" in names:
+            return LDM_CLASS
+        if any(name.startswith(UNET) and name.endswith(".qkv.weight") for name in names):
+            return LDM
         linear = next((len(shape) == 2 for name, shape in names.items() if name.endswith(".1.proj_in.weight")), False)
 
         def fits(family: Family) -> bool:
@@ -173,7 +182,7 @@ class SingleFile:
 
     def _prefix(self, name: str) -> str:
         """What the names of a component's tensors start with; raises CheckpointError if there are none."""
-        known = {"unet": (UNET,), "vae": (VAE,), SVD.sees: (VISION,)}
+        known = {"unet": (UNET,), "vae": (VAE,), SVD.sees: (VISION,), LDM_CLASS.labelled: (LABELS,)}
         prefixes = known[name] if name in known else tuple(self._family.text[name].prefixes)
         if (prefix := next(filter(self._starts, prefixes), None)) is None:
             raise CheckpointError(
@@ -196,7 +205,7 @@ class SingleFile:
             config = architecture.video_unet(shapes, head_size=family.head_size, numbers=len(_TOLD))
             frames = 25 if re.search(r"(?<![a-z])xt(?![a-z])", self.path.stem.lower()) else 14  # which leaves no trace
             return config | {"sample_size": self._size // 8, "num_frames": frames}
-        config = architecture.unet(shapes, head_size=family.head_size, linear=family.linear)
+        config = architecture.unet(shapes, head_size=family.head_size, linear=family.linear, heads=family.heads)
         if family.time_ids is not None:
             added = shapes["label_emb.0.0.weight"][1]  # the pooled text, which the last encoder gives, and the numbers
             pooled = self._text(list(family.text)[-1])["projection_dim"]
@@ -214,6 +223,14 @@ class SingleFile:
             encoder = Shapes(self.path, VAE_ENCODER, self._shapes)
             return architecture.video_vae(self._shapes_of("vae"), encoder) | own
         return architecture.vae(self._shapes_of("vae")) | own
+
+    @property
+    def _vae_class(self) -> str:
+        return "VQModel" if f"{VAE}{architecture.CODEBOOK}" in self._shapes else "AutoencoderKL"
+
+    def _labels(self) -> dict:
+        classes, width = self._shapes_of(LDM_CLASS.labelled)["weight"]
+        return {"_class_name": "LabelEmbedding", "num_embeddings": classes, "embedding_dim": width}
 
     def _vision(self) -> dict:
         return architecture.clip_vision(self._shapes_of(SVD.sees))
@@ -239,8 +256,12 @@ class SingleFile:
         prefix = self._prefix(name)
         found = {n.removeprefix(prefix): t for n, t in read_tensors(self.path, prefix)[0].items()}
         if name == "unet":
-            places = ldm.unet_places(UNetConfig.from_dict(config))
-            return {ldm.rename(n, places): t for n, t in found.items()}, {}
+            unet = UNetConfig.from_dict(config)
+            places = ldm.unet_places(unet)
+            found = {ldm.rename(n, places): t for n, t in found.items()}
+            return (found if unet.cross_attention_dim is not None else _apart(found, self._family.head_size)), {}
+        if name == self._family.labelled:
+            return {f"embedding.{n}": t for n, t in found.items()}, {}
         if name == "vae" and self._video:
             places = ldm.vae_places(TemporalVAEConfig.from_dict(config))
             halves = {n: t for n, t in found.items() if n.startswith("decoder.")}
@@ -251,7 +272,8 @@ class SingleFile:
         if name == SVD.sees:
             return _from_open_clip(found, config["num_hidden_layers"], projects=True), {}
         if name == "vae":
-            places = ldm.vae_places(VAEConfig.from_dict(config))
+            kind = VQConfig if self._vae_class == "VQModel" else VAEConfig
+            places = ldm.vae_places(kind.from_dict(config))
             training = ("loss.", "model_ema.")
             return {ldm.rename(n, places): t for n, t in found.items() if not n.startswith(training)}, {}
         encoder = self._family.text[name]
@@ -280,6 +302,23 @@ def _prediction_type(metadata: dict[str, str], names: Iterable[str]) -> str | No
 
 def _true(text: str | None) -> bool:
     return str(text).lower() in ("true", "1")
+
+
+def _apart(tensors: dict[str, mx.array], head_size: int) -> dict[str, mx.array]:
+    """An unconditional U-Net's tensors with q, k and v apart, which the original has side by side for each head, and
+    its attention's convolutions over a line as matrices."""
+    out = {}
+    for name, tensor in tensors.items():
+        place, _, kind = name.rpartition(".")
+        tensor = tensor[..., 0] if tensor.ndim == 3 else tensor
+        if place.endswith(".qkv"):
+            by_head = tensor.reshape(-1, 3, head_size, *tensor.shape[1:])
+            for i, part in enumerate("qkv"):
+                new = f"{place.removesuffix('qkv')}to_{part}.{kind}"
+                out[new] = mx.contiguous(by_head[:, i]).reshape(-1, *tensor.shape[1:])
+        else:
+            out[name] = tensor
+    return out
 
 
 def _from_open_clip(tensors: dict[str, mx.array], layers: int, projects: bool) -> dict[str, mx.array]:
