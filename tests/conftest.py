@@ -8,6 +8,7 @@ for library in ("MKL", "OPENBLAS"):  # the nets are tiny: threads would only wai
 import torch  # noqa: E402, I001
 import mlx_deepcache  # noqa: E402
 import tiny  # noqa: E402
+import tiny_unprompted  # noqa: E402
 import tiny_video  # noqa: E402
 import pytest  # noqa: E402
 from mlx_deepcache.backend import ops  # noqa: E402
@@ -32,6 +33,20 @@ def checkpoint(tmp_path_factory):
 def video_checkpoint(tmp_path_factory):
     """The folder of a tiny Stable Video Diffusion checkpoint."""
     return tiny_video.build(tmp_path_factory.mktemp("svd"))
+
+
+@pytest.fixture(scope="session")
+def unprompted(tmp_path_factory):
+    """unprompted(kind): the folder of a tiny checkpoint that reads no prompt, built once, and our pipeline over it."""
+    built = {}
+
+    def both(kind):
+        if kind not in built:
+            folder = tiny_unprompted.build(kind, tmp_path_factory.mktemp(kind))
+            built[kind] = folder, mlx_deepcache.StableDiffusion.from_pretrained(str(folder), "float32")
+        return built[kind]
+
+    return both
 
 
 @pytest.fixture(scope="session")
