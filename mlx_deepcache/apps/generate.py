@@ -266,11 +266,15 @@ def _cost(stats: dict) -> str:
 
 def _listed(model: str | None) -> list[str]:
     """What a model draws, a thing a line."""
-    from ..checkpoints.checkpoint import BUNDLED
+    from ..checkpoints.checkpoint import BUNDLED, Checkpoint
     from ..checkpoints.folder import read_prompts
+    from ..generation.labels import names_of
 
     folder = BUNDLED.with_name(model or BUNDLED.name) if model in (None, *BUNDLED_NAMES) else Path(model)
-    if not (things := read_prompts(folder)):
+    things = read_prompts(folder)
+    if not things and folder.exists() and (labels := Checkpoint.open(str(folder)).labels) is not None:
+        return [f"{number}: {name}" for number, name in enumerate(names_of(labels))]
+    if not things:
         raise UsageError(f"--list-prompts: {model} has no list of what it draws; a prompt may be anything")
     return [name if not others else f"{name} (also: {', '.join(others)})" for name, *others in things]
 
@@ -305,14 +309,14 @@ def _controls(args: argparse.Namespace) -> list[Control]:
 
 def _watcher(args: argparse.Namespace, pipe: StableDiffusion) -> Watcher:
     """What shows each step, as the flags want it; makes the folder for the pictures of single steps."""
-    from ..generation.preview import latent_rgb, through
+    from ..generation.preview import through
     from .watch import Watcher
 
     if args.preview is None and args.save_steps is None:
         if args.preview_vae is not None:
             raise UsageError("--preview-vae is for --preview and --save-steps; --vae decodes the picture itself")
         return Watcher(None)
-    decode = latent_rgb(pipe.checkpoint) if args.preview_vae is None else through(*pipe.other_vae(args.preview_vae))
+    decode = pipe.colours() if args.preview_vae is None else through(*pipe.other_vae(args.preview_vae))
     steps = None if args.save_steps is None else args.files.folder(args.save_steps)
     if steps != args.save_steps:
         args.say(f"{args.save_steps} has steps from before; these go into {steps}")

@@ -41,6 +41,7 @@ from .components import Components, name_of
 from .conditioning import encode, label, nothing, see
 from .estimate import check_fits, estimate, together
 from .options import ModelOptions, taken
+from .preview import LatentRGB, fitted, latent_rgb
 from .prompts import parse
 from .report import Clock, dtype_name, stats
 from .settings import Leg, Settings, settings_for
@@ -166,6 +167,14 @@ class StableDiffusion:
         upcast = family.upcasts_vae and other.config.force_upcast
         dtype = mx.float32 if upcast else self.dtype
         return other.load(dtype), dtype
+
+    def colours(self) -> LatentRGB:
+        """What shows latents in colours alone, for previews: see `latent_rgb` and `fitted`."""
+        if (known := latent_rgb(self.checkpoint)) is not None:
+            return known
+        made = fitted(self.component("vae"))
+        self.models[0].release("vae")
+        return made
 
     def estimate(self, settings: Settings, *, least: bool = False) -> dict[str, int]:
         """Bytes that drawing these together will take at the peak of each phase: see `estimate`."""

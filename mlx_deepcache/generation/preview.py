@@ -40,8 +40,8 @@ class LatentRGB:
         return np.stack([np.asarray(Image.fromarray(one).resize(size, Image.Resampling.BILINEAR)) for one in small])
 
 
-def latent_rgb(checkpoint: Checkpoint) -> LatentRGB:
-    """A model's map: its own, if model_index.json has one, or its family's.
+def latent_rgb(checkpoint: Checkpoint) -> LatentRGB | None:
+    """A model's map: its own, if model_index.json has one, or its family's; None if that has none, see `fitted`.
 
     Raises:
         CheckpointError: what model_index.json has is no such map, or there is none for the model's latents.
@@ -49,7 +49,8 @@ def latent_rgb(checkpoint: Checkpoint) -> LatentRGB:
     channels, scale = checkpoint.vae_config.latent_channels, checkpoint.vae_config.factor
     own = checkpoint.index.get(INDEX_KEY)
     if own is None:
-        own = checkpoint.family.colours
+        if not (own := checkpoint.family.colours):
+            return None
         if channels != len(own["factors"]):
             raise CheckpointError(
                 f"no colours are known for latents of {channels} channels; see {called('preview_vae')}"
@@ -64,6 +65,20 @@ def latent_rgb(checkpoint: Checkpoint) -> LatentRGB:
             f'{{"factors": {channels} rows of 3 numbers, "bias": 3 numbers}}, got {str(own)[:80]}'
         )
     return LatentRGB(tuple(map(tuple, factors.tolist())), tuple(bias.tolist()), scale)
+
+
+SAMPLES = 64  # for a map of four numbers a colour
+FLAT = 4  # latents along a side of each
+
+
+def fitted(vae: nn.Module) -> LatentRGB:
+    """A map for latents of which none is known: fitted to the colours that the model's own VAE makes of flat ones."""
+    channels, dtype = vae.config.latent_channels, vae.decoder.conv_in.weight.dtype
+    flat = np.random.default_rng(0).standard_normal((SAMPLES, channels))
+    latents = mx.array(np.tile(flat[:, None, None], (1, FLAT, FLAT, 1)).astype(np.float32)).astype(dtype)
+    colours = np.array(vae.decode(latents).astype(mx.float32)).mean(axis=(1, 2))
+    *factors, bias = np.linalg.lstsq(np.column_stack([flat, np.ones(SAMPLES)]), colours, rcond=None)[0].tolist()
+    return LatentRGB(tuple(map(tuple, factors)), tuple(bias), vae.config.factor)
 
 
 def through(vae: nn.Module, dtype: mx.Dtype) -> Decode:
