@@ -107,7 +107,7 @@ def _draw_all(args: argparse.Namespace) -> None:
     prompts = _prompts(args)
     pipe = _pipeline(args, keep=False)
     # of several each may fail alone, unless none is read
-    first = prompts[0] if len(prompts) == 1 or pipe.checkpoint.video else ""
+    first = prompts[0] if len(prompts) == 1 or not pipe.checkpoint.family.text else ""
     settings = pipe.settings(first, **_options(args, pipe))
     video = settings.frames is not None
     if not video and args.output.suffix.lower() != ".png" and not is_stream(args.output):

@@ -133,7 +133,8 @@ def estimate(
         leg, model = drawn.model, models[drawn.model]
         config, dtype = model.checkpoint.unet_config, model.dtype
         x = (n if low_memory or drawn.guidance_scale is None else 2 * n, *drawn.frames, h, w)
-        unet = {(leg, "unet"): _unet(config, dtype, model.bits_of("unet"), x, settings.cache.branch)}
+        tokens = 1 if model.checkpoint.family.labelled is not None else TOKENS
+        unet = {(leg, "unet"): _unet(config, dtype, model.bits_of("unet"), x, settings.cache.branch, tokens)}
         encoders = {name: model.checkpoint.module(name).config for name in model.checkpoint.family.encoders}
         texts = {(leg, name): _text_layers(encoder, dtype, model.bits_of(name)) for name, encoder in encoders.items()}
         if (seeing := model.checkpoint.family.sees) is not None:
@@ -164,7 +165,9 @@ def estimate(
 
 
 @lru_cache(16)
-def _unet(config: UNetConfig, dtype: mx.Dtype, bits: int | None, x: tuple[int, ...], branch: int) -> Footprint:
+def _unet(
+    config: UNetConfig, dtype: mx.Dtype, bits: int | None, x: tuple[int, ...], branch: int, tokens: int
+) -> Footprint:
     """A full step; x: how many latents, perhaps frames, height and width."""
     unet = UNet2DConditionModel(config)
     if bits is not None:
@@ -174,7 +177,8 @@ def _unet(config: UNetConfig, dtype: mx.Dtype, bits: int | None, x: tuple[int, .
         temb, cond = _conditioning(unet, texts or [mx.zeros((x[0], 0, 0), dtype)])
         return unet(latents, temb, cond, branch=branch), cond  # which serves for all steps
 
-    return footprint(_typed(unet, dtype), call, mx.zeros((*x, config.in_channels), dtype), *_texts(config, dtype, x[0]))
+    latents = mx.zeros((*x, config.in_channels), dtype)
+    return footprint(_typed(unet, dtype), call, latents, *_texts(config, dtype, x[0], tokens))
 
 
 @lru_cache(16)
@@ -188,16 +192,16 @@ def _controlnet(config: ControlNetConfig, dtype: mx.Dtype, x: tuple[int, int, in
 
     latents = mx.zeros((*x, config.in_channels), dtype)
     picture = mx.zeros((1, x[1] * factor, x[2] * factor, config.conditioning_channels), dtype)
-    return footprint(_typed(net, dtype), call, latents, picture, *_texts(config, dtype, x[0]))
+    return footprint(_typed(net, dtype), call, latents, picture, *_texts(config, dtype, x[0], TOKENS))
 
 
-def _texts(config: UNetConfig, dtype: mx.Dtype, n: int) -> list[mx.array]:
+def _texts(config: UNetConfig, dtype: mx.Dtype, n: int, tokens: int) -> list[mx.array]:
     """What a family's encoders would have given: see `Conditioning`."""
     if config.cross_attention_dim is None:
         return []
     if config.video:
         return [mx.zeros((n, 1, config.cross_attention_dim), dtype), mx.zeros((n, 3))]
-    texts = [mx.zeros((n, TOKENS, config.cross_attention_dim), dtype)]
+    texts = [mx.zeros((n, tokens, config.cross_attention_dim), dtype)]
     if config.addition_embed_type is not None:
         ids = 6 * config.addition_time_embed_dim
         texts.append(mx.zeros((n, config.projection_class_embeddings_input_dim - ids), dtype))

@@ -263,7 +263,7 @@ def _check_unprompted(checkpoint: Checkpoint, asked: Options, prompted: bool) ->
             + (", and no prompt" if prompted else "")
         )
     if prompted:
-        raise UsageError(f"{name} reads no prompt: leave {called('prompt')} out")
+        raise UsageError(f"{name} reads no prompt: leave the prompt out")
     if asked.image is not None and not decodes:
         raise UsageError(f"{name} draws from noise alone: leave {called('image')} out")
     if asked.vae_tiling == "on" and not decodes:

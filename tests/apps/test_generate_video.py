@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from mlx_deepcache.apps import generate
 from mlx_deepcache.generation import record
-from mlx_deepcache.generation.options import Options, options_of
+from mlx_deepcache.generation.options import VIDEO, Options, options_of
 from mlx_deepcache.media import video
 from mlx_deepcache.media.latents import write_latents
 
@@ -53,7 +53,7 @@ def test_settings_go_with_the_video_and_back(draw, output, tmp_path):
     draw("--output", output, "--fps", 9, "--noise-aug", 0.1, "--seed", 4, "--save-latents", "a.safetensors")
     settings, unknown = record.read(tmp_path / output)
     assert not unknown
-    of_videos = {o.key: settings[o.key] for o in options_of(Options) if "videos" in (o.only or ())}
+    of_videos = {o.key: settings[o.key] for o in options_of(Options) if o.group == VIDEO and "videos" in o.only}
     assert of_videos == {
         "frames": 3,
         "fps": 9,

@@ -29,6 +29,7 @@ SAMPLES = {
     "float": "0.5",
     "Policy": "pab",
     "Motion": "-3,1.5",
+    "Label": "golden retriever",
     "Model": "emoji",
     "Lora": "a.safetensors:0.5",
 }

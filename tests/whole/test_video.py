@@ -256,7 +256,7 @@ def test_multiply_adds_are_those_counted_of_diffusers():
         (["--prompt", "a rocket", "--image", "in.png"], "reads a picture and no prompt; leave the prompt out"),
         (["--prompt-file", "prompts", "--image", "in.png"], "reads a picture and no prompt"),
         (["--prompt", ""], "makes a video of a picture: give --image"),
-        ([], "expected --prompt TEXT"),
+        ([], "makes a video of a picture: give --image"),
         (["--image", "in.png", "--negative-prompt", "blurry"], "--negative-prompt is for models of pictures"),
         (
             ["--image", "in.png", "--motion", "1,2"],
