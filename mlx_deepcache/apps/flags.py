@@ -12,7 +12,8 @@ from typing import Any
 
 from .._version import __version__
 from ..fields import positive, shown, suggest, unicode_text
-from ..generation.options import FILES, GROUPS, KINDS, PICTURE, Control, ModelOptions, Option, Options, options_of
+from ..generation.kinds import KINDS
+from ..generation.options import FILES, GROUPS, PICTURE, Control, ModelOptions, Option, Options, options_of
 
 
 class Parser(argparse.ArgumentParser):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..errors import Failure, UsageError
 from ..fields import suggest
-from ..generation.options import KINDS
+from ..generation.kinds import KINDS
 from ..generation.record import recorded
 from ..media.files import check_writable, is_stream
 from .flags import Named

@@ -24,7 +24,8 @@ from ..fields import file_and_scale, parse_json, shown
 from ..media.pictures import FORMATS
 from ..media.png import write_image
 from ..media.video import DESCRIPTION, read_comment, write_video
-from .options import A1111_RNGS, KINDS, Control, ModelOptions, Option, Options, options_of, tagged
+from .kinds import KINDS, tagged
+from .options import A1111_RNGS, A_CONTROL, Control, ModelOptions, Option, Options, options_of
 
 JSON_KEY = "mlx_deepcache"
 LONGEST = 100_000  # characters of settings: a picture that comes from anywhere does not decide how much is printed
@@ -318,7 +319,7 @@ def flags_of(o: Option, value: Any, file: Path) -> list[str]:
         return [f"{o.flag}={_found(o, value, file)}"]
     if not isinstance(value, list):
         raise UsageError(f"{file}: its settings are damaged: {o.key} = {value!r} should be a list")
-    if o.kind is not KINDS["Control"]:
+    if o.kind is not A_CONTROL:
         return [f"{o.flag}={_found(o, item, file)}" for item in value]
     try:
         parts = [(part, item[part.name]) for item in value for part in options_of(Control)]

@@ -18,7 +18,8 @@ from mlx_deepcache.apps import flags, generate
 from mlx_deepcache.apps.generate import main_generate
 from mlx_deepcache.errors import UsageError
 from mlx_deepcache.generation import options, record, settings
-from mlx_deepcache.generation.options import KINDS, PICTURE, SHARE, Control, ModelOptions, Options, option, options_of
+from mlx_deepcache.generation.kinds import KINDS, SHARE
+from mlx_deepcache.generation.options import A_CONTROL, PICTURE, Control, ModelOptions, Options, option, options_of
 from mlx_deepcache.media.pictures import read_mask, read_picture
 
 ALL = [(cls, o) for cls in (ModelOptions, Options, Control) for o in options_of(cls)]
@@ -50,7 +51,7 @@ def test_flag_record_and_back(cls, o, tmp_path, monkeypatch):
     for name in ("in.png", "a.safetensors", "b.safetensors"):
         Path(name).write_text("")
     assert o.help and o.group in options.GROUPS + (options.FILES,)
-    if o.kind is KINDS["Control"]:  # given by a flag for each of its parts, which are tested by themselves
+    if o.kind is A_CONTROL:  # given by a flag for each of its parts, which are tested by themselves
         return
     flag = [o.flag] if o.kind is KINDS["bool"] else [o.flag, sample(o)]
     name = o.key if cls is Control else o.name

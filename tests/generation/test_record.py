@@ -18,7 +18,7 @@ from tiny import Hub
 from mlx_deepcache.apps.generate import main_generate
 from mlx_deepcache.errors import Failure
 from mlx_deepcache.generation import record as metadata
-from mlx_deepcache.generation.options import KINDS
+from mlx_deepcache.generation.kinds import KINDS
 
 NOWHERE = Path("a.png")
 
