@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import statistics
@@ -11,6 +12,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 INTERVALS = (2, 3, 5, 10)
+
+
+def add_common(parser: argparse.ArgumentParser, repeats: int | None = None) -> None:
+    """The flags that all of them have; repeats: the default of what is repeated, for the median."""
+    if repeats is not None:
+        parser.add_argument("--repeats", type=int, default=repeats, metavar="R", help=f"median of R ({repeats})")
+    parser.add_argument("--dtype", choices=["auto", "float16", "bfloat16", "float32"], default="auto")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="save the figures here")
 
 
 def medians(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:

@@ -16,17 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 from benchmarks.speed.models import VAES, mlx_vae, torch_vae
-from benchmarks.timing import header, machine, medians, write_json
+from benchmarks.timing import add_common, header, machine, medians, write_json
 
 
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", choices=list(VAES), default="sd15")
     parser.add_argument("--size", type=int, default=512, metavar="PX", help="side of the picture (512)")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--dtype", choices=["auto", "float16", "bfloat16", "float32"], default="auto")
     parser.add_argument("--against", choices=["torch"], help="compare with diffusers")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    add_common(parser, 3)
     return parser.parse_args(argv)
 
 

@@ -1,7 +1,7 @@
 """Whole pictures, uncached and cached: the DeepCache documentation's table, with seconds by phase and peak memory.
 
 python benchmarks/speed/images.py --config sd21 --sizes 512,768 --batches 1,8
-python benchmarks/speed/images.py --config sd15 --sizes 256 --steps 10 --against torch
+python benchmarks/speed/images.py --config sd15 --steps 10 --against torch
 
 Random weights and token ids at real size (emoji: the bundled model), through the pipeline that users run: DDIM with
 guidance, one prompt for a batch. `--against torch` draws the same pictures with diffusers and the pip package DeepCache
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 from benchmarks.speed import models
-from benchmarks.timing import header, machine, write_json
+from benchmarks.timing import add_common, header, machine, write_json
 
 VARIANTS = {"original": (1, 0), "I=3 B=0": (3, 0), "I=5 B=0": (5, 0), "I=5 B=1": (5, 1)}
 PHASES = ("encode", "denoise", "decode")
@@ -46,11 +46,9 @@ def parse(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("--batches", type=numbers, default=[1], metavar="N,..", help="pictures at once (1)")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--dtype", choices=["auto", "float16", "bfloat16", "float32"], default="auto")
     parser.add_argument("--intervals", type=numbers, metavar="N,..", help="of the table's rows, only these (1,3,5)")
     parser.add_argument("--against", choices=["torch"], help="compare with diffusers and DeepCache")
-    parser.add_argument("--repeats", type=int, default=3, metavar="R", help="median of R (3)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    add_common(parser, 3)
     return parser.parse_args(argv)
 
 

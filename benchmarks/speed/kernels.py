@@ -1,9 +1,9 @@
 """The pieces of a step at the U-Net's widest level, ours against PyTorch's, in turn: which of them holds a step back.
 
-python benchmarks/speed/kernels.py --size 256
+python benchmarks/speed/kernels.py
 
 SD 1.5's shapes at that level, for one picture with guidance, on the CPU or on CUDA, each framework on its own. "taps"
-are the two ways to upsample: a convolution over the doubled picture, and `Upsample2D`'s folded one over the small.
+are the two ways to upsample: a convolution over the doubled picture, and `Upsample2D`'s over the small one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from benchmarks.timing import header, machine, medians, write_json
+from benchmarks.timing import add_common, header, machine, medians, write_json
 
 CHANNELS, HEADS, GROUPS = 320, 8, 32
 
@@ -26,9 +26,7 @@ CHANNELS, HEADS, GROUPS = 320, 8, 32
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=512, metavar="PX", help="side of the picture (512)")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--dtype", choices=["auto", "float16", "bfloat16", "float32"], default="auto")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    add_common(parser, 9)
     return parser.parse_args(argv)
 
 
@@ -36,8 +34,9 @@ def main(argv=None) -> None:
     args = parse(argv)
     import mlx.core as mx
 
-    from mlx_deepcache.backend.ops import attention, dtype_of, pad_heads, silu
-    from mlx_deepcache.nets.blocks import FeedForward, GroupNorm, Upsample2D
+    from mlx_deepcache.backend.ops import attention, conv2d, dtype_of, pad_heads
+    from mlx_deepcache.nets.blocks import FeedForward, Upsample2D
+    from mlx_deepcache.nets.layers import GroupNorm
 
     dtype = dtype_of(args.dtype)
     name = str(dtype).removeprefix("mlx.core.")
@@ -75,11 +74,11 @@ def main(argv=None) -> None:
 
     def doubled():
         large = mx.repeat(mx.repeat(small, 2, axis=1), 2, axis=2)
-        return mx.conv2d(large, up.conv.weight, padding=1)
+        return conv2d(large, up.conv.weight, up.conv.bias, padding=1)
 
     runs = {
-        "convolution 3x3": (lambda: mx.conv2d(x, w, padding=1), lambda: F.conv2d(image_t, filters_t, padding=1)),
-        "group norm, SiLU": (lambda: silu(norm(x)), lambda: F.silu(norm_t(image_t))),
+        "convolution 3x3": (lambda: conv2d(x, w, padding=1), lambda: F.conv2d(image_t, filters_t, padding=1)),
+        "group norm, SiLU": (lambda: norm(x, then_silu=True), lambda: F.silu(norm_t(image_t))),
         "self-attention": (
             lambda: attention(heads, pad_heads(heads), pad_heads(heads)),
             lambda: F.scaled_dot_product_attention(heads_t, heads_t, heads_t),

@@ -1,6 +1,6 @@
 """Peak memory of one picture by phase, for each way to save some: what fits into which machine.
 
-python benchmarks/speed/memory.py --config sd15 --size 256
+python benchmarks/speed/memory.py --config sd15
 
 Random weights at real size. A phase's peak is MLX's own count, weights and all, and in brackets what was estimated
 beforehand. "kept" is the pipeline as Python users have it, with every component kept loaded; "freed" is what
@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.speed import images, models
-from benchmarks.timing import header, machine, write_json
+from benchmarks.timing import add_common, header, machine, write_json
 
 WAYS = {
     "kept": {},
@@ -33,9 +33,8 @@ def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", choices=list(models.UNETS), default="sd15")
     parser.add_argument("--size", type=int, default=512, metavar="PX")
-    parser.add_argument("--dtype", choices=["auto", "float16", "bfloat16", "float32"], default="auto")
     parser.add_argument("--way", nargs="+", choices=list(WAYS), default=list(WAYS), help="default: all")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    add_common(parser)
     return parser.parse_args(argv)
 
 

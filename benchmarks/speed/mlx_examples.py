@@ -1,7 +1,7 @@
 """A full U-Net call against that of mlx-examples' Stable Diffusion, in turn, on this device.
 
 git clone https://github.com/ml-explore/mlx-examples
-python benchmarks/speed/mlx_examples.py --checkout mlx-examples/stable_diffusion --config sd15 --size 256
+python benchmarks/speed/mlx_examples.py --checkout mlx-examples/stable_diffusion --config sd15
 
 The prompt's keys and values, which ours computes once a picture and theirs at every step, are given beforehand. Both
 nets hold random weights, the same arrays where shapes agree, so that two of SDXL fit into memory.
@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.speed.models import UNETS, mlx_unet
-from benchmarks.timing import header, machine, medians, write_json
+from benchmarks.timing import add_common, header, machine, medians, write_json
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -24,9 +24,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--checkout", type=Path, required=True, metavar="DIR", help="mlx-examples/stable_diffusion")
     parser.add_argument("--config", choices=list(UNETS), default="sd15")
     parser.add_argument("--size", type=int, metavar="PX", help="side of the picture; default: the model's own")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dtype", choices=["auto", "float16", "bfloat16", "float32"], default="auto")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    add_common(parser, 5)
     return parser.parse_args(argv)
 
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 from benchmarks.speed.models import SCHEDULER, UNETS, mlx_unet, torch_unet
-from benchmarks.timing import INTERVALS, header, machine, medians, write_json
+from benchmarks.timing import INTERVALS, add_common, header, machine, medians, write_json
 
 TORCH_PACKAGES = ("mlx", "torch", "diffusers", "DeepCache")
 
@@ -32,10 +32,8 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, metavar="PX", help="side of the picture; default: 512, or emoji's own")
     parser.add_argument("--batch", type=int, default=1, help="pictures; guidance doubles it (1)")
     parser.add_argument("--branches", default="0,1,3", help="comma-separated (0,1,3)")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dtype", choices=["auto", "float16", "bfloat16", "float32"], default="auto")
     parser.add_argument("--against", choices=["torch"], help="compare with diffusers and DeepCache")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    add_common(parser, 5)
     args = parser.parse_args(argv)
     args.branches = [int(branch) for branch in args.branches.split(",")]
     if args.against and args.config == "emoji":
