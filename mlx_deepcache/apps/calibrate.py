@@ -74,6 +74,18 @@ def calibrate_parser() -> Parser:
         help="pictures at once (1); adaptive caches decide for all of them",
     )
     add(
+        "--search",
+        action="store_true",
+        help="also find schedules: on every other prompt, and only the rest is reported",
+    )
+    add(
+        "--full-steps",
+        type=reader(positive),
+        nargs="+",
+        metavar="N",
+        help="of the schedules to be found; default: a fifth and a third of the steps",
+    )
+    add(
         "--work",
         type=Named(written=True),
         default=WORK,
@@ -100,7 +112,7 @@ def _flags(argv: list[str]) -> argparse.Namespace:
 
 
 def _calibrate(args: argparse.Namespace) -> None:
-    from ..cache.prices import Front, Price
+    from ..cache.prices import Front, Price, confirmed
     from ..checkpoints.folder import price_places
     from ..generation.pipeline import StableDiffusion
 
@@ -114,11 +126,18 @@ def _calibrate(args: argparse.Namespace) -> None:
     cases = cache_cases(pipe, read_lines(args.policies), settings.steps, scheduler, common)
     places = price_places(pipe.checkpoint.source.path)
     file = args.output or next((file for file in places if _writable(file)), places[-1])
-    drawn = draw(pipe, [uncached, *cases], prompts, args.seed, batch=args.batch, folder=args.work, common=common)
+    given_to = {"batch": args.batch, "folder": args.work, "common": common}
+    searched, seed = [], args.seed
+    if args.search:
+        half, prompts = prompts[::2], prompts[1::2]
+        searched = _found(pipe, uncached, half, seed, args.full_steps, **given_to)
+        cases, seed = list({case.name: case for case in (*cases, *searched)}.values()), seed + len(half)
+    drawn = draw(pipe, [uncached, *cases], prompts, seed, **given_to)
     rows = {case.name: compare(drawn[case.name], drawn["uncached"]) for case in cases}
     prices = [
         Price(case.caches, **{field.name: rows[case.name][field.name] for field in fields(Price)[1:]}) for case in cases
     ]
+    kept = [price for price in prices if str(price) not in {case.name for case in searched} or confirmed(price, prices)]
     front = Front(
         model=KINDS["Model"].record(model.get("model", "bundled")),
         steps=settings.steps,
@@ -129,13 +148,54 @@ def _calibrate(args: argparse.Namespace) -> None:
         pictures=len(prompts),
         version=__version__,
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-        policies=tuple(sorted(prices, key=lambda price: price.macs)),
+        policies=tuple(sorted(kept, key=lambda price: price.macs)),
     )
     _make_folder(file.parent)
     write_text(file, front.to_json())
     for price in front.policies:
         print(f"{price.macs:.3f}  {price.psnr:5.1f} dB, worst {price.psnr_worst:5.1f}  {price}")
+    for price in prices:
+        if price not in kept:
+            print(f"left out, as other prompts do not confirm it: {price}, {price.psnr:.1f} dB, {price.psnr_worst:.1f}")
     print(f"wrote {file}")
+
+
+def _found(
+    pipe: StableDiffusion,
+    uncached: Case,
+    prompts: Sequence[str],
+    seed: int,
+    budgets: Sequence[int] | None,
+    **given_to,
+) -> list[Case]:
+    """The schedules that `search` finds for these prompts, a line about each step of the way."""
+    from .search import found, gains, likeness, windows, without
+
+    def case_of(policies: tuple[str, ...]) -> Case:
+        return Case(" ".join(policies), uncached.steps, policies, uncached.scheduler)
+
+    def nearness(policies: tuple[str, ...]) -> np.ndarray:
+        """Of each picture to the uncached one, dB (P,)."""
+        case = case_of(policies)
+        both = draw(pipe, [uncached, case], prompts, seed, **given_to)
+        return psnr(both[case.name].images, both["uncached"].images)
+
+    def score(policies: tuple[str, ...]) -> float:
+        """The mean and the worst count alike."""
+        db = nearness(policies)
+        return float(db.mean() + db.min()) / 2
+
+    options = given_to["common"] | {"steps": uncached.steps, "scheduler": uncached.scheduler}
+    n = len(pipe.settings("", **options).legs[0].plan.steps)
+    budgets = budgets or sorted({-(-n // 5), -(-n // 3)})
+    for full in budgets:
+        if not 2 <= full < n:
+            raise UsageError(f"--full-steps should be from 2 to {n - 1} of {n} steps, got {full}")
+    likenesses = np.stack([likeness(pipe, prompt, seed + i, **options) for i, prompt in enumerate(prompts)])
+    runs = windows(n, max(2, -(-n // max(budgets))))
+    errors = np.stack([10 ** (-nearness(without(n, run)) / 10) for run in runs])
+    gain = gains(likenesses, runs, errors)
+    return [case_of(found(likenesses, gain, full, score, lambda text: print(text, flush=True))) for full in budgets]
 
 
 def _writable(file: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -60,6 +60,11 @@ class Price:
 
     def __str__(self) -> str:
         return " ".join(self.cache)
+
+
+def confirmed(price: Price, prices: Iterable[Price]) -> bool:
+    """Whether none that is as cheap is better, where mean and worst count alike."""
+    return all(price.psnr + price.psnr_worst >= p.psnr + p.psnr_worst for p in prices if p.macs <= price.macs)
 
 
 @dataclass(frozen=True)
