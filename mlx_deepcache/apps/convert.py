@@ -20,7 +20,8 @@ def convert_parser() -> Parser:
     parser = Parser(
         "convert.py",
         "mlx-deepcache-convert",
-        description="Write a Hugging Face checkpoint with weights laid out for MLX: all that generate.py needs.",
+        description="Write a Hugging Face checkpoint with weights laid out for MLX: all that generate.py needs. Or "
+        "make a safetensors file of a pickle.",
     )
     add = parser.add_argument
     add(
@@ -28,15 +29,16 @@ def convert_parser() -> Parser:
         type=Named(str),
         required=True,
         metavar="SRC",
-        help="a folder in the diffusers layout, a single .safetensors file in the original layout, or a hub id "
-        "owner/name[@revision]",
+        help="a folder in the diffusers layout, a single .safetensors file in the original layout, a hub id "
+        "owner/name[@revision], or what PyTorch pickled: .ckpt, .pt, .pth, .bin, or a folder with such files",
     )
     add(
         "--output",
         type=Named(written=True),
         required=True,
-        metavar="DIR",
-        help="the folder to write, whole or not at all",
+        metavar="DIR|FILE",
+        help="the folder to write, whole or not at all; or, of a pickle, the .safetensors file: a LoRA, an embedding, "
+        "a VAE, a ControlNet, a checkpoint as it is",
     )
     add("--dtype", choices=DTYPES, help="default: the types that the files have")
     add(
@@ -48,7 +50,7 @@ def convert_parser() -> Parser:
     )
     add_option(parser, option_of(ModelOptions, "prediction_type"))
     add_option(parser, option_of(ModelOptions, "vae"))
-    add("--force", action="store_true", help="replace DIR if it exists")
+    add("--force", action="store_true", help="replace what is there")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint written anew in MLX's layout."""
+"""A checkpoint written anew in MLX's layout, and pickle files as safetensors."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +15,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..errors import CheckpointError, Failure, UsageError
-from ..media.files import real_path, why
-from . import weights
+from ..errors import CheckpointError, Failure, UsageError, called
+from ..media.files import check_writable, real_path, whole, why
+from . import pickles, weights
 from .checkpoint import Checkpoint
 from .families import COMPONENTS, ENCODERS
 from .folder import PRICES, find_prices
+from .names import PICKLES
 
 # What is written here, as paths in the folder
 _OWN = re.compile(
@@ -29,6 +30,7 @@ _OWN = re.compile(
     rf"|({'|'.join(ENCODERS.values())})/[^/]+\.(json|txt)"
 )
 _OF_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")
+_TYPES = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,9 @@ def convert(
     encoders; force: replace an `output` that exists; prediction_type, vae: see `Checkpoint.open`; progress: called with
     each component's name before it starts.
 
+    A pickle file may also become one .safetensors file, with the same tensors by the same names: a LoRA, a textual
+    inversion, a VAE, a ControlNet, or a whole checkpoint.
+
     Raises:
         UsageError: `output` exists, and `force` is not given, or holds what is not from here.
         CheckpointError: the model cannot be had, or is damaged or not supported.
@@ -71,13 +76,124 @@ def convert(
         raise Failure(f"cannot write {output}: {error.strerror or error}") from None
     if output.exists() and not force:
         raise UsageError(f"{output} exists; pass --force to replace it")
+    if output.suffix == ".safetensors":
+        if bits is not None or vae is not None:
+            raise UsageError(f"{called('quantize' if vae is None else 'vae')} has no meaning for one file of tensors")
+        return [_convert_file(Path(model), output, dtype, prediction_type)]
     if output.exists() and not (output / "model_index.json").is_file():
         raise UsageError(f"{output} exists and is no checkpoint, so it is not replaced; remove it yourself")
-    half = dtype is not None and dtype == mx.float16
-    checkpoint = Checkpoint.open(model, half=half, prediction_type=prediction_type, vae=vae)
-    checkpoint.source.scheduler()
-    if output.exists() and output == checkpoint.source.path.resolve():
-        raise UsageError(f"{output} is the model itself; name another folder")
+    with _unpickled(model, output) as model, _unpickled(vae, output) as vae:
+        half = dtype is not None and dtype == mx.float16
+        checkpoint = Checkpoint.open(model, half=half, prediction_type=prediction_type, vae=vae)
+        checkpoint.source.scheduler()
+        if output.exists() and output == checkpoint.source.path.resolve():
+            raise UsageError(f"{output} is the model itself; name another folder")
+        return _convert_whole(checkpoint, output, dtype, bits, progress)
+
+
+def _convert_file(file: Path, output: Path, dtype: mx.Dtype | None, prediction_type: str | None) -> Converted:
+    if not _is_pickle(file):
+        raise UsageError(
+            f"{output} would be one file, which is made of a pickle file ({', '.join(PICKLES)}), and {file} is none; "
+            "name a folder"
+        )
+    if file.resolve() == output:
+        raise UsageError(f"{output} is the file itself; name another one")
+    check_writable(output)
+    pickled = pickles.read(file)
+    said = {} if prediction_type is None else {"modelspec.prediction_type": prediction_type}
+    with whole(output) as part:
+        counts = pickled.write(part, dtype, said)
+    types = (re.sub(r"^(BF|F|I|U)(?=\d)", lambda match: _TYPES[match[1]], kind).lower() for kind in counts)
+    return Converted("tensors", sum(counts.values()), output.stat().st_size, ", ".join(types), 0, 0)
+
+
+def _is_pickle(file: Path) -> bool:
+    return file.is_file() and (file.suffix in PICKLES or weights.looks_pickled(file))
+
+
+@contextmanager
+def _unpickled(model: str | None, output: Path) -> Iterator[str | None]:
+    """What may be read in place of a model: itself, or, as long as this lasts, a copy beside `output` that has
+    safetensors where the model has pickles.
+
+    Raises:
+        CheckpointError: see `pickles.read`.
+        Failure: there is no room for the copy.
+    """
+    path = Path(model or "")
+    parts = ["", *COMPONENTS] if path.is_dir() else []
+    parts = {path / part: found for part in parts if (found := _pickles_in(path / part))}
+    single = _is_pickle(path)
+    if model is None or not (single or parts):
+        yield model
+        return
+    near = next(folder for folder in output.parents if folder.is_dir())
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=near))
+    except OSError as error:
+        raise Failure(f"cannot write {output}: {error.strerror}") from None
+    copy = temporary / (f"{path.stem}.safetensors" if single else path.resolve().name)
+    try:
+        try:
+            if single:
+                pickles.read(path).write(copy)
+            else:
+                _copy_unpickled(path, copy, parts)
+        except OSError as error:
+            raise Failure(f"cannot write {temporary}: {why(error)}") from None
+        yield str(copy)
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace(str(copy), str(path))) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _pickles_in(folder: Path) -> list[Path]:
+    """The pickle files that have a component's weights, if only such have them."""
+    names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+    with suppress(CheckpointError):
+        weights.component_files(folder)
+        return []
+    for stem in ("diffusion_pytorch_model", "pytorch_model"):
+        for variant in ("", r"\.fp16"):
+            for number in ("", r"-\d+-of-\d+"):
+                if found := [
+                    name for name in names if re.fullmatch(f"{stem}({variant}{number}|{number}{variant}).bin", name)
+                ]:
+                    return [folder / name for name in found]
+    return []
+
+
+def _copy_unpickled(source: Path, copy: Path, parts: dict[Path, list[Path]]) -> None:
+    """Links to all of a model's folder, and safetensors in place of its parts' pickles."""
+    copy.mkdir()
+    for entry in source.iterdir():
+        (copy / entry.name).symlink_to(entry.resolve())
+    for folder, files in parts.items():
+        here = copy / folder.relative_to(source)
+        if here != copy:
+            here.unlink()
+            here.mkdir()
+            for entry in folder.iterdir():
+                (here / entry.name).symlink_to(entry.resolve())
+        places = {}
+        for number, file in enumerate(files, 1):
+            pickled = pickles.read(file)
+            name = "model" if len(files) == 1 else f"model-{number:05}-of-{len(files):05}"
+            pickled.write(here / f"{name}.safetensors")
+            places |= dict.fromkeys(pickled.tensors, f"{name}.safetensors")
+        if len(files) > 1:
+            _write_json(here / "model.safetensors.index.json", {"weight_map": places})
+
+
+def _convert_whole(
+    checkpoint: Checkpoint,
+    output: Path,
+    dtype: mx.Dtype | None,
+    bits: int | None,
+    progress: Callable[[str], None],
+) -> list[Converted]:
     _check_own(output, checkpoint)
     made = [folder for folder in output.parents if not folder.exists()]
     try:

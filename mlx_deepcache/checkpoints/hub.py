@@ -181,7 +181,8 @@ def _ask_for_file(named: HubId, listed: Listed) -> Path:
     if wanted is None and len(files) != 1:
         pickles = [name for name in sizes if name.endswith(PICKLES)]
         if not files:
-            found = f", only pickle files, which could run code when read: {some(pickles)}" if pickles else ""
+            found = ", only pickle files, which could run code when read ({}); download one for convert.py"
+            found = found.format(some(pickles)) if pickles else ""
             raise CheckpointError(f"{named.repository} has no safetensors file{found}")
         raise CheckpointError(
             f"{named.repository} has {len(files)} files, {some(files, 9)}; name one, {named.repository}:{files[0]}"

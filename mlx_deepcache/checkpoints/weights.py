@@ -1,12 +1,14 @@
 """Weights from files to modules and back: find, check, rename, lay out, load strictly, save.
 
-Only safetensors are read; pickle files can run code. Files written here say in their metadata that they are laid out
-channels-last; any other file has PyTorch's layout, with convolutions as (out, in, height, width).
+Only safetensors are read; pickle files can run code, and `convert` makes safetensors of them. Files written here say in
+their metadata that they are laid out channels-last; any other file has PyTorch's layout, with convolutions as (out, in,
+height, width).
 """
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import mlx.core as mx
@@ -50,11 +52,22 @@ def component_files(folder: Path, names: list[str] | None = None) -> list[str]:
                 return [index, *sorted(n for n in names if re.fullmatch(f"{base}({counted}).safetensors", n))]
     pickles = [n for n in names if n.endswith(PICKLES)]
     if pickles:
+        whole = (folder.parent / "model_index.json").is_file()
+        here = (folder / pickles[0]).is_file()
         raise CheckpointError(
             f"{folder} has its weights only as a pickle file, {pickles[0]}, which could run code when read; "
-            "get or make a safetensors file"
+            + (conversion(folder.parent if whole else folder / pickles[0]) if here else "download it for convert.py")
         )
     raise CheckpointError(f"{folder} has no weights; expected a .safetensors file there")
+
+
+def conversion(pickled: Path) -> str:
+    """What makes safetensors of a pickle file, or of a model's folder with such files, as the end of a message."""
+    output = Path(f"{pickled}-mlx") if pickled.is_dir() else pickled.with_suffix(".safetensors")
+    if output == pickled:  # a pickle by another name
+        output = pickled.with_name(f"{pickled.stem}-converted.safetensors")
+    command = ["python", "convert.py", "--model", str(pickled), "--output", str(output)]
+    return f"what reads it safely is {shlex.join(command)}"
 
 
 def read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str], dict[str, str]]:
@@ -66,7 +79,7 @@ def read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str],
     if not file.is_file():
         raise CheckpointError(f"{file} is missing")
     if file.suffix in PICKLES:
-        raise CheckpointError(f"{file} is a pickle file, which could run code when read; only safetensors are read")
+        raise CheckpointError(f"{file} is a pickle file, which could run code when read; {conversion(file)}")
     try:
         hold_standard_streams()
         with safe_open(file, framework="numpy") as header:  # checks the header against the file's length
@@ -154,14 +167,14 @@ def _apply_scales(tensors: dict[str, mx.array], narrow: list[str]) -> None:
 
 
 def _unreadable(file: Path, error: Exception) -> CheckpointError:
-    if _looks_pickled(file):
+    if looks_pickled(file):
         return CheckpointError(
-            f"{file} is a pickle file by another name, which could run code when read; only safetensors are read"
+            f"{file} is a pickle file by another name, which could run code when read; {conversion(file)}"
         )
     return CheckpointError(f"{file} is damaged or no safetensors file ({error}); download it again")
 
 
-def _looks_pickled(file: Path) -> bool:
+def looks_pickled(file: Path) -> bool:
     """Whether a file starts as PyTorch's do: a zip archive, or a bare pickle of protocol 2 to 5; the length that a
     safetensors file starts with may have the same first bytes, but then its others are 0."""
     try:

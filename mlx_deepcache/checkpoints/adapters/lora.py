@@ -28,7 +28,7 @@ from ...nets.unet_parts import UNetConfig
 from ..families import SDXL, family_by
 from ..folder import read_json
 from ..original import names as ldm
-from ..weights import PICKLES, read_tensors, some
+from ..weights import PICKLES, conversion, read_tensors, some
 
 # How a tensor's name ends, and what it is of its layer
 _PARTS = {
@@ -341,7 +341,8 @@ def _file_in(folder: Path) -> Path:
     files = [name for name in names if name.endswith(".safetensors")]
     known = [name for name in _FILES if name in files] or files
     if len(known) < 1 or (len(known) > 1 and known[0] not in _FILES):
-        got = some(files) if files else some([name for name in names if name.endswith(PICKLES)]) or "none"
+        pickles = [name for name in names if name.endswith(PICKLES)]
+        got = some(files) if files else f"{some(pickles)}; {conversion(folder / pickles[0])}" if pickles else "none"
         raise CheckpointError(f"{folder} should hold one LoRA, such as {' or '.join(_FILES)}, got {got}")
     return folder / known[0]
 
