@@ -1,14 +1,14 @@
 """What attention layers gave in earlier calls, kept while one picture is drawn, and when it is used again.
 
-All layers of a part of the U-Net run together, so what self-attention does in a call, and attention to the prompt, is
-decided once for the part. A part that does not run, as the deep one on a cached step, counts no call.
+All layers of a part of the U-Net run together, so what each kind of attention does in a call is decided once for the
+part. A part that does not run, as the deep one on a cached step, counts no call.
 """
 
 from __future__ import annotations
 
 import mlx.core as mx
 
-from ..nets.attend import Attend, Do
+from ..nets.attend import Attend, Do, Kind
 from .policy import DEEP, PARTS, Call, Memory
 
 Entry = tuple[mx.array, ...]
@@ -19,11 +19,9 @@ class AttentionMemory(Memory):
 
     def __init__(self):
         self.calls = [0 for _ in PARTS]
-        self.kept: list[list[list[Entry]]] = [
-            [[], []] for _ in PARTS
-        ]  # of each part's layers: to itself, to the prompt
+        self.kept: list[list[list[Entry]]] = [[[] for _ in Kind] for _ in PARTS]  # of each part's layers, by kind
 
-    def wanted(self, cross: bool, calls: int, index: int, t: float) -> Do:
+    def wanted(self, kind: Kind, calls: int, index: int, t: float) -> Do:
         """What a kind of attention should do at a part's call number `calls`, from 0, on step `index`, timestep t."""
 
     def recall(self, entry: Entry, index: int, pictures: int) -> mx.array:
@@ -39,8 +37,8 @@ class AttentionMemory(Memory):
 
     def _attend(self, part: int, index: int, t: float, pictures: int) -> Attend:
         todo, given = [], []
-        for cross, kept in zip((False, True), self.kept[part], strict=True):
-            do = self.wanted(cross, self.calls[part], index, t)
+        for kind, kept in zip(Kind, self.kept[part], strict=True):
+            do = self.wanted(kind, self.calls[part], index, t)
             if do is Do.REUSE and not (kept and len(kept[0][-1]) >= pictures):
                 do = Do.KEEP  # never run before, or without the half that is wanted now
             todo.append(do)
@@ -52,11 +50,11 @@ class AttentionMemory(Memory):
             if part == DEEP and not call.full:
                 continue
             self.calls[part] += 1
-            for cross, do in enumerate(attend.do):
+            for kind, do in enumerate(attend.do):
                 if do is not Do.COMPUTE:
-                    outputs = attend.given[cross] if do is Do.REUSE else attend.kept[cross]
-                    entries = self.kept[part][cross] or [()] * len(outputs)
-                    self.kept[part][cross] = [
+                    outputs = attend.given[kind] if do is Do.REUSE else attend.kept[kind]
+                    entries = self.kept[part][kind] or [()] * len(outputs)
+                    self.kept[part][kind] = [
                         self.entry(old, out, do, call.index) for old, out in zip(entries, outputs, strict=True)
                     ]
 

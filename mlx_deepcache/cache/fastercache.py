@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..diffusion.schedule import Plan
-from ..nets.attend import Do
+from ..nets.attend import Do, Kind
 from .attention import AttentionMemory, Entry
 from .policy import ATTENTION, GUIDANCE, Call, Memory, Policy, check_skip_range, check_timesteps, keyed, require
 
@@ -99,8 +99,8 @@ class Extrapolated(AttentionMemory):
         self.asked = 0
         self.apart: tuple[mx.array, ...] = ()  # unconditional less conditional output: low frequencies, high ones
 
-    def wanted(self, cross: bool, calls: int, index: int, t: float) -> Do:
-        if cross:
+    def wanted(self, kind: Kind, calls: int, index: int, t: float) -> Do:
+        if kind is not Kind.SPATIAL:
             return Do.COMPUTE
         return Do.REUSE if self.policy.skips_attention(calls, t) else Do.KEEP
 

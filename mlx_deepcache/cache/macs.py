@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import mlx.nn as nn
 
-from ..nets.attend import Do
+from ..nets.attend import Do, Kind
 from ..nets.blocks import Attention, AttentionBlock, Transformer2DModel
 from ..nets.controlnet import ControlNetModel
 from ..nets.unet_parts import Encoder, Layer
@@ -17,11 +17,12 @@ from .policy import DEEP, Work
 
 
 class Macs(NamedTuple):
-    """For one picture: all of them, and those of self-attention and of attention to the prompt among them."""
+    """For one picture: all of them, and those of each kind of attention among them."""
 
     total: int = 0
     spatial: int = 0
     cross: int = 0
+    temporal: int = 0
 
 
 def unet_macs(unet: UNet2DConditionModel, size: tuple[int, ...], branch: int, tokens: int) -> tuple[int, int]:
@@ -91,7 +92,7 @@ def _encoder_macs(
 
 def _layer_macs(layer: Layer, here: tuple[int, ...], after: tuple[int, ...], tokens: int) -> Macs:
     positions, frames = prod(here), prod(here[:-2])
-    total, attention = 0, [0, 0]
+    total, attention = 0, [0] * len(Kind)
     for module in (layer.conv, layer.resnet):
         total += 0 if module is None else _leaf_macs(module, positions)
     for name, module in [] if layer.attention is None else layer.attention.named_modules():
@@ -105,7 +106,7 @@ def _layer_macs(layer: Layer, here: tuple[int, ...], after: tuple[int, ...], tok
             own += 2 * positions * keys * module.to_out[0].weight.shape[0]
         total += own
         if "attn" in name or isinstance(layer.attention, AttentionBlock):
-            attention[cross] += own
+            attention[Kind.CROSS if cross else Kind.TEMPORAL if over_frames else Kind.SPATIAL] += own
     if layer.upsample is not None:
         total += _leaf_macs(layer.upsample, prod(after))
     return Macs(total, *attention)

@@ -119,12 +119,12 @@ class Call:
 
 class Work(NamedTuple):
     """What a call of the U-Net computed: whether its deep part ran, for how many pictures and tokens of the prompt, and
-    what self-attention and attention to the prompt did in each part; change: that an adaptive cache saw."""
+    what each kind of attention did in each part; change: that an adaptive cache saw."""
 
     full: bool
     pictures: int
     tokens: int
-    attention: tuple[tuple[Do, Do], ...]
+    attention: tuple[tuple[Do, ...], ...]
     change: float | None
 
 

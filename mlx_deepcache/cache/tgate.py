@@ -8,7 +8,7 @@ from typing import ClassVar
 import mlx.core as mx
 
 from ..diffusion.schedule import Plan
-from ..nets.attend import Do
+from ..nets.attend import Do, Kind
 from .attention import AttentionMemory, Entry
 from .policy import ATTENTION, GUIDANCE, Memory, Policy, check_skip_range, require
 
@@ -79,8 +79,8 @@ class Gate(AttentionMemory):
     def both(self, index: int, t: float) -> bool:
         return index - self.repeated < self.policy.step
 
-    def wanted(self, cross: bool, calls: int, index: int, t: float) -> Do:
-        return self.policy.action(cross, index - self.repeated)
+    def wanted(self, kind: Kind, calls: int, index: int, t: float) -> Do:
+        return self.policy.action(kind is Kind.CROSS, index - self.repeated)
 
     def entry(self, old: Entry, out: mx.array, do: Do, index: int) -> Entry:
         if self.guided and self.gate(index):

@@ -7,7 +7,7 @@ inside an `Attend`, which says whether a layer is run at all. Without `keys_valu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from enum import Enum
+from enum import Enum, IntEnum
 
 import mlx.core as mx
 
@@ -20,6 +20,14 @@ class Do(Enum):
     COMPUTE = "run"
     KEEP = "run, and hand out what it gave"
     REUSE = "give what is handed in"
+
+
+class Kind(IntEnum):
+    """What an attention layer attends to: other positions of a picture, the prompt, or a video's other frames."""
+
+    SPATIAL = 0
+    CROSS = 1
+    TEMPORAL = 2
 
 
 def compute(layer: Callable, x: mx.array, keys_values: KeysValues = None) -> mx.array:
@@ -35,19 +43,19 @@ def to_first_frame(layer: Callable, x: mx.array, keys_values: KeysValues = None)
 class Attend:
     """Runs the attention layers of one part of the U-Net in one call.
 
-    do: what self-attention does, and what attention to the prompt does. given: the outputs, (B, S, C) each, of the
-    layers that reuse; kept: of those that keep, filled as they run; for each kind of attention a list in the order that
-    layers are run in. `do` and `inner` can be hashed, and arrays come in and go out: so a call can be compiled.
+    do: what each kind of attention does. given: the outputs, (B, S, C) each, of the layers that reuse; kept: of those
+    that keep, filled as they run; for each kind a list in the order that layers are run in. `do` and `inner` can be
+    hashed, and arrays come in and go out: so a call can be compiled.
     """
 
     def __init__(
         self,
-        do: tuple[Do, Do] = (Do.COMPUTE, Do.COMPUTE),
-        given: Sequence[Sequence[mx.array]] = ((), ()),
+        do: tuple[Do, ...] = (Do.COMPUTE,) * len(Kind),
+        given: Sequence[Sequence[mx.array]] = ((),) * len(Kind),
         inner: Callable[..., mx.array] = compute,
     ):
         self.do, self.given, self.inner = do, given, inner
-        self.kept: tuple[list[mx.array], list[mx.array]] = ([], [])
+        self.kept: tuple[list[mx.array], ...] = tuple([] for _ in Kind)
         self._next = [iter(outputs) for outputs in given]
 
     def around(self, inner: Callable[..., mx.array]) -> Attend:
@@ -57,11 +65,12 @@ class Attend:
     @property
     def plain(self) -> bool:
         """Whether every layer computes, and nothing is kept."""
-        return self.do == (Do.COMPUTE, Do.COMPUTE)
+        return set(self.do) == {Do.COMPUTE}
 
-    def __call__(self, layer: Callable, norm: Callable, x: mx.array, keys_values: KeysValues = None) -> mx.array:
+    def __call__(
+        self, kind: Kind, layer: Callable, norm: Callable, x: mx.array, keys_values: KeysValues = None
+    ) -> mx.array:
         """What the layer makes of norm(x): neither is computed where an output is reused."""
-        kind = int(keys_values is not None)
         if self.do[kind] is Do.REUSE:
             return next(self._next[kind])
         out = self.inner(layer, norm(x), keys_values)

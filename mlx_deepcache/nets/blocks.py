@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..backend.ops import attention, conv2d, conv2d_doubled, gated_gelu, linear, pad_heads, silu
-from .attend import PLAIN, Attend
+from .attend import PLAIN, Attend, Kind
 from .layers import Conv2d, GroupNorm, LayerNorm, Linear, by_frame
 
 
@@ -278,6 +278,8 @@ class FeedForward(nn.Module):
 class BasicTransformerBlock(nn.Module):
     """Self-attention, cross-attention to the prompt, feed-forward; each on a normalised copy and added back."""
 
+    looks_at = Kind.SPATIAL
+
     def __init__(self, dims: int, heads: int, context_dims: int):
         super().__init__()
         self.norm1 = LayerNorm(dims)
@@ -289,8 +291,8 @@ class BasicTransformerBlock(nn.Module):
 
     def __call__(self, x: mx.array, prompt: tuple[mx.array, mx.array], attend: Attend = PLAIN) -> mx.array:
         """x: (B, S, dims); prompt: keys and values of `attn2`; attend: runs the attention layers."""
-        x = x + attend(self.attn1, self.norm1, x)
-        x = x + attend(self.attn2, self.norm2, x, prompt)
+        x = x + attend(self.looks_at, self.attn1, self.norm1, x)
+        x = x + attend(Kind.CROSS, self.attn2, self.norm2, x, prompt)
         return x + self.ff(self.norm3(x))
 
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..backend.ops import conv2d
-from .attend import PLAIN, Attend
+from .attend import PLAIN, Attend, Kind
 from .blocks import (
     BasicTransformerBlock,
     Features,
@@ -112,6 +112,8 @@ class SpatioTemporalResBlock(nn.Module):
 
 class TemporalBasicTransformerBlock(BasicTransformerBlock):
     """A transformer block over the frames of each position, with a feed-forward layer before it."""
+
+    looks_at = Kind.TEMPORAL
 
     def __init__(self, dims: int, heads: int, context_dims: int):
         super().__init__(dims, heads, context_dims)

@@ -186,30 +186,32 @@ def test_other_caches(video_pipeline, cache):
         assert 0 < error(forecast.latents, copied.latents) < 1
 
 
-@pytest.mark.parametrize(("spatial", "cross"), [(2, 3), (3, None), (None, 2)])
-def test_pyramid_attention_broadcast(video_checkpoint, video_pipeline, spatial, cross):
-    """diffusers' hooks, which take self-attention over frames for spatial too, inside a window of its timesteps."""
+@pytest.mark.parametrize(
+    ("spatial", "temporal", "cross"), [(2, 4, 3), (3, None, None), (None, 2, None), (2, 2, 6), (None, None, 2)]
+)
+def test_pyramid_attention_broadcast(video_checkpoint, video_pipeline, spatial, temporal, cross):
+    """diffusers' hooks inside a window of its timesteps, with identifiers that tell blocks over frames from others: by
+    its own, these are spatial as well."""
     window, options = (-1, 2), SMALL | {"steps": 10}
     shared = video_oracle.shared(str(video_checkpoint))
     pipe = type(shared)(**shared.components | {"unet": copy.deepcopy(shared.unet)})
     pipe.set_progress_bar_config(disable=True)
+    kinds = {"spatial": spatial, "temporal": temporal, "cross": cross}
+    ranges = {f"{kind}_attention_block_skip_range": every for kind, every in kinds.items()}
+    ranges |= {f"{kind}_attention_timestep_skip_range": window for kind in kinds}
     cache_oracle.broadcast(
-        pipe,
-        cache_oracle.Calls(pipe),
-        spatial_attention_block_skip_range=spatial,
-        cross_attention_block_skip_range=cross,
-        spatial_attention_timestep_skip_range=window,
-        cross_attention_timestep_skip_range=window,
+        pipe, cache_oracle.Calls(pipe), spatial_attention_block_identifiers=(r"\.transformer_blocks",), **ranges
     )
     renamed = {THEIRS.get(name, name): value for name, value in options.items()}
     with torch.no_grad():
         expected = pipe(PICTURE, generator=torch.Generator().manual_seed(3), output_type="latent", **renamed).frames
-    policy = PyramidAttentionBroadcast(spatial, cross, window, window)
+    policy = PyramidAttentionBroadcast(**ranges)
     result = video_pipeline(image=PICTURE, seeds=[3], cache=[policy], **options)
     assert error(channels_first(result.latents), expected) < 1e-4
     plain = video_pipeline(image=PICTURE, seeds=[3], cache_interval=1, **options)
     changed = error(plain.latents, result.latents)
-    assert changed > 1e-3 if spatial else changed < 1e-5  # all attend to one token, which gives the same at every step
+    one_token = not spatial and not temporal  # attention to the picture, which gives the same at every step
+    assert changed < 1e-5 if one_token else changed > 1e-3
     assert result.stats["unet_macs"] < plain.stats["unet_macs"]
 
 
