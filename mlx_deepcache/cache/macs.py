@@ -61,17 +61,17 @@ def parts_macs(unet: UNet2DConditionModel, size: tuple[int, ...], branch: int, t
     return [Macs(*map(sum, zip(*part, strict=True))) for part in parts]
 
 
-def control_macs(net: ControlNetModel, size: tuple[int, int], cut: int | None, tokens: int) -> int:
-    """Multiply-adds of a ControlNet's call for one latent: up to skip `cut`, or all of it. Its picture's are
-    not among them, as it is embedded once."""
+def control_macs(net: ControlNetModel, size: tuple[int, ...], cut: int | None, tokens: int) -> int:
+    """Multiply-adds of a ControlNet's call for one latent of `size` (h, w), or (F, h, w) of a video: up to skip `cut`,
+    or all of it. Its picture's are not among them, as it is embedded once."""
     sizes, down, mid, times = _encoder_macs(net, size, tokens)
     last = len(down) - 1 if cut is None else cut
     joints = zip(net.controlnet_down_blocks, sizes[: last + 1], strict=False)
-    total = sum(_leaf_macs(conv, h * w) for conv, (h, w) in joints)
+    total = sum(_leaf_macs(conv, prod(place)) for conv, place in joints)
     parts = [*times, *down[: last + 1]]
     if cut is None:
         parts += mid
-        total += _leaf_macs(net.controlnet_mid_block, sizes[-1][0] * sizes[-1][1])
+        total += _leaf_macs(net.controlnet_mid_block, prod(sizes[-1]))
     return total + sum(part.total for part in parts)
 
 

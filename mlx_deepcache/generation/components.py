@@ -89,7 +89,7 @@ class Components:
             net = load_controlnet(control.model, unet, vae.factor, self.dtype)
             mx.eval(net.parameters())
             self.held[name] = net
-        picture = mx.array(control.image)[None].astype(mx.float32) / 255
+        picture = mx.array(control.image).astype(mx.float32) / 255
         return Controlled(self.held[name], picture, control.scale, control.start, control.end)
 
     def dtype_of(self, name: str) -> mx.Dtype:

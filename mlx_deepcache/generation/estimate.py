@@ -182,8 +182,8 @@ def _unet(
 
 
 @lru_cache(16)
-def _controlnet(config: ControlNetConfig, dtype: mx.Dtype, x: tuple[int, int, int], factor: int) -> Footprint:
-    """A full step, with its picture."""
+def _controlnet(config: ControlNetConfig, dtype: mx.Dtype, x: tuple[int, ...], factor: int) -> Footprint:
+    """A full step, with its picture, or one a frame."""
     net = ControlNetModel(config)
 
     def call(latents: mx.array, picture: mx.array, *texts: mx.array):
@@ -191,7 +191,8 @@ def _controlnet(config: ControlNetConfig, dtype: mx.Dtype, x: tuple[int, int, in
         return net(latents, temb, cond, net.embed_picture(picture)), cond
 
     latents = mx.zeros((*x, config.in_channels), dtype)
-    picture = mx.zeros((1, x[1] * factor, x[2] * factor, config.conditioning_channels), dtype)
+    count = x[1] if len(x) == 4 else 1
+    picture = mx.zeros((count, x[-2] * factor, x[-1] * factor, config.conditioning_channels), dtype)
     return footprint(_typed(net, dtype), call, latents, picture, *_texts(config, dtype, x[0], TOKENS))
 
 

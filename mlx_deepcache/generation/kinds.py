@@ -12,7 +12,7 @@ from typing import Any
 
 from ..checkpoints.names import BUNDLED_NAMES
 from ..fields import file_and_scale, file_and_word, finite, unicode_text
-from ..media.pictures import is_picture
+from ..media.pictures import are_pictures, is_picture
 
 
 @dataclass(frozen=True)
@@ -202,6 +202,14 @@ KINDS = {
         "FILE",
         Path,
         that(is_picture),
+        _name,
+        file=_itself,
+    ),
+    "Pictures": Kind(
+        "a picture (a file or its bytes, Pillow's, or an array (H, W, 3) of uint8), or one a frame",
+        "FILE",
+        Path,
+        that(are_pictures),
         _name,
         file=_itself,
     ),

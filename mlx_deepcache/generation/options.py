@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     Model = File
     Seed = int | str
     Picture = File | Image | np.ndarray | bytes
+    Pictures = Picture | list[Picture]
     Latents = File | mx.array | np.ndarray
     Lora = File | tuple[File, float]
     Embedding = File | tuple[File, str | None]
@@ -228,9 +229,9 @@ def _elsewhere(name: str) -> str:
 
 @dataclass(frozen=True)
 class Control:
-    """A ControlNet and what it is to do. model: a folder or hub id; image: what it follows (a file or Pillow's; in
-    complete settings (H, W, 3) uint8); scale: the factor on what it adds; start, end: the share of the steps that it
-    takes part in."""
+    """A ControlNet and what it is to do. model: a folder or hub id; image: what it follows (a file or Pillow's, for a
+    video a folder, an animation or a list; in complete settings (F, H, W, 3) uint8, F = 1 for a picture); scale: the
+    factor on what it adds; start, end: the share of the steps that it takes part in."""
 
     model: Model = option(
         MISSING,
@@ -238,7 +239,12 @@ class Control:
         CONTROL,
         flag="--controlnet",
     )
-    image: Picture = option(MISSING, "the edges, pose, ... to follow", CONTROL, flag="--control-image")
+    image: Pictures = option(
+        MISSING,
+        "the edges, pose, ... to follow; with --frames one a frame, a folder of pictures or an animation",
+        CONTROL,
+        flag="--control-image",
+    )
     scale: float = option(1.0, "how strictly it is followed (1)", CONTROL, flag="--control-scale")
     start: float = option(
         0.0, "the share of the steps before it starts (0)", CONTROL, flag="--control-start", check=PART
@@ -501,12 +507,12 @@ class Options:
         check=at_least(1),
         only=(CLIPS,),
     )
-    controls: tuple[Control, ...] = option((), "ControlNets", CONTROL, only=(PICTURES,))
+    controls: tuple[Control, ...] = option((), "ControlNets", CONTROL, only=(PICTURES, CLIPS))
     control_every_step: bool = option(
         False,
         "run it on cached steps too; else these use what it said on the last full one",
         CONTROL,
-        only=(PICTURES,),
+        only=(PICTURES, CLIPS),
         needs=("controls",),
     )
     refiner_start: float | None = option(

@@ -413,7 +413,7 @@ class Generation(Iterator[Progress]):
             unet, nets = components.to_run("unet"), [components.controlled(control) for control in leg.controls]
         with self.clock.phase("denoise"):
             times = [step.here.t for step in leg.plan.steps]
-            controls = Controls(nets, cond, times, self.settings.control_every_step) if nets else None
+            controls = Controls(nets, cond, times, self.settings.control_every_step, leg.attend) if nets else None
             denoiser = Denoiser(
                 unet,
                 cond,
@@ -432,7 +432,7 @@ class Generation(Iterator[Progress]):
                     break
                 yield progress
         for net, pictures, cut in controls.ran if controls is not None else ():
-            self.control_macs += pictures * control_macs(net, started.x.shape[-3:-1], cut, denoiser.tokens)
+            self.control_macs += pictures * control_macs(net, started.x.shape[1:-1], cut, denoiser.tokens)
 
     def pictures(self) -> Iterator[np.ndarray]:
         """Decode: each picture once it is there, (H, W, 3) in 0-255, or video, (F, H, W, 3); outside of a mask they are

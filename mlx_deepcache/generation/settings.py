@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from PIL import Image
 
 from ..cache import prices
 from ..cache.composition import Caches
@@ -21,10 +23,11 @@ from ..diffusion.schedule import NoiseSchedule, Plan
 from ..errors import UsageError, called
 from ..fields import unicode_text, valued
 from ..media.pictures import FITS, read_mask, read_picture, size_for, source
+from ..media.video import read_frames
 from ..nets.attend import compute, to_first_frame
 from .labels import number_of
 from .options import CLIPS, FREE, LABELLED, PICTURES, VIDEO, VIDEOS, Control, Options, option_of, options_of, taken
-from .starts import Draw, FirstFrame, FromNoise, FromPicture, Moved, go_on, read_latents, take_latents
+from .starts import Draw, FirstFrame, FromNoise, FromPicture, Moved, SameNoise, go_on, read_latents, take_latents
 
 DEFAULT_INTERVAL = 3
 FEWEST_STEPS_TO_CACHE = 10  # below this, steps differ too much for features to be reused
@@ -68,7 +71,7 @@ class Settings:
     legs: tuple[Leg, ...]
     latent_shape: tuple[int, ...]
     cache: Caches
-    start: FromNoise | FromPicture | FirstFrame
+    start: FromNoise | FromPicture | FirstFrame | SameNoise
     noise: mx.array | None = None
     cache_choice: str | None = None
 
@@ -130,7 +133,8 @@ def settings_for(
     if not family.second_prompt and not (asked.prompt_2 is None and asked.negative_prompt_2 is None):
         raise UsageError("a second prompt is for SDXL's second text encoder, and this model has only one")
 
-    schedule = _schedule(checkpoint, asked, kind)
+    moved = kind == CLIPS and not asked.controls
+    schedule = _schedule(checkpoint, asked, moved)
     steps, scale = _filled(asked, checkpoint, "steps"), _filled(asked, checkpoint, "guidance_scale")
     strength, left_out = _share(checkpoint, steps, asked)
     stop, handover, second = None, None, None
@@ -140,11 +144,14 @@ def settings_for(
     elif asked.refiner_start is not None:
         raise UsageError(f"{called('refiner_start')} has no meaning without a {called('refiner')}")
 
-    picture, followed = asked.image, [read_picture(control.image) for control in asked.controls]
+    read = partial(read_frames, frames=asked.frames) if kind == CLIPS else _only
+    picture, followed = asked.image, [read(control.image) for control in asked.controls]
     fit = None if picture is None and not followed else asked.fit or FITS[0]
     if picture is not None:
         picture = read_picture(picture)
-    height, width = _size(checkpoint, asked, *([] if picture is None else [picture]), *followed)
+    height, width = _size(
+        checkpoint, asked, *([] if picture is None else [picture]), *(pictures[0] for pictures in followed)
+    )
     start = FromNoise()
     said = {}
     if checkpoint.video:
@@ -159,8 +166,8 @@ def settings_for(
         mask = None if asked.mask is None else read_mask(asked.mask)
         start = FromPicture(source(picture, mask, height, width, fit, asked.mask_blur), strength, checkpoint.inpainting)
     controls = tuple(
-        replace(control, image=source(image, None, height, width, fit).image)
-        for control, image in zip(asked.controls, followed, strict=True)
+        replace(control, image=np.stack([source(image, None, height, width, fit).image for image in pictures]))
+        for control, pictures in zip(asked.controls, followed, strict=True)
     )
 
     models = [checkpoint] if refiner is None else [checkpoint, refiner]
@@ -174,6 +181,8 @@ def settings_for(
     legs[0] = replace(legs[0], controls=controls)  # a ControlNet is for the base model
     if kind == VIDEOS:
         legs[0] = replace(legs[0], frames=(said["frames"],))
+    elif kind == CLIPS and not moved:
+        legs[0] = replace(legs[0], frames=(said["frames"],), attend=to_first_frame)
     elif kind == CLIPS:
         legs = _loops(legs[0], schedule, said)
     run = len(plans[0].steps) if left_out else steps
@@ -199,6 +208,8 @@ def settings_for(
         noise = read_latents(Path(noise)) if isinstance(noise, (str, Path)) else take_latents(noise)
     latent = checkpoint.vae_config
     latent_shape = (height // latent.factor, width // latent.factor, latent.latent_channels)
+    if kind == CLIPS and not moved:
+        start = SameNoise(asked.frames, latent_shape)
     return Settings(complete, prompts, asked.seeds, tuple(legs), latent_shape, cache, start, noise, choice)
 
 
@@ -283,12 +294,19 @@ def _check_clip(checkpoint: Checkpoint, asked: Options, refiner: Checkpoint | No
         raise UsageError(f"{CLIPS} need an ordinary model, and this one {other}; leave out {frames}")
     if asked.frames < 2:
         raise UsageError(f"{frames} should be 2 or more for {CLIPS}, got {asked.frames}; without it one is drawn")
-    if asked.scheduler not in (None, DDIM):
+    if asked.controls:
+        for name in ("motion", "t0", "t1"):
+            if getattr(asked, name) is not None:
+                raise UsageError(f"{called(name)} does not go with {called('controls')}: its pictures say what moves")
+    elif asked.scheduler not in (None, DDIM):
         raise UsageError(f"{CLIPS} are drawn with {DDIM}; leave out {called('scheduler', asked.scheduler)}")
 
 
 def _of_clip(asked: Options, steps: int) -> dict[str, Any]:
-    """What is said of a video of a prompt; t0 and t1 are the paper's share of the steps."""
+    """What is said of a video of a prompt; t0 and t1 are the paper's share of the steps. Where ControlNets say what
+    moves, nothing else does."""
+    if asked.controls:
+        return {"frames": asked.frames, "fps": asked.fps or CLIP_FPS}
     t1 = min(max(round(CLIP_LEVELS[1] * steps), 1), steps - 1) if asked.t1 is None else asked.t1
     t0 = max(min(round(CLIP_LEVELS[0] * steps), t1 - 1), 0) if asked.t0 is None else asked.t0
     if not t0 < t1 < steps:
@@ -318,6 +336,19 @@ def _guidance(scale: float, said: dict) -> float | tuple[float, ...] | None:
     return tuple(scales) if max(scales) > 1 else None
 
 
+def _only(pictures: object) -> list[Image.Image]:
+    """The one picture of an image that is to follow a picture.
+
+    Raises:
+        UsageError: there are several.
+        Failure: it cannot be read.
+    """
+    several = isinstance(pictures, (list, tuple)) or len(getattr(pictures, "shape", ())) == 4
+    if several and len(pictures) > 1:
+        raise UsageError(f"a picture follows one picture, got {len(pictures)}; for a video, give {called('frames')}")
+    return [read_picture(pictures[0] if several else pictures)]
+
+
 def _prompts(prompt: object, n: int) -> tuple[str, ...]:
     """One prompt a seed."""
     several = isinstance(prompt, Iterable) and not isinstance(prompt, (str, bytes, Mapping))
@@ -338,11 +369,11 @@ def _filled(asked: Options, checkpoint: Checkpoint, name: str) -> Any:
     return getattr(checkpoint, option_of(Options, name).model) if value is None else value
 
 
-def _schedule(checkpoint: Checkpoint, asked: Options, kind: str) -> NoiseSchedule:
+def _schedule(checkpoint: Checkpoint, asked: Options, moved: bool) -> NoiseSchedule:
     """The noise schedule: of what is asked for, and else the model's own."""
     said = {"timesteps": asked.timesteps} if asked.timesteps is not None else {}
     said |= {"eta": asked.eta} if asked.eta else {}
-    name = DDIM if kind == CLIPS or (said and asked.scheduler is None) else asked.scheduler
+    name = DDIM if moved or (said and asked.scheduler is None) else asked.scheduler
     said |= {"clip": asked.clip == "on"} if asked.clip != "auto" else {}
     return checkpoint.schedule(name, **said)
 
@@ -392,7 +423,7 @@ def _handover(
     """The step at which the base model stops, and the refiner's plan."""
     if asked.mask is not None:
         raise UsageError(f"a mask and a refiner do not go together; refine the result as another's {called('image')}")
-    its = _schedule(refiner, asked, PICTURES)
+    its = _schedule(refiner, asked, False)
     stop, first = schedule.handover(steps, share), its.handover(steps, share)
     if stop <= start:
         raise UsageError(

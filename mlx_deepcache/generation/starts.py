@@ -119,6 +119,22 @@ class FirstFrame:
         return images
 
 
+@dataclass(frozen=True)
+class SameNoise:
+    """Frames that begin alike, for pictures that say what each becomes. shape: of a frame's latents, (h, w, C)."""
+
+    frames: int
+    shape: tuple[int, ...]
+
+    def latents(self, plan: Plan, draw: Draw, spread: Spread, given: mx.array | None, encode: Encode) -> Started:
+        """given: (N, F, h, w, C) standard normal, in place of one draw for all frames."""
+        noise = mx.repeat(draw(self.shape)[:, None], self.frames, axis=1) if given is None else given
+        return Started(noise * plan.init_scale)
+
+    def paste(self, images: np.ndarray) -> np.ndarray:
+        return images
+
+
 MOTION_GRID = 512  # pixels along both sides of the picture that motion is measured in
 
 

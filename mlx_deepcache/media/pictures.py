@@ -6,12 +6,14 @@ import math
 import os
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageOps, ImageSequence
 
 from ..errors import Failure, UsageError
 
@@ -73,6 +75,13 @@ def is_picture(value: object) -> bool:
     if len(shape) not in (2, 3) or 0 in shape or shape[2:] not in ((), (1,), (3,), (4,)) or pixels is None:
         return False
     return pixels.dtype in (np.uint8, np.bool_) or bool(np.all((pixels >= 0) & (pixels <= 1)))
+
+
+def are_pictures(value: object) -> bool:
+    """Whether it is one (a folder's or a video's name too), or several in a list or an array (F, H, W, 3)."""
+    shape = getattr(value, "shape", ())
+    several = isinstance(value, (list, tuple)) or (isinstance(shape, tuple) and len(shape) == 4)
+    return len(value) > 0 and all(map(is_picture, value)) if several else is_picture(value)
 
 
 def _array(value: object) -> np.ndarray | None:
@@ -189,8 +198,35 @@ def source(picture: Image.Image, mask: Image.Image | None, height: int, width: i
 
 def _open(picture: Path | str | Image.Image | np.ndarray | bytes) -> Image.Image:
     """Decoded and upright, in whatever mode it has."""
-    if hasattr(picture, "shape"):
-        return _from_array(_array(picture))
+    return _from_array(_array(picture)) if hasattr(picture, "shape") else _decoded(picture, _upright)
+
+
+def read_animation(picture: Path | str | Image.Image | bytes, check: Callable[[int], None]) -> list[Image.Image]:
+    """The frames of an animation, one of a picture that stands still, each as from `read_picture`; check: called with
+    how many there are, before they are decoded.
+
+    Raises:
+        Failure: see `read_picture`.
+    """
+
+    def take(file: Image.Image) -> list[Image.Image]:
+        check(getattr(file, "n_frames", 1))
+        return [_upright(frame) for frame in ImageSequence.all_frames(file)]
+
+    return [_flatten(frame, "white").convert("RGB") for frame in _decoded(picture, take)]
+
+
+def _upright(file: Image.Image) -> Image.Image:
+    file.load()
+    return ImageOps.exif_transpose(_in_8_bits(file))
+
+
+def _decoded(picture: Path | str | Image.Image | bytes, take: Callable[[Image.Image], Any]) -> Any:
+    """What `take` makes of an opened file.
+
+    Raises:
+        Failure: it is missing, damaged, no picture, or suspiciously large.
+    """
     what = picture if isinstance(picture, (str, os.PathLike)) else "what was given"
     if isinstance(picture, (bytes, bytearray)):
         picture = BytesIO(picture)
@@ -199,10 +235,8 @@ def _open(picture: Path | str | Image.Image | np.ndarray | bytes) -> Image.Image
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if not isinstance(picture, Image.Image):
                 with Image.open(picture, formats=FORMATS) as file:
-                    file.load()
-                    return ImageOps.exif_transpose(_in_8_bits(file))
-            picture.load()
-            return ImageOps.exif_transpose(_in_8_bits(picture))
+                    return take(file)
+            return take(picture)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise Failure(f"{what} has more than {MOST_PIXELS:,} pixels; make it smaller first") from None
     except FileNotFoundError:
@@ -211,7 +245,7 @@ def _open(picture: Path | str | Image.Image | np.ndarray | bytes) -> Image.Image
         if (kind := _other_kind(picture)) is not None:
             raise Failure(f"{what} is a file of the kind {kind}, which is not read; save it as PNG or JPEG") from None
         raise Failure(f"{what} is no picture of a kind that can be read, such as PNG or JPEG") from None
-    except Failure:
+    except (Failure, UsageError):
         raise
     except Exception as error:  # decoders raise whatever the broken file led to
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..errors import Failure, UsageError
 from .files import is_stream, whole, why
+from .pictures import read_animation, read_picture
 
 SUFFIXES = (".mp4", ".gif", ".webp", ".png", "")  # the last is a folder's
 FRAME = re.compile(r"frame-\d{3,}\.png")  # as a folder's files are called
@@ -113,18 +116,72 @@ def _write_folder(folder: Path, frames: Sequence[np.ndarray], replace: bool) -> 
         shutil.rmtree(new, ignore_errors=True)
 
 
+def read_frames(pictures: object, frames: int) -> list[Image.Image]:
+    """What `are_pictures` takes as so many pictures, each as `read_picture` gives it: those of a list or an array, of a
+    folder in the order of their names (frame-2 before frame-10), or the frames of an animation or an .mp4 file.
+
+    Raises:
+        UsageError: there are more or fewer.
+        Failure: they cannot be read.
+    """
+    named = isinstance(pictures, (str, os.PathLike))
+    what = f"{pictures} has" if named else "got"
+
+    def check(count: int) -> None:
+        if count != frames:
+            raise UsageError(f"a video of {frames} frames is to follow as many pictures, and {what} {count}")
+
+    if named and Path(pictures).suffix.lower() == ".mp4":
+        seen = _read_mp4(Path(pictures), frames)
+        check(len(seen))
+        return [Image.fromarray(frame) for frame in seen[:frames]]
+    if named and Path(pictures).is_dir():
+        pictures = sorted(filter(_may_be_picture, Path(pictures).iterdir()), key=_in_order)
+    elif hasattr(pictures, "shape"):
+        pictures = pictures if len(pictures.shape) == 4 else [pictures]
+    elif not isinstance(pictures, (list, tuple)):
+        return read_animation(pictures, check)
+    check(len(pictures))
+    return [read_picture(picture) for picture in pictures]
+
+
+def _may_be_picture(file: Path) -> bool:
+    return not file.name.startswith(".") and file.suffix.lower() in Image.registered_extensions()
+
+
+def _in_order(file: Path) -> list[tuple[int, str]]:
+    """A key by which numbers in names count as numbers."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", file.name)]
+
+
+def _read_mp4(file: Path, most: int) -> list[np.ndarray | None]:
+    """Its frames, (H, W, 3) uint8; of those beyond `most` only that they are there."""
+    with _opened(file) as container:
+        frames = enumerate(container.decode(video=0))
+        return [frame.to_ndarray(format="rgb24") if number < most else None for number, frame in frames]
+
+
 def read_comment(file: Path) -> str | None:
     """The text in an MP4's metadata, or None if there is none.
 
     Raises:
         Failure: it cannot be read, or PyAV is not here.
     """
+    with _opened(file) as container:
+        return container.metadata.get("comment")
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """PyAV's container of an .mp4 file; raises Failure where it cannot be read, or PyAV is not here."""
     if find_spec("av") is None:
         raise Failure(f"{file}: reading an .mp4 file needs PyAV: pip install 'mlx_deepcache[video]'")
     import av
 
     try:
         with av.open(str(file)) as container:
-            return container.metadata.get("comment")
+            yield container
     except (av.FFmpegError, OSError) as error:
         raise Failure(f"cannot read {file}: {error.strerror}") from None
+    except IndexError:
+        raise Failure(f"cannot read {file}: it has no video") from None

@@ -6,7 +6,7 @@ of branch b needs the first b + 1 of them only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -14,7 +14,8 @@ import mlx.nn as nn
 
 from ..backend.ops import silu
 from ..errors import CheckpointError
-from .layers import Conv2d, Linear
+from .attend import PLAIN, Attend, compute
+from .layers import Conv2d, Linear, by_frame
 from .unet_parts import Conditioning, Encoder, Prepared, UNetConfig, run
 
 Residuals = list[mx.array]
@@ -83,29 +84,37 @@ class ControlNetModel(Encoder):
         self.controlnet_mid_block = Linear(channels[-1], channels[-1])
 
     def embed_picture(self, picture: mx.array) -> mx.array:
-        """picture: (1, H, W, 3) in [0, 1] -> (1, H/f, W/f, C), the same at every step."""
+        """picture: (1, H, W, 3) in [0, 1], or one a frame -> (1, H/f, W/f, C), the same at every step."""
         if self.config.controlnet_conditioning_channel_order == "bgr":
             picture = picture[..., ::-1]
         return self.controlnet_cond_embedding(picture.astype(self.conv_in.weight.dtype))
 
     def __call__(
-        self, x: mx.array, temb: mx.array, cond: Prepared, picture: mx.array, *, cut: int | None = None
+        self,
+        x: mx.array,
+        temb: mx.array,
+        cond: Prepared,
+        picture: mx.array,
+        *,
+        cut: int | None = None,
+        attend: Attend = PLAIN,
     ) -> Residuals:
-        """x: (B, h, w, 4); temb, cond: this net's own; picture: from `embed_picture`; cut: the last skip that is
-        wanted, None for all of them and the middle -> residuals, outermost first."""
+        """x: (B, h, w, 4), or a video's, (B, F, h, w, 4); temb, cond: this net's own; picture: from `embed_picture`;
+        cut: the last skip that is wanted, None for all of them and the middle; attend: runs the attention layers ->
+        residuals, outermost first."""
         last = len(self.controlnet_down_blocks) - 1 if cut is None else cut
         layers = self.down_layers()[1 : last + 1]
-        skips = run(layers, self.conv_in(x) + picture, temb, cond.down[1 : last + 1])
+        skips = run(layers, by_frame(self.conv_in, x) + picture, temb, cond.down[1 : last + 1], attend)
         residuals = [conv(h) for conv, h in zip(self.controlnet_down_blocks, skips, strict=False)]
         if cut is None:
-            residuals.append(self.controlnet_mid_block(run(self.mid_layers(), skips[-1], temb, cond.mid)[-1]))
+            residuals.append(self.controlnet_mid_block(run(self.mid_layers(), skips[-1], temb, cond.mid, attend)[-1]))
         return residuals
 
 
 @dataclass(frozen=True)
 class Controlled:
-    """A ControlNet and what it is to do: its picture (1, H, W, 3) in [0, 1], the factor on its residuals, and the
-    share of the steps, from `start` to `end`, that it takes part in."""
+    """A ControlNet and what it is to do: its picture (1, H, W, 3) in [0, 1], or one a frame, the factor on its
+    residuals, and the share of the steps, from `start` to `end`, that it takes part in."""
 
     net: ControlNetModel
     picture: mx.array
@@ -118,14 +127,20 @@ class Controls:
     """ControlNets at work on one batch: their residuals, added up.
 
     The prompt's and the timesteps' share of the work, and the pictures', is done here, once. times: the timestep of
-    each step. every_step: run the nets on cached steps too, as far as their residuals are read there. ran: each call of
-    a net: which, for how many latents, and up to which skip.
+    each step. every_step: run the nets on cached steps too, as far as their residuals are read there. inner: how
+    attention layers are run, see `Attend`. ran: each call of a net: which, for how many latents, and up to which skip.
     """
 
     def __init__(
-        self, controlled: Sequence[Controlled], cond: Conditioning, times: Sequence[float], every_step: bool = False
+        self,
+        controlled: Sequence[Controlled],
+        cond: Conditioning,
+        times: Sequence[float],
+        every_step: bool = False,
+        inner: Callable[..., mx.array] = compute,
     ):
         self.controlled, self.every_step, self.batch = controlled, every_step, len(cond.context)
+        self.attend = Attend(inner=inner)
         self.ran: list[tuple[ControlNetModel, int, int | None]] = []
         self.steps, times = len(times), list(dict.fromkeys(times))
         self.conds = [c.net.prepare(cond) for c in controlled]
@@ -136,8 +151,9 @@ class Controls:
         ]
 
     def __call__(self, x: mx.array, t: float, step: int, cut: int | None) -> Residuals | None:
-        """x: (B, h, w, 4) as the U-Net reads it; t: timestep; step: its number, for `start` and `end`; cut: on a cached
-        step, see `ControlNetModel` -> residuals, [] if no net takes part; None: the last full step's serve."""
+        """x: (B, h, w, 4), perhaps with frames, as the U-Net reads it; t: timestep; step: its number, for `start` and
+        `end`; cut: on a cached step, see `ControlNetModel` -> residuals, [] if no net takes part; None: the last full
+        step's serve."""
         if cut is not None and not self.every_step:
             return None
         total: Residuals = []
@@ -147,7 +163,7 @@ class Controls:
             row = temb[t]
             if len(x) < self.batch:  # the conditional half alone
                 cond, row = cond.rows(slice(-len(x), None)), row[-len(x) :]
-            residuals = [c.scale * r for r in c.net(x, row, cond, picture, cut=cut)]
+            residuals = [c.scale * r for r in c.net(x, row, cond, picture, cut=cut, attend=self.attend)]
             self.ran.append((c.net, len(x), cut))
             total = [a + b for a, b in zip(total, residuals, strict=True)] if total else residuals
         return total

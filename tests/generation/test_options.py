@@ -34,7 +34,7 @@ SAMPLES = {
     "Model": "emoji",
     "Lora": "a.safetensors:0.5",
 }
-SAMPLES |= {"Embedding": "b.safetensors:word", "Picture": "in.png", "Latents": "in.png"}
+SAMPLES |= {"Embedding": "b.safetensors:word", "Picture": "in.png", "Pictures": "in.png", "Latents": "in.png"}
 
 
 def sample(o):

@@ -107,9 +107,9 @@ def test_it_runs_on_full_steps_only(pipeline, net, monkeypatch):
 
     calls, run = [], ControlNetModel.__call__
 
-    def counted(self, *args, cut=None):
+    def counted(self, *args, cut=None, **more):
         calls.append(cut)
-        return run(self, *args, cut=cut)
+        return run(self, *args, cut=cut, **more)
 
     options = {"controls": [Control(net("sd15"), PICTURE)], "steps": 5, "cache_interval": 2, "scheduler": "ddim"}
     pipe = pipeline("sd15")

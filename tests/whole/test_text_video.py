@@ -1,6 +1,7 @@
 """Whole videos of a prompt, Text2Video-Zero, against diffusers with the pip package DeepCache."""
 
 import json
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -9,13 +10,15 @@ import video_oracle
 from helpers import error, smooth
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from tiny import write_controlnet
 
-from mlx_deepcache import StableDiffusion
+from mlx_deepcache import Control, StableDiffusion
 from mlx_deepcache.apps.generate import main_generate
 from mlx_deepcache.diffusion.levels import Prediction, split
 from mlx_deepcache.errors import UsageError
 from mlx_deepcache.generation import record
 from mlx_deepcache.generation.starts import moved_by
+from mlx_deepcache.media.video import write_video
 from mlx_deepcache.nets.attend import Attend, to_first_frame
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.meshgrid", "ignore:Default grid_sample")
@@ -87,6 +90,52 @@ def test_frames_are_moved_as_in_diffusers(size, motion):
     for k in range(1, 9):
         ours = moved_by(mx.array(places), *(k * distance for distance in motion))
         assert np.array_equal(channels_first(ours)[0], expected[k - 1])
+
+
+RNG = np.random.default_rng(0)
+DOTS = RNG.integers(0, 2, (64, 96, 1), np.uint8).repeat(3, axis=2)
+FOLLOWED = [Image.fromarray(DOTS * level) for level in (255, 90, 170, 40)]
+
+
+@pytest.fixture(scope="module")
+def nets(tmp_path_factory):
+    """Two tiny ControlNets' folders."""
+    return [str(write_controlnet("sd15", tmp_path_factory.mktemp("net"), seed)) for seed in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("count", "interval", "branch", "scheduler", "options"),
+    [
+        (1, 1, 0, "ddim", {"steps": 6}),
+        (2, 2, 4, "dpm++2m", {"steps": 5, "guidance_scale": 3.0}),
+        (1, 3, 1, "ddim", {"steps": 7, "guidance_scale": 1.0}),
+    ],
+)
+def test_frames_follow_pictures(checkpoint, pipeline, nets, count, interval, branch, scheduler, options):
+    """As diffusers' documentation puts it together: StableDiffusionControlNetPipeline with CrossFrameAttnProcessor in
+    the U-Net and the ControlNets, and the same noise for all frames."""
+    seen = [FOLLOWED[:3], FOLLOWED[1:]][:count]
+    theirs = {THEIRS.get(name, name): value for name, value in options.items()}
+    expected = video_oracle.followed(
+        checkpoint("sd15"), nets[:count], seen, PROMPT, interval, branch, 3, scheduler, **theirs
+    )
+    result = pipeline("sd15")(
+        PROMPT,
+        seeds=[3],
+        frames=3,
+        controls=[Control(net, pictures) for net, pictures in zip(nets, seen, strict=False)],
+        control_every_step=True,
+        scheduler=scheduler,
+        height=64,
+        width=96,
+        cache_interval=interval,
+        cache_branch=branch,
+        **options,
+    )
+    ours = channels_first(result.latents)[0]
+    assert error(ours, expected) < 2e-5
+    assert error(ours[1], ours[0]) > 5e-4  # these nets say little
+    assert len(result.videos[0]) == 3 and result.stats["controlnet_macs"] > 0
 
 
 def test_each_seed_is_a_video_of_its_own(pipeline):
@@ -277,7 +326,6 @@ def test_sheets_steps_and_statistics(generate, tmp_path):
         ),
         (["--frames", 3, "--image", "in.png", "--strength", 0.5], "--strength does not go with --frames"),
         (["--frames", 3, "--motion-bucket", 9], "--motion-bucket does not go with --frames"),
-        (["--frames", 3, "--controlnet", "c", "--control-image", "in.png"], "does not go with --frames"),
         (["--frames", 3, "--scheduler", "euler"], "are drawn with ddim; leave out --scheduler euler"),
         (["--frames", 3, "--cache", "tgate"], "videos of a prompt begin with 2 steps that have a cache of their own"),
         (["--frames", 3, "--latents", "five.safetensors"], "latents should have shape (1, 4, 8, 12)"),
@@ -300,3 +348,53 @@ def test_what_cannot_be_is_one_line(generate, tmp_path, flags, words):
 def test_models_that_cannot(generate, kind, words):
     code, _, err = generate("--prompt", "x", "--frames", 3, "--quiet", kind=kind)
     assert code == 2 and words in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["folder", "a.gif", "a.webp", "a.png", "a.mp4"])
+def test_pictures_to_follow_as_files(generate, pipeline, nets, tmp_path, kind):
+    """The same video as from the pictures themselves, whose order is that of numbers and not of letters; where they are
+    kept with a loss, nearly."""
+    frames = FOLLOWED[:3]
+    if kind == "folder":
+        Path(kind).mkdir()
+        Path(kind, "notes.txt").write_text("no picture")
+        for number, frame in zip((2, 9, 10), frames, strict=True):
+            frame.save(Path(kind, f"pose{number}.png"))
+    else:
+        write_video(Path(kind), [np.asarray(frame) for frame in frames], 4)
+    more = ["--controlnet", nets[0], "--control-image", kind, "--steps", 5, "--cache-interval", 1, "--seed", 4]
+    more += ["--height", 64, "--width", 96, "--output", "o"]
+    code, _, err = generate(
+        "--prompt", PROMPT, "--frames", 3, *more, "--save-latents", "a.safetensors", "--output", "o"
+    )
+    assert code == 0, err
+    made = load_file("a.safetensors")["latents"]
+    options = {"frames": 3, "steps": 5, "cache_interval": 1, "seeds": [4], "height": 64, "width": 96}
+    same, turned = (
+        error(made, channels_first(pipeline("sd15")(PROMPT, controls=[Control(nets[0], seen)], **options).latents))
+        for seen in (frames, frames[::-1])
+    )
+    assert same < turned / 5 and (kind.endswith(("gif", "webp", "mp4")) or same < 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--frames", 4, "--control-image", "three"], "of 4 frames is to follow as many pictures, and three has 3"),
+        (["--frames", 2, "--control-image", "three"], "of 2 frames is to follow as many pictures, and three has 3"),
+        (["--frames", 2, "--control-image", "three.gif"], "as many pictures, and three.gif has 3"),
+        (["--frames", 4, "--control-image", "three.mp4"], "as many pictures, and three.mp4 has 3"),
+        (["--frames", 2, "--control-image", "three.mp4"], "as many pictures, and three.mp4 has 3"),
+        (["--frames", 3, "--control-image", "in.png"], "as many pictures, and in.png has 1"),
+        (["--frames", 3, "--control-image", "three", "--motion", "1,2"], "its pictures say what moves"),
+        (["--frames", 3, "--control-image", "three", "--t0", 3], "--t0 does not go with --controlnet"),
+        (["--control-image", "three"], "three cannot be read"),
+    ],
+)
+def test_pictures_that_cannot_be_followed(generate, nets, tmp_path, flags, words):
+    arrays = [np.asarray(frame) for frame in FOLLOWED[:3]]
+    for name in ("three", "three.gif", "three.mp4"):
+        write_video(Path(name), arrays, 4)
+    code, out, err = generate("--prompt", "x", "--controlnet", nets[0], *flags, "--output", "out.png", "--quiet")
+    assert code in (1, 2) and out == "" and words in err and err.count("\n") == 1
+    assert not list(tmp_path.glob("out*"))
