@@ -33,6 +33,7 @@ from benchmarks.bundled.train_emoji import SCALE, Trainer, to_tensor
 
 BUNDLED = Path(__file__).resolve().parents[2] / "mlx_deepcache" / "checkpoints" / "bundled" / "emoji"
 FRAMES, SIDE, BUCKET, FPS = 8, 64, 127, 7
+ENCODER = 0.03  # of the minutes
 DROP, AUG = 0.1, 0.02  # the share of clips without a picture; SVD's own noise on it
 SIGMA = (0.5, 1.6)  # mean and deviation of the noise's logarithm in training
 KIND = "SpatioTemporal"
@@ -113,9 +114,11 @@ def moved(pictures: torch.Tensor, pose: torch.Tensor) -> torch.Tensor:
 
 
 def clips(pictures: torch.Tensor, laws: list[str], speeds: list[float]) -> torch.Tensor:
-    """Pictures (N, 3, H, W) -> clips (N, F, 3, H, W), each placed and sized anew."""
+    """Pictures (N, 3, H, W) -> clips (N, F, 3, H, W), one in four placed and sized anew."""
     n = len(pictures)
-    start = torch.stack([torch.zeros(n), 0.75 + 0.25 * torch.rand(n), *(torch.rand(2, n) * 8 - 4)], dim=1)
+    other = (torch.rand(n) < 0.25).float()
+    size, away = 1 - other * 0.25 * torch.rand(n), other * (torch.rand(2, n) * 8 - 4)
+    start = torch.stack([torch.zeros(n), size, *away], dim=1)
     pose = torch.stack([poses(law, speed) for law, speed in zip(laws, speeds, strict=True)])
     pose[:, :, 1] *= start[:, None, 1]
     pose[:, :, 2:] += start[:, None, 2:]
@@ -139,8 +142,24 @@ def build() -> dict:
     return {"vae": vae, "unet": unet, "image_encoder": encoder}
 
 
+def train_encoder(parts: dict, pictures: np.ndarray, minutes: float, args) -> None:
+    """The encoder of pictures learns to tell the drawings apart, and is left as it is from then on."""
+    encoder, head = parts["image_encoder"], torch.nn.Linear(SEES["projection_dim"], len(pictures))
+    trainer, x_all = Trainer("encoder", [encoder, head], minutes, args), to_tensor(pictures, "cpu")
+    while trainer.progress < 1:
+        chosen = torch.randint(len(x_all), (8 * args.batch,))
+        start = torch.rand(len(chosen), 4) * torch.tensor([0.4, 0.35, 12.0, 12.0]) - torch.tensor([0.2, -0.7, 6.0, 6.0])
+        x = moved(x_all[chosen], start)
+        x = x + 0.1 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bfloat16):
+            guess = head(seen(encoder, x)[:, 0])
+        trainer.step(F.cross_entropy(guess.float(), chosen), len(chosen))
+    trainer.finish()
+    encoder.requires_grad_(False)
+
+
 def train(parts: dict, trainer: Trainer, pictures: np.ndarray, args) -> None:
-    """U-Net and encoder of pictures, with EDM's preconditioning (Karras et al. 2022) as Euler's scheduler undoes it."""
+    """The U-Net, with EDM's preconditioning (Karras et al. 2022) as Euler's scheduler undoes it."""
     vae, unet, encoder = parts["vae"], parts["unet"], parts["image_encoder"]
     laws = [law_of(concept.names[0]) for concept in concepts()]
     x_all, n = to_tensor(pictures, "cpu"), args.batch
@@ -150,17 +169,18 @@ def train(parts: dict, trainer: Trainer, pictures: np.ndarray, args) -> None:
         if len(deck) < n:
             deck = torch.cat([deck, torch.randperm(len(x_all))])
         chosen, deck = deck[:n], deck[n:]
-        plain = torch.rand(n) < 0.5  # half of all clips are as nobody asked for anything else
+        plain = torch.rand(n) < 0.6  # most are as nobody asked for anything else
         bucket = torch.where(plain, BUCKET, torch.randint(0, 256, (n,)))
         fps = torch.where(plain, FPS, torch.randint(5, 13, (n,)))
         noise = torch.where(plain, AUG, 0.1 * torch.rand(n))
         speeds = (bucket / BUCKET * FPS / fps).tolist()
         x = clips(x_all[chosen], [laws[i] for i in chosen.tolist()], speeds)
+        given = (torch.rand(n) >= DROP).float()
         shown = x[:, 0] + noise[:, None, None, None] * torch.randn_like(x[:, 0])
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=args.bfloat16):
+            context = seen(encoder, x[:, 0]) * given[:, None, None]
             latents = vae.encode(torch.cat([x.flatten(0, 1), shown])).latent_dist.mode().float()
         z = latents[: n * FRAMES].unflatten(0, (n, FRAMES)) * SCALE
-        given = (torch.rand(n) >= DROP).float()
         beside = (latents[n * FRAMES :] * given[:, None, None, None])[:, None].expand_as(z)
         # One in each of as many equal parts of the normal distribution as there are samples: less luck in the loss.
         share = (torch.randperm(n) + torch.rand(n).clamp(0.01, 0.99)) / n
@@ -169,7 +189,6 @@ def train(parts: dict, trainer: Trainer, pictures: np.ndarray, args) -> None:
         noisy = z + s * torch.randn_like(z)
         told = torch.stack([fps - 1, bucket, noise], dim=1)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bfloat16):
-            context = seen(encoder, x[:, 0]) * given[:, None, None]
             out = unet(torch.cat([noisy / (s**2 + 1).sqrt(), beside], 2), 0.25 * sigma.log(), context, told).sample
         target = (noisy / (s**2 + 1) - z) * (s**2 + 1).sqrt() / s
         trainer.step((out.float() - target).square().mean(), n)
@@ -212,7 +231,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     pictures = load_pictures([concept.character for concept in concepts()], args.data, args.font)
     parts = build()
-    trainer = Trainer("svd", [parts["unet"], parts["image_encoder"]], args.minutes, args)
+    train_encoder(parts, pictures, ENCODER * args.minutes, args)
+    trainer = Trainer("unet", [parts["unet"]], (1 - ENCODER) * args.minutes, args)
     if not args.look:
         train(parts, trainer, pictures, args)
     trainer.finish()

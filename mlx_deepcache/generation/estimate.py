@@ -60,6 +60,10 @@ def check_fits(settings: Settings, peak: Peak, frugal: Peak, budget: int) -> Non
         what = f"{settings.frames} frames of {what}"
     amount = "more memory than can be counted" if needed >= ENDLESS else f"about {needed / 1e9:.1f} GB of memory"
     cures = []
+    if settings.decode_chunk is not None:
+        freely = replace(settings, options=replace(settings.options, decode_chunk=None))
+        if peak(freely, least=True) <= budget:
+            cures.append(f"without {called('decode_chunk', settings.decode_chunk)} it fits")
     if n > 1 and peak(one, least=True) <= budget:
         fit = bisect(range(2, n), False, key=lambda k: peak(_first(settings, k), least=True) > budget) + 1
         cures.append(f"{fit} at once would fit" if fit > 1 else "one at a time would fit")
@@ -153,9 +157,10 @@ def estimate(
             phase("encode", texts, keep)
         phase("denoise", unet | controls, keep)
     tiling = "on" if low_memory and settings.vae_tiling == "auto" else settings.vae_tiling
-    if isinstance(vae, VAEConfig) and tiled(tiling, vae, (h, w), vae_dtype.size, budget - sum(held.values())):
+    frames = drawn.frames if checkpoint.video else ()  # that are decoded together, and not in tiles
+    room = budget - sum(held.values())
+    if not frames and isinstance(vae, VAEConfig) and tiled(tiling, vae, (h, w), vae_dtype.size, room):
         h, w = min(h, TILE), min(w, TILE)
-    frames = drawn.frames if checkpoint.video else ()  # that are decoded together
     if frames:
         chunk = settings.decode_chunk or frames_together(vae, (*frames, h, w), vae_dtype.size, budget)
         frames = [min(chunk, *frames)]

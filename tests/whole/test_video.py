@@ -291,6 +291,35 @@ def test_a_model_of_pictures_knows_nothing_of_videos(checkpoint, tmp_path, monke
     one_error(["--model", str(checkpoint("sd15")), "--prompt", "x", *flags, "--quiet"], words, capfd)
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--frames", "3000"], "3000 frames of 256 x 256 pixels would take about"),
+        (["--frames", "60", "--decode-chunk", "60"], "GB; without --decode-chunk 60 it fits"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_any_work(video_checkpoint, tmp_path, monkeypatch, capfd, flags, words):
+    monkeypatch.chdir(tmp_path)
+    smooth(64, 96).save("in.png")
+    size = ["--height", "256", "--width", "256", "--memory-limit", "0.5"]
+    before = mx.get_memory_limit()
+    try:
+        one_error(["--model", str(video_checkpoint), "--image", "in.png", *size, *flags, "--quiet"], words, capfd)
+    finally:
+        mx.set_memory_limit(before)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_videos_are_estimated_as_they_are_decoded(video_checkpoint):
+    """Never in tiles, which is how little memory is made to do for pictures."""
+    large = {"image": PICTURE, "height": 1024, "width": 1024, "frames": 4, "decode_chunk": 2}
+    checkpoint = StableDiffusion.from_pretrained(str(video_checkpoint)).checkpoint
+    freed = StableDiffusion(checkpoint, "float32", keep=False)
+    low = StableDiffusion(checkpoint, "float32", low_memory=True)
+    peaks = [pipe.estimate(pipe.settings(**large)) for pipe in (freed, low)]
+    assert peaks[0]["decode"] == peaks[1]["decode"] and peaks[0]["denoise"] > peaks[1]["denoise"]
+
+
 def one_error(flags, words, capfd):
     try:
         code = main_generate(flags)
