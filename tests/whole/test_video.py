@@ -5,6 +5,7 @@ import copy
 import cache_oracle
 import mlx.core as mx
 import numpy as np
+import peft
 import pytest
 import torch
 import video_oracle
@@ -272,7 +273,7 @@ def test_multiply_adds_are_those_counted_of_diffusers():
         (["--image", "in.png", "--frames", "0"], "expected a whole number, 1 or more, got '0'"),
         (["--image", "in.png", "--cache-branch", "12", "--cache-interval", "2"], "cache branch must be in [0, 12)"),
         (["--image", "in.png", "--vae-tiling", "on"], "--decode-chunk takes less memory too"),
-        (["--image", "in.png", "--lora", "a.safetensors"], "LoRAs and embeddings are for models of pictures"),
+        (["--image", "in.png", "--embedding", "a.safetensors"], "embeddings are words of a prompt"),
     ],
 )
 def test_what_cannot_be_is_one_line(video_checkpoint, tmp_path, monkeypatch, capfd, flags, words):
@@ -289,6 +290,36 @@ def test_a_model_of_pictures_knows_nothing_of_videos(checkpoint, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     words = f"{flags[0]} is for models of videos, and this one, Stable Diffusion 1.x, draws pictures"
     one_error(["--model", str(checkpoint("sd15")), "--prompt", "x", *flags, "--quiet"], words, capfd)
+
+
+@pytest.mark.parametrize("names", ["peft", "kohya"])
+def test_loras(video_checkpoint, video_pipeline, tmp_path, names):
+    """As PEFT's layers compute them, in both kinds of transformer blocks and in convolutions over frames."""
+    shared = video_oracle.shared(str(video_checkpoint))
+    pipe = type(shared)(**shared.components | {"unet": copy.deepcopy(shared.unet)})
+    pipe.set_progress_bar_config(disable=True)
+    config = peft.LoraConfig(r=3, lora_alpha=1.5, target_modules=["to_q", "to_k", "to_v", "to_out.0", "conv1", "proj"])
+    peft.inject_adapter_in_model(config, pipe.unet)
+    out, generator = {}, torch.Generator().manual_seed(5)
+    for name, layer in pipe.unet.named_modules():
+        if not hasattr(layer, "lora_A"):
+            continue
+        for part in ("lora_A", "lora_B"):
+            weight = getattr(layer, part)["default"].weight
+            with torch.no_grad():
+                weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+            kohya = "lora_unet_" + name.replace(".", "_") + (".lora_down" if part == "lora_A" else ".lora_up")
+            out[f"unet.{name}.{part}.weight" if names == "peft" else f"{kohya}.weight"] = weight.detach().numpy()
+        out[f"{kohya.partition('.')[0]}.alpha" if names == "kohya" else f"unet.{name}.alpha"] = np.float32(1.5)
+    assert any(value.ndim == 5 for value in out.values()) and any("temporal_transformer" in name for name in out)
+    save_file({name: np.ascontiguousarray(value) for name, value in out.items()}, tmp_path / "lora.safetensors")
+    renamed = {THEIRS.get(name, name): value for name, value in SMALL.items()}
+    with torch.no_grad():
+        expected = pipe(PICTURE, generator=torch.Generator().manual_seed(3), output_type="latent", **renamed).frames
+    options = {"image": PICTURE, "seeds": [3], "cache_interval": 1} | SMALL
+    ours = StableDiffusion.from_pretrained(str(video_checkpoint), "float32", loras=[tmp_path / "lora.safetensors"])
+    assert error(channels_first(ours(**options).latents), expected) < 1e-4
+    assert error(channels_first(video_pipeline(**options).latents), expected) > 0.01
 
 
 @pytest.mark.parametrize(

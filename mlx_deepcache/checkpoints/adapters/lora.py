@@ -222,7 +222,7 @@ def fuse(module: nn.Module, component: str, loras: Sequence[Lora]) -> nn.Module:
                     raise CheckpointError(f"a LoRA changes the bias of {component}.{name}, which can have none")
                 old_bias = layer.bias if "bias" in layer else mx.zeros(bias.shape, old.dtype)
                 layer.bias = (old_bias.astype(mx.float32) + scale * bias).astype(old_bias.dtype)
-        weight = (weight.transpose(0, 2, 3, 1) if weight.ndim == 4 else weight).astype(old.dtype)
+        weight = _own_layout(weight).astype(old.dtype)
         if quantized:
             layer.weight, layer.scales, layer.biases = mx.quantize(weight, **how)
         else:
@@ -238,7 +238,8 @@ def _possible(part: str, tensor: mx.array) -> bool:
 
 
 def changed(weight: mx.array, parts: dict[str, mx.array], scale: float) -> mx.array:
-    """weight: (out, in) or (out, in, height, width), float32 -> the same with one change made."""
+    """weight: (out, in) or (out, in, height, width), or with frames before these, float32 -> the same with one change
+    made."""
     parts = {name: part.astype(mx.float32) for name, part in parts.items()}
     if parts.keys() <= {"bias", "alpha"}:
         return weight
@@ -304,7 +305,16 @@ def _matrix(tensor: mx.array) -> mx.array:
 
 
 def _torch_layout(weight: mx.array) -> mx.array:
+    """Of a convolution over frames as well, which is one over three axes there."""
+    if weight.ndim == 3:
+        return weight.swapaxes(1, 2)[..., None, None]
     return weight.transpose(0, 3, 1, 2) if weight.ndim == 4 else weight
+
+
+def _own_layout(weight: mx.array) -> mx.array:
+    if weight.ndim == 5:
+        return weight[..., 0, 0].swapaxes(1, 2)
+    return weight.transpose(0, 2, 3, 1) if weight.ndim == 4 else weight
 
 
 # Names
