@@ -99,8 +99,8 @@ class StableDiffusion:
         if refiner is not None and not (refiner.family.refinable and checkpoint.family.refinable):
             raise UsageError("a refiner goes with SDXL only; both models should be of that family")
         if not checkpoint.family.text and (o.embeddings or (o.loras and not checkpoint.video)):
-            other = "draws videos of a picture" if checkpoint.video else "reads no prompt"
-            raise UsageError(f"LoRAs and embeddings are for models that read a prompt, and this one {other}")
+            what = "embeddings are" if checkpoint.video else "LoRAs and embeddings are"
+            raise UsageError(f"{what} for models that read a prompt, and this one reads none")
         self.options, self.dtype, self.low_memory = o, dtype_of(o.dtype), o.low_memory
         self.budget = limit_memory(o.memory_limit)
         if o.lora_dir is not None and not Path(o.lora_dir).is_dir():

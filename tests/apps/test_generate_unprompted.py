@@ -157,7 +157,7 @@ def test_compared_with_the_uncached_picture(run):
         (
             "ddpm",
             ["--lora", "a.safetensors"],
-            "LoRAs and embeddings are for models of pictures of a prompt, and this one",
+            "LoRAs and embeddings are for models that read a prompt, and this one",
         ),
         ("ddpm", ["--controlnet", "c", "--control-image", "in.png"], "has no meaning for DDPM"),
         ("ddpm", ["--refiner-start", "0.5", "--refiner", "emoji"], "a refiner goes with SDXL only"),

@@ -273,7 +273,7 @@ def test_multiply_adds_are_those_counted_of_diffusers():
         (["--image", "in.png", "--frames", "0"], "expected a whole number, 1 or more, got '0'"),
         (["--image", "in.png", "--cache-branch", "12", "--cache-interval", "2"], "cache branch must be in [0, 12)"),
         (["--image", "in.png", "--vae-tiling", "on"], "--decode-chunk takes less memory too"),
-        (["--image", "in.png", "--embedding", "a.safetensors"], "embeddings are words of a prompt"),
+        (["--image", "in.png", "--embedding", "a.safetensors"], "embeddings are for models that read a prompt"),
     ],
 )
 def test_what_cannot_be_is_one_line(video_checkpoint, tmp_path, monkeypatch, capfd, flags, words):
