@@ -2,8 +2,7 @@
 
     python benchmarks/bundled/train_ddpm.py --out run --minutes 60
 
-The pictures are the 129 drawings that the text-to-emoji model knows, and their mirror images. PyTorch and diffusers are
-needed here only. A run that was stopped goes on where it was when the same command is given again. The result is
+The pictures are the 129 drawings that the text-to-emoji model knows. PyTorch and diffusers are needed here only. A run that was stopped goes on where it was when the same command is given again. The result is
 OUT/model, laid out as the repositories of Ho et al. (2020) are in diffusers.
 """
 
@@ -61,8 +60,6 @@ def train(unet: UNet2DModel, pictures: torch.Tensor, args) -> None:
             deck += rng.sample(range(len(pictures)), len(pictures))
         chosen, deck = deck[: args.batch], deck[args.batch :]
         x = pictures[chosen]
-        mirrored = torch.rand(len(x), 1, 1, 1, device=args.device) < 0.5
-        x = torch.where(mirrored, x.flip(-1), x)
         # One time in each of as many equal parts of the schedule as there are samples: less luck in the loss.
         t = ((torch.arange(len(x)) + torch.rand(len(x))) * 1000 / len(x)).long()[torch.randperm(len(x))].to(args.device)
         a, noise = alpha[t].view(-1, 1, 1, 1), torch.randn_like(x)
@@ -101,6 +98,7 @@ def export(unet: UNet2DModel, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run: checkpoint, log, sheet, model")
+    parser.add_argument("--init", type=Path, help="U-Net to start from: a folder of a model in the diffusers layout")
     parser.add_argument("--minutes", type=float, default=60, help="of work")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
@@ -117,7 +115,10 @@ def main() -> None:
         torch.set_num_threads(args.threads)
 
     drawings = load_pictures([concept.character for concept in concepts()], args.data, args.font)
-    unet = UNet2DModel(**NET).to(args.device)
+    unet = UNet2DModel(**NET)
+    if args.init:
+        unet = UNet2DModel.from_pretrained(args.init, subfolder="unet", torch_dtype=torch.float32)
+    unet = unet.to(args.device)
     train(unet, to_tensor(smaller(drawings), args.device), args)
     export(unet, args.out / "model")
     sheet(draw(unet, 136, args.seed, 100), args.out / "sheet.png")

@@ -247,7 +247,7 @@ class AttentionBlock(Attention):
 
     def __call__(self, x: mx.array, own: Sequence = (), attend: Attend = PLAIN) -> mx.array:
         """x: (B, H, W, C); own: what `prepare` returned; attend: runs the attention layer."""
-        return x + attend(super().__call__, self._normed, x).reshape(x.shape)
+        return x + attend(Kind.SPATIAL, super().__call__, self._normed, x).reshape(x.shape)
 
     def _normed(self, x: mx.array) -> mx.array:
         return self.group_norm(x).flatten(-3, -2)
