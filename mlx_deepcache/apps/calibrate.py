@@ -60,7 +60,7 @@ def calibrate_parser() -> Parser:
         add_option(parser, option_of(Options, name))
     add = parser.add_argument
     add(
-        "--prompts", type=Named(), default=PROMPTS, metavar="FILE", help="one a line; default: 48 for the bundled model"
+        "--prompts", type=Named(), default=PROMPTS, metavar="FILE", help="one a line; default: 24 for the bundled model"
     )
     add(
         "--policies", type=Named(), default=POLICIES, metavar="FILE", help="one composition a line; default: 62 of them"
