@@ -77,7 +77,7 @@ def test_completion():
 
 def test_completion_of_models_and_caches():
     assert completions("generate.py --model sdx") == ["sdxl", "sdxl-refiner", "sdxl-turbo"]
-    assert completions("generate.py --model emo") == ["emoji"]
+    assert completions("generate.py --model emo") == ["emoji", "emoji-ddpm"]
     assert "docs/" in completions("generate.py --model do")
     assert completions("generate.py --refiner sdxl-r") == ["sdxl-refiner"]
     assert completions("generate.py --cache t") == ["taylorseer", "tgate"]

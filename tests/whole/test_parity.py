@@ -61,6 +61,16 @@ def test_picture_is_that_of_diffusers_and_deepcache(
     assert [step.full for step in steps for _ in range(step.calls)] == expected["full"]
 
 
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_noise_in_ddims_steps(checkpoint, pipeline, eta):
+    """ddim is taken without being asked for."""
+    options = {"steps": 6, "guidance_scale": 3.0, "height": 64, "width": 64}
+    more = {"scheduler": "ddim", "options": {"eta": eta}, "num_images": 2}
+    expected = generate(checkpoint("sd15"), "a cat", interval=2, branch=1, seed=[3, 4], **more, **options)
+    result = pipeline("sd15")("a cat", seeds=[3, 4], cache_interval=2, cache_branch=1, eta=eta, **options)
+    assert error(to_torch_layout(result.latents), expected["latents"]) < 1e-4
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("kind", ["sd15", "sd21"])
 def test_twenty_steps_with_every_scheduler(checkpoint, pipeline, kind, name):

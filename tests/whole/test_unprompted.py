@@ -11,6 +11,7 @@ import unprompted_oracle as oracle
 from helpers import error, to_torch_layout
 
 from mlx_deepcache import DeepCache, StableDiffusion
+from mlx_deepcache.backend import ops
 from mlx_deepcache.diffusion.levels import Prediction, split
 
 INTERVALS = (1, 2, 3, 5)
@@ -177,6 +178,18 @@ def test_interval_1_is_bit_equal_to_a_loop_without_cache_code(unprompted):
 
             x, _ = plan.solver(denoise, x, step, None, run.noise)
         assert mx.array_equal(x, last.latents)
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "ldm", "class"])
+def test_a_gpus_operations_give_the_same(unprompted, monkeypatch, kind):
+    """With each part compiled, in float32; and guidance's halves in turn."""
+    told = {"class_label": 3, "guidance_scale": 2.0} if kind == "class" else {}
+    options = {"steps": 6, "seeds": SEEDS, "scheduler": "ddim", "cache_interval": 2, "cache_branch": 2} | told
+    expected = unprompted(kind)[1](**options)
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    for how in ({"compile": "on"}, {"compile": "off", "low_memory": True}):
+        found = StableDiffusion.from_pretrained(str(unprompted(kind)[0]), "float32", **how)(**options)
+        assert error(found.latents, expected.latents) < 1e-4
 
 
 def test_latents_in_and_out(unprompted):
