@@ -112,7 +112,9 @@ class Checkpoint:
         return checkpoint
 
     @classmethod
-    def _of_pixels(cls, source: Source, described: dict, unet: UNetConfig, family: Family, vae: str | None):
+    def _of_pixels(
+        cls, source: Source, described: dict, unet: UNetConfig, family: Family, vae: str | None
+    ) -> Checkpoint:
         """A model whose latents are pictures."""
         if vae is not None:
             raise UsageError(f"{family.name} draws pixels, which need no {called('vae')}; leave it out")

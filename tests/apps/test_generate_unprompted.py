@@ -130,6 +130,11 @@ def test_from_a_picture(run, kind):
         assert run(kind, *flags)[0] == 0
     smooth(64, 64, seed=1).save("in.png")
     assert run(kind, "--image", "in.png", "--steps", "20", "--strength", "0.05", "--output", "other.png")[0] == 0
+    Image.fromarray(np.pad(np.full((64, 32), 255, np.uint8), ((0, 0), (0, 32)))).save("mask.png")
+    flags = ["--image", "in.png", "--mask", "mask.png", "--steps", "20", "--strength", "0.9"]
+    assert run(kind, *flags, "--output", "half.png")[0] == 0
+    off = np.abs(pixels("half.png") - pixels("in.png"))
+    assert off[:, 32:].max() == 0 and off[:, :32].mean() > 5
     near, far, other = (pixels(file).ravel() for file in ("0.05.png", "0.9.png", "other.png"))
     assert np.abs(near - far).mean() > 5 and np.abs(near - other).mean() > 5
 
