@@ -91,8 +91,9 @@ class Checkpoint:
         scale = family.scaling_factor
         other = None if vae is None else OtherVAE.open(vae, latents, half=half, scale=scale)
         latents = latents if other is None else other.config
-        if unet.video != isinstance(latents, TemporalVAEConfig):
-            which = "AutoencoderKLTemporalDecoder" if unet.video else "AutoencoderKL or AutoencoderTiny"
+        fits = isinstance(latents, VAEConfig) if unet.video else not isinstance(latents, TemporalVAEConfig)
+        if not fits:
+            which = f"AutoencoderKL{'TemporalDecoder' * unet.video} or Autoencoder{'KL' if unet.video else 'Tiny'}"
             raise CheckpointError(f"the VAE that goes with this U-Net is an {which}, and this one is another")
         channels = latents.latent_channels
         fills = [2 * channels + 1] if family.text else []

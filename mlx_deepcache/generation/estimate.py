@@ -21,7 +21,7 @@ from ..nets.clip import CLIPConfig, CLIPTextModel, CLIPVisionConfig
 from ..nets.clip_vision import CLIPVisionModelWithProjection
 from ..nets.controlnet import ControlNetConfig, ControlNetModel
 from ..nets.labels import LabelConfig, LabelEmbedding
-from ..nets.temporal_vae import frames_together
+from ..nets.temporal_vae import TemporalVAEConfig, frames_together
 from ..nets.tiling import TILE, tiled
 from ..nets.tiny import TinyVAEConfig
 from ..nets.unet_parts import Conditioning, Encoder, Prepared, UNetConfig
@@ -157,7 +157,7 @@ def estimate(
             phase("encode", texts, keep)
         phase("denoise", unet | controls, keep)
     tiling = "on" if low_memory and settings.vae_tiling == "auto" else settings.vae_tiling
-    frames = drawn.frames if checkpoint.video else ()  # that are decoded together, and not in tiles
+    frames = drawn.frames if isinstance(vae, TemporalVAEConfig) else ()  # that are decoded together, and not in tiles
     room = budget - sum(held.values())
     if not frames and isinstance(vae, VAEConfig) and tiled(tiling, vae, (h, w), vae_dtype.size, room):
         h, w = min(h, TILE), min(w, TILE)

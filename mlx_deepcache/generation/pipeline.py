@@ -33,7 +33,7 @@ from ..media.pictures import Given, to_uint8
 from ..media.png import write_image
 from ..media.video import check_format, write_video
 from ..nets.controlnet import Controls
-from ..nets.temporal_vae import decode_frames, frames_together
+from ..nets.temporal_vae import TemporalVAEConfig, decode_frames, frames_together
 from ..nets.tiling import decode_tiled, tiled
 from ..nets.unet_parts import Conditioning
 from ..sampler import Denoiser, Progress, sample
@@ -241,7 +241,7 @@ class StableDiffusion:
         with clock.phase("load"):
             vae, dtype = components.to_run("vae"), components.dtype_of("vae")
         tiling = "on" if self.low_memory and vae_tiling == "auto" else vae_tiling
-        temporal, room = self.checkpoint.video, self.budget - mx.get_active_memory()
+        temporal, room = isinstance(vae.config, TemporalVAEConfig), self.budget - mx.get_active_memory()
         in_tiles = not temporal and tiled(tiling, vae.config, latents.shape[-3:-1], dtype.size, room)
         for i in range(len(latents)):
             with clock.phase("decode"):

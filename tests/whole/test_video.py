@@ -1,18 +1,21 @@
 """Whole videos of Stable Video Diffusion against diffusers with the pip package DeepCache."""
 
 import copy
+import shutil
 
 import cache_oracle
 import mlx.core as mx
 import numpy as np
 import peft
 import pytest
+import tiny_video
 import torch
 import video_oracle
 from helpers import PICTURE, error, smooth
 from mlx.utils import tree_flatten
 from PIL import Image
 from safetensors.numpy import save_file
+from tiny import write_json
 
 from mlx_deepcache import PyramidAttentionBroadcast, StableDiffusion
 from mlx_deepcache.apps.generate import main_generate
@@ -290,6 +293,26 @@ def test_a_model_of_pictures_knows_nothing_of_videos(checkpoint, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     words = f"{flags[0]} is for models of videos, and this one, Stable Diffusion 1.x, draws pictures"
     one_error(["--model", str(checkpoint("sd15")), "--prompt", "x", *flags, "--quiet"], words, capfd)
+
+
+def test_a_vae_of_pictures_decodes_frame_by_frame(video_checkpoint, video_pipeline, checkpoint, tmp_path):
+    """As diffusers' pipeline takes an AutoencoderKL in place of its own; in the folder, and from elsewhere."""
+    folder = shutil.copytree(video_checkpoint, tmp_path / "model")
+    shutil.rmtree(folder / "vae")
+    shutil.copytree(checkpoint("sd15") / "vae", folder / "vae")
+    write_json(folder / "model_index.json", tiny_video.INDEX | {"vae": ["diffusers", "AutoencoderKL"]})
+    expected, _ = reference(folder, PICTURE, "np", seed=3, **SMALL)
+    options = {"image": PICTURE, "seeds": [3], "cache_interval": 1} | SMALL
+    for pipe in (
+        StableDiffusion.from_pretrained(str(folder), "float32"),
+        StableDiffusion.from_pretrained(str(video_checkpoint), "float32", vae=str(checkpoint("sd15"))),
+    ):
+        result = pipe(**options)
+        ours = np.stack([np.asarray(frame) for frame in result.videos[0]]).astype(float)
+        assert np.abs(ours - (expected[0] * 255).round()).mean() < 0.1  # grey levels
+        assert result.stats["estimated_memory_bytes_by_phase"]["decode"] > 0
+    own = np.stack([np.asarray(frame) for frame in video_pipeline(**options).videos[0]])
+    assert np.abs(ours - own).mean() > 1
 
 
 @pytest.mark.parametrize("names", ["peft", "kohya"])
