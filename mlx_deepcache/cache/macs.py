@@ -25,14 +25,17 @@ class Macs(NamedTuple):
     temporal: int = 0
 
 
-def unet_macs(unet: UNet2DConditionModel, size: tuple[int, ...], branch: int, tokens: int) -> tuple[int, int]:
+def unet_macs(
+    unet: UNet2DConditionModel, size: tuple[int, ...], branch: int, tokens: int, products: bool = True
+) -> tuple[int, int]:
     """Multiply-adds of a full and of a cached call for one latent of `size` (h, w), or (F, h, w) of a video, and a
     prompt of `tokens`.
 
     Convolutions, linear layers and attention's two products; a cached call is DeepCache's own, with nothing saved
-    beyond it. The prompt's keys and values and the time embedding count in both.
+    beyond it. The prompt's keys and values and the time embedding count in both. products: False leaves attention's
+    two out, which the paper's counts do.
     """
-    shallow, deep, finish = parts_macs(unet, size, branch, tokens)
+    shallow, deep, finish = parts_macs(unet, size, branch, tokens, products)
     return shallow.total + deep.total + finish.total, shallow.total + finish.total
 
 
@@ -50,11 +53,13 @@ def work_macs(unet: UNet2DConditionModel, size: tuple[int, ...], branch: int, wo
     return total
 
 
-def parts_macs(unet: UNet2DConditionModel, size: tuple[int, ...], branch: int, tokens: int) -> list[Macs]:
+def parts_macs(
+    unet: UNet2DConditionModel, size: tuple[int, ...], branch: int, tokens: int, products: bool = True
+) -> list[Macs]:
     """Of the shallow part, with the time embedding, of the deep one, and of the one that finishes; see `unet_macs`."""
-    sizes, down, mid, times = _encoder_macs(unet, size, tokens)
+    sizes, down, mid, times = _encoder_macs(unet, size, tokens, products)
     places = zip(unet.up_layers(), sizes[::-1], [*sizes[-2::-1], sizes[0]], strict=True)
-    up = [_layer_macs(layer, here, after, tokens) for layer, here, after in places]
+    up = [_layer_macs(layer, here, after, tokens, products) for layer, here, after in places]
     out = Macs(_leaf_macs(unet.conv_out, prod(sizes[0])))
     n = unet.cut(branch) + 1  # layers that always run, of the encoder and of the decoder
     parts = [*times, *down[:n]], [*down[n:], *mid, *up[:-n]], [*up[-n:], out]
@@ -76,7 +81,7 @@ def control_macs(net: ControlNetModel, size: tuple[int, ...], cut: int | None, t
 
 
 def _encoder_macs(
-    net: Encoder, size: tuple[int, ...], tokens: int
+    net: Encoder, size: tuple[int, ...], tokens: int, products: bool = True
 ) -> tuple[list[tuple[int, ...]], list[Macs], list[Macs], list[Macs]]:
     """The size of each skip, and what encoder layers, the middle's and the time embedding take."""
     sizes, down = [], []
@@ -84,13 +89,13 @@ def _encoder_macs(
         if hasattr(layer.conv, "pad_all_round"):  # a stride-2 convolution, padded by one on two sides or on all four
             size = (*size[:-2], *((side + layer.conv.pad_all_round) // 2 for side in size[-2:]))
         sizes.append(size)
-        down.append(_layer_macs(layer, size, size, tokens))
-    mid = [_layer_macs(layer, size, size, tokens) for layer in net.mid_layers()]
+        down.append(_layer_macs(layer, size, size, tokens, products))
+    mid = [_layer_macs(layer, size, size, tokens, products) for layer in net.mid_layers()]
     times = [Macs(_leaf_macs(net[name], 1)) for name in ("time_embedding", "add_embedding") if name in net]
     return sizes, down, mid, times
 
 
-def _layer_macs(layer: Layer, here: tuple[int, ...], after: tuple[int, ...], tokens: int) -> Macs:
+def _layer_macs(layer: Layer, here: tuple[int, ...], after: tuple[int, ...], tokens: int, products: bool) -> Macs:
     positions, frames = prod(here), prod(here[:-2])
     total, attention = 0, [0] * len(Kind)
     for module in (layer.conv, layer.resnet):
@@ -102,7 +107,7 @@ def _layer_macs(layer: Layer, here: tuple[int, ...], after: tuple[int, ...], tok
         if name.endswith(("to_k", "to_v")) and (cross or isinstance(layer.attention, Transformer2DModel)):
             rows = keys  # a net of pictures attends to a video's first frame
         own = _own_macs(module, rows)
-        if isinstance(module, Attention):  # queries with keys, and weights with values
+        if products and isinstance(module, Attention):  # queries with keys, and weights with values
             own += 2 * positions * keys * module.to_out[0].weight.shape[0]
         total += own
         if "attn" in name or isinstance(layer.attention, AttentionBlock):
