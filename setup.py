@@ -54,9 +54,10 @@ setup(
             "hypothesis",
             "psutil",
             "scikit-image",
+            "torch-fidelity",
             "pytest",
             "ruff==0.17.5",
         ],
-        "benchmark": ["scikit-image", "matplotlib"],
+        "benchmark": ["scikit-image", "matplotlib", "torch-fidelity"],
     },
 )
