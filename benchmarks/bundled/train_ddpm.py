@@ -2,8 +2,9 @@
 
     python benchmarks/bundled/train_ddpm.py --out run --minutes 60
 
-The pictures are the 129 drawings that the text-to-emoji model knows. PyTorch and diffusers are needed here only. A run that was stopped goes on where it was when the same command is given again. The result is
-OUT/model, laid out as the repositories of Ho et al. (2020) are in diffusers.
+The pictures are the 129 drawings that the text-to-emoji model knows. PyTorch and diffusers are needed here only. A run
+that was stopped goes on where it was when the same command is given again. The result is OUT/model, laid out as the
+repositories of Ho et al. (2020) are in diffusers.
 """
 
 import argparse
