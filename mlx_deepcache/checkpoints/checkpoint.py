@@ -102,6 +102,11 @@ class Checkpoint:
                 f"the U-Net reads {unet.in_channels} channels where the VAE's latents have {latents.latent_channels}; "
                 "of variants with further inputs only inpainting is supported, with a mask and a second picture"
             )
+        if unet.out_channels != channels:
+            raise CheckpointError(
+                f"the U-Net gives {unet.out_channels} channels where the VAE's latents have {channels}; learned "
+                "variances are not supported"
+            )
         checkpoint = cls(source, unet, latents, described.get("_name_or_path"), other and other.part)
         for name in checkpoint.components:
             checkpoint.part(name)

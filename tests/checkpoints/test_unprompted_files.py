@@ -187,6 +187,7 @@ UNET = "unet/config.json"
             {"_class_name": "UNet2DConditionModel", "cross_attention_dim": 8},
             "is not supported in a UNet2DCond",
         ),
+        ("ldm", UNET, {"out_channels": 6}, "gives 6 channels where the VAE's latents have 3"),
         ("ldm", UNET, {"in_channels": 7}, "reads 7 channels where the VAE's latents have 3"),
         ("class", UNET, {"cross_attention_dim": None}, "cross_attention_dim = None is not supported"),
         ("class", UNET, {"attention_head_dim": None}, "attention_head_dim = None is not supported"),
