@@ -21,8 +21,8 @@ from ..nets.temporal_vae import TemporalVAEConfig
 from ..nets.tiny import TinyVAEConfig
 from ..nets.unet_parts import UNetConfig
 from ..unet import UNet2DConditionModel
-from .families import EPSILON, LDM_CLASS, SVD, Family, FewStep, V, check_pipeline, family_alone, family_of, few_step
-from .folder import Folder, Part, Source
+from .families import EPSILON, LDM, LDM_CLASS, SVD, Family, FewStep, V, check_pipeline, family_of, few_step, of_pixels
+from .folder import FLAT, Folder, Part, Source
 from .hub import find_source
 from .names import BUNDLED_NAME, BUNDLED_NAMES
 from .part import OtherVAE, vae_config, vae_module
@@ -35,7 +35,7 @@ def _family(unet: UNetConfig, index: dict) -> Family:
     if unet.video:
         return SVD
     if unet.cross_attention_dim is None:
-        return family_alone(index)
+        return of_pixels(index) or LDM
     if any(index.get(LDM_CLASS.labelled) or ()):
         return LDM_CLASS
     refines, adds = bool(index.get("requires_aesthetics_score")), unet.addition_embed_type == "text_time"
@@ -77,17 +77,17 @@ class Checkpoint:
                 f"the bundled model {bundled.name} is not installed; name another as {called('model')}, such as sd15"
             )
         check_pipeline(source.index, source.path)
-        described = source.part("unet").config
-        unet = UNetConfig.from_dict(described)
-        family = _family(unet, source.index)
-        if not family.decodes:
-            return cls._of_pixels(source, described, unet, family, vae)
+        if (family := of_pixels(source.index)) is not None:
+            return cls._of_pixels(source, family, vae)
         try:
             latents = vae_config(source.part("vae").config)
         except CheckpointError:
             if vae is None:
                 raise
             latents = None  # it has none that could be used, and needs none
+        described = source.part("unet").config
+        unet = UNetConfig.from_dict(described)
+        family = _family(unet, source.index)
         scale = family.scaling_factor
         other = None if vae is None else OtherVAE.open(vae, latents, half=half, scale=scale)
         latents = latents if other is None else other.config
@@ -118,12 +118,16 @@ class Checkpoint:
         return checkpoint
 
     @classmethod
-    def _of_pixels(
-        cls, source: Source, described: dict, unet: UNetConfig, family: Family, vae: str | None
-    ) -> Checkpoint:
+    def _of_pixels(cls, source: Source, family: Family, vae: str | None) -> Checkpoint:
         """A model whose latents are pictures."""
         if vae is not None:
             raise UsageError(f"{family.name} draws pixels, which need no {called('vae')}; leave it out")
+        described = source.part("unet").config
+        unet = UNetConfig.from_dict(described)
+        if unet.cross_attention_dim is not None:
+            raise CheckpointError(
+                f"{source.path}: the U-Net of a {family.name} should be a {FLAT}, and this one is not"
+            )
         channels, given = PixelConfig.latent_channels, (unet.in_channels, unet.out_channels)
         if given != (channels, channels):
             raise CheckpointError(

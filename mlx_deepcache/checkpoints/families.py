@@ -270,11 +270,11 @@ def family_of(adds: bool, linear: bool, fits: Callable[[Family], bool]) -> Famil
     return next(filter(fits, alike), alike[0])
 
 
-def family_alone(index: dict) -> Family:
-    """The family of a U-Net that reads nothing but noisy latents; index: what model_index.json says."""
+def of_pixels(index: dict) -> Family | None:
+    """The family that model_index.json tells of a model without a VAE."""
     if any(any(index.get(name) or ()) for name in ("vae", VQVAE)):
-        return LDM
-    return DDIM if index.get("_class_name") == f"{DDIM.pipeline}Pipeline" else DDPM
+        return None
+    return next((f for f in (DDPM, DDIM) if index.get("_class_name") == f"{f.pipeline}Pipeline"), None)
 
 
 def family_by(context: int) -> Family | None:

@@ -174,6 +174,12 @@ UNET = "unet/config.json"
         ("ddpm", UNET, {"attention_head_dim": [8, 8, 8, 8]}, "only one number or null"),
         ("ddpm", UNET, {"down_block_types": ["DownBlock2D"] * 3 + ["CrossAttnDownBlock2D"]}, "in a UNet2DModel"),
         ("ddpm", UNET, {"down_block_types": ["SkipDownBlock2D"] * 4}, "'SkipDownBlock2D', which is not supported"),
+        (
+            "class",
+            "model_index.json",
+            {"_class_name": "DDPMPipeline", "vqvae": [None, None]},
+            "should be a UNet2DModel",
+        ),
         ("ddpm", UNET, {"downsample_padding": 2}, "downsample_padding = 2 is not supported"),
         ("ddpm", UNET, {"time_embedding_type": "fourier"}, "time_embedding_type = 'fourier' is not supported"),
         ("ddpm", UNET, {"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
