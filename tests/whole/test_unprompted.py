@@ -222,3 +222,11 @@ def test_other_caches_save_work(unprompted, kind, cache):
     assert 1e-4 < error(cached.latents, whole.latents) < 0.7 * error(other.latents, whole.latents)
     alike = pipe(cache=["adaptive:threshold=0"], **options)
     assert mx.array_equal(alike.latents, whole.latents)
+
+
+@pytest.mark.parametrize("cache", ["tgate:step=8", "fastercache", "guidance:end=0.5", "pab", "adaptive:threshold=0.2"])
+def test_all_caches_serve_for_classes(unprompted, cache):
+    pipe, options = unprompted("class")[1], {"steps": 16, "class_label": 9, "guidance_scale": 1.5}
+    whole, cached = pipe(cache_interval=1, **options), pipe(cache=[cache], **options)
+    assert cached.stats["unet_macs"] < whole.stats["unet_macs"]
+    assert 1e-5 < error(cached.latents, whole.latents) < 1
