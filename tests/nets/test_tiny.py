@@ -53,7 +53,7 @@ def test_in_place_of_a_models_own(checkpoint, taesd):
         ({"num_encoder_blocks": [1, 1, 1]}, "one value for each of the 4 levels"),
         ({"decoder_block_out_channels": [24, 24, 24, 16]}, "all be equal"),
         ({"scaling_factor": 0}, "scaling_factor = 0"),
-        ({"_class_name": "VQModel"}, "kind VQModel"),
+        ({"_class_name": "AsymmetricAutoencoderKL"}, "kind AsymmetricAutoencoderKL"),
     ],
 )
 def test_refused(taesd, tmp_path, values, words):
