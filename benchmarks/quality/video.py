@@ -38,7 +38,8 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--prompts", type=Path, default=PROMPTS, help="one a line, for other models")
     p.add_argument("--videos", type=int, default=6, help="of how many prompts")
     p.add_argument("--frames", type=int, default=8)
-    p.add_argument("--steps", type=int, help="default: the model's")
+    for name in ("steps", "height", "width"):
+        p.add_argument(f"--{name}", type=int, help="default: the model's")
     p.add_argument("--intervals", type=int, nargs="+", default=INTERVALS)
     p.add_argument("--branches", type=int, nargs="+", default=BRANCHES)
     p.add_argument("--json", type=Path, metavar="FILE")
@@ -82,6 +83,7 @@ def main(argv=None) -> None:
     for seed, what in enumerate(given):
         of = {"prompt": what} if args.image is None else {"image": what}
         options = of | {"frames": args.frames, "steps": args.steps, "seeds": [seed]}
+        options |= {"height": args.height, "width": args.width}
         if seed == 0:
             pipe(**options | {"steps": 4}, cache_interval=2)  # reads the weights
         for name, case in cases.items():
