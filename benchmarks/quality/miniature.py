@@ -34,13 +34,7 @@ from mlx_deepcache.fields import positive
 
 INTERVALS, BRANCHES = (2, 3, 5, 10), (0, 2)  # the paper's first and third skip branch
 CENTRE, POWER = 0.3, 1.4  # of the steps, and as the paper has it for Stable Diffusion
-FEWER = (
-    0.5,
-    0.4,
-    0.25,
-    0.2,
-    0.1,
-)  # shares of the steps; of 100 all divide the 1000 that uniform timesteps are spread over
+FEWER = (0.5, 0.4, 0.25, 0.2, 0.1)  # shares of the steps; uniform timesteps want numbers that divide 1000
 OPTIONS = {"scheduler": "ddim", "timesteps": "uniform"}
 DATA = "drawn from the data"
 STYLES = {"uniform": "-", "quad-centre": "--"}

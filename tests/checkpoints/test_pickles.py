@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import originals
 import pytest
+import tiny_unprompted
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
@@ -554,6 +555,38 @@ def test_a_whole_checkpoint(single, tmp_path, kind):
     half = tmp_path / "half.safetensors"
     assert convert(source, half, "--dtype", "float16", "--prediction-type", "v_prediction") == 0
     assert {tensor.dtype for tensor in load_file(half).values()} <= {torch.float16, torch.int64}
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "class"])
+def test_models_without_a_prompt(unprompted, tmp_path, kind):
+    """The original files that exist only as pickles: DDPM's plain state dict or list, and LDM's, of Lightning."""
+    folder, pipe = unprompted(kind)
+    single = tmp_path / "original.safetensors"
+    if kind == "ddpm":
+        tiny_unprompted.write_ddpm_file(folder, single)
+        state = load_file(single)
+        other = {f"module.{name}": torch.zeros_like(tensor) for name, tensor in state.items()}
+        average = {f"module.{name}": tensor for name, tensor in state.items()}
+        files_of = {"plain": OrderedDict(state), "list": [other, {"state": {}, "param_groups": []}, 3, 5000, average]}
+    else:
+        tiny_unprompted.write_ldm_file(kind, folder, single)
+        files_of = {"trainers": {"state_dict": load_file(single), "epoch": 1, "callbacks": {}}}
+    options = {"steps": 2, "seeds": [3]} | ({"class_label": 5} if kind == "class" else {})
+    expected = StableDiffusion.from_pretrained(str(single), "float32")(None, **options).latents
+    for name, value in files_of.items():
+        source = save(value, tmp_path / f"{name}.ckpt")
+        assert convert(source, tmp_path / f"{name}.safetensors") == 0
+        assert convert(source, tmp_path / name) == 0
+        for model in (tmp_path / f"{name}.safetensors", tmp_path / name):
+            latents = StableDiffusion.from_pretrained(str(model), "float32")(None, **options).latents
+            assert np.array_equal(latents, expected)
+    flat = tmp_path / "flat"  # as its repositories have it, all in one folder
+    if kind == "ddpm":
+        tiny_unprompted.flatten(folder, flat, index=True)
+        pickled(flat)
+        assert convert(flat, tmp_path / "from-flat") == 0
+        again = StableDiffusion.from_pretrained(str(tmp_path / "from-flat"), "float32")(None, **options).latents
+        assert np.array_equal(again, pipe(None, **options).latents)
 
 
 def pickled(folder, shards=1, variant=""):
