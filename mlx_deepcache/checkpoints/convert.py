@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -109,7 +110,7 @@ def _convert_file(file: Path, output: Path, dtype: mx.Dtype | None, prediction_t
 
 
 def _is_pickle(file: Path) -> bool:
-    return file.is_file() and (file.suffix in PICKLES or weights.looks_pickled(file))
+    return os.path.isfile(file) and (file.suffix in PICKLES or weights.looks_pickled(file))
 
 
 @contextmanager
@@ -122,7 +123,7 @@ def _unpickled(model: str | None, output: Path) -> Iterator[str | None]:
         Failure: there is no room for the copy.
     """
     path = Path(model or "")
-    parts = ["", *COMPONENTS] if path.is_dir() else []
+    parts = ["", *COMPONENTS] if os.path.isdir(path) else []
     parts = {path / part: found for part in parts if (found := _pickles_in(path / part))}
     single = _is_pickle(path)
     if model is None or not (single or parts):
@@ -144,7 +145,10 @@ def _unpickled(model: str | None, output: Path) -> Iterator[str | None]:
             raise Failure(f"cannot write {temporary}: {why(error)}") from None
         yield str(copy)
     except CheckpointError as error:
-        raise CheckpointError(str(error).replace(str(copy), str(path))) from None
+        said = str(error).replace(str(copy), str(path))
+        if single and said != str(error):
+            said += "; for the tensors as they are, name a .safetensors file as --output"
+        raise CheckpointError(said) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -687,7 +687,11 @@ def test_nothing_is_half_written(single, tmp_path, monkeypatch, capfd):
         assert ".system, which is no part of a tensor" in told(capfd)
         assert {entry.name for entry in tmp_path.iterdir()} == there
     assert convert("lora.bin", "out") == 1  # as a whole checkpoint
-    assert "lora.bin is a LoRA" in told(capfd)
+    line = told(capfd)
+    assert "lora.bin is a LoRA" in line
+    assert line.endswith("name a .safetensors file as --output")
+    assert convert("x" * 5000, "out") == 1
+    assert "no model" in told(capfd)
     assert convert("none.ckpt", "out") == 1
     assert "there is no file none.ckpt" in told(capfd)
     for flags, words in (
