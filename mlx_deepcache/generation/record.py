@@ -335,9 +335,10 @@ def _found(o: Option, value: object, file: Path) -> object:
             raise UsageError(f"{file}: its settings are damaged: {o.key} = {value!r}")
         return value
     told = str(value)
-    if o.kind in (KINDS["Picture"], KINDS["Latents"]):
+    if o.kind in (KINDS["Picture"], KINDS["Pictures"], KINDS["Latents"]):
         bare = Path(told).name
-        if (found := _first(Path(bare), file.parent / bare)) is None or not found.is_file():
+        found = _first(Path(bare), file.parent / bare)
+        if found is None or not (found.is_file() or (found.is_dir() and o.kind is KINDS["Pictures"])):
             where = "which is neither here nor beside it"
             raise UsageError(f"{file} was drawn from {bare}, {where}; name it with {o.flag}")
         return found
