@@ -78,8 +78,8 @@ def likeness(pipe: StableDiffusion, prompt: str, seed: int, **options) -> np.nda
 
 
 def windows(n: int, length: int) -> list[range]:
-    """Runs of cached steps, half of each in the next one too, that together are all but the first step."""
-    return [range(at, min(at + length, n)) for at in range(1, n, max(1, length // 2))]
+    """Runs of cached steps that together are all but the first one."""
+    return [range(at, min(at + length, n)) for at in range(1, n, length)]
 
 
 def without(n: int, window: range) -> tuple[str, ...]:
