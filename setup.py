@@ -54,7 +54,6 @@ setup(
             "hypothesis",
             "psutil",
             "scikit-image",
-            "torch-fidelity",
             "pytest",
             "ruff==0.17.5",
         ],

@@ -250,16 +250,15 @@ class Classifier:
 
 
 def emoji_drawings(all_of_them: bool = False) -> np.ndarray:
-    """The drawings of the bundled models, and their mirror images, in 32 x 32 pixels: (258, 32, 32, 3) uint8; or all
-    1,144 that the repository has, as they are."""
+    """The drawings of the bundled models in 32 x 32 pixels, (129, 32, 32, 3) uint8; or all 1,144 that the repository
+    has."""
     sheet = np.asarray(Image.open(SHEET).convert("RGB"))
     columns = sheet.shape[1] // SIDE
     cells = sheet.reshape(-1, SIDE, columns, SIDE, 3).swapaxes(1, 2).reshape(-1, SIDE, SIDE, 3)
     characters = list(REFERENCE.read_text(encoding="utf-8").strip())
     if all_of_them:
         return cells[: len(characters)]
-    known = cells[[characters.index(concept.character) for concept in concepts()]]
-    return np.concatenate([known, known[:, :, ::-1]])
+    return cells[[characters.index(concept.character) for concept in concepts()]]
 
 
 def _batches(pictures: Iterable[np.ndarray]) -> Iterable[np.ndarray]:
