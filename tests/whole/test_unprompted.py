@@ -12,6 +12,7 @@ from helpers import error, to_torch_layout
 
 from mlx_deepcache import DeepCache, StableDiffusion
 from mlx_deepcache.backend import ops
+from mlx_deepcache.checkpoints.checkpoint import BUNDLED
 from mlx_deepcache.diffusion.levels import Prediction, split
 
 INTERVALS = (1, 2, 3, 5)
@@ -61,6 +62,15 @@ def test_ddpm_is_that_of_diffusers_and_deepcache(unprompted, interval, branch, k
     compare(result, steps, expected)
     assert result.images[0].size == (32, 32) if kind == "ddpm" else (64, 64)
     assert error(result.latents[0], result.latents[1]) > 0.05
+
+
+def test_the_bundled_ddpm():
+    """Its weights are stored in float16; both compute in float32."""
+    folder = BUNDLED.with_name("emoji-ddpm")
+    expected = oracle.generate(folder, "DDPMPipeline", SEEDS, 10, 3, 1, "ddim")
+    pipe = StableDiffusion.from_pretrained("emoji-ddpm", "float32")
+    result, steps = drawn(pipe, steps=10, cache_interval=3, cache_branch=1, scheduler="ddim")
+    compare(result, steps, expected)
 
 
 def test_the_pipeline_that_a_repository_names_says_how_it_is_sampled(unprompted, tmp_path):
