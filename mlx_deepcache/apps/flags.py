@@ -131,7 +131,8 @@ def add_option(group, option: Option) -> None:
         type=reader(option.read) if option.kind.file is None else Named(option.read, option.kind.file),
         choices=option.choices,
         metavar=option.metavar,
-        nargs=option.nargs,
+        nargs=option.nargs if option.alone is None else "?",
+        const=option.alone,
         **about,
     )
     if option.flag in _COMPLETED:

@@ -71,7 +71,7 @@ A1111_RNGS = {"torch": "CPU", "torch-cuda": "NV", "mlx": "MLX"}
 
 @dataclass(frozen=True)
 class Option:
-    """One option. needs: others of which it needs at least one; model: the attribute of a `Checkpoint` that gives the
+    """One option. alone: what its flag means without a value, if it may be given so; needs: others of which it needs at least one; model: the attribute of a `Checkpoint` that gives the
     default; only: what is drawn for which it has a meaning, if not for all; recorded: whether a picture carries
     it; many: whether it is a sequence."""
 
@@ -85,6 +85,7 @@ class Option:
     flag: str
     metavar: str | None = None
     nargs: str | None = None
+    alone: Any = None
     choices: Sequence | None = None
     check: Check | None = None
     needs: tuple[str, ...] = ()
@@ -362,8 +363,9 @@ class Options:
     clip: str = option(
         "auto",
         "with ddim, ddpm, heun, lcm: clip what each step takes for the clean picture to [-1, 1]; auto: as the model's "
-        "scheduler says",
+        "scheduler says; the flag alone: on",
         HOW,
+        alone="on",
         choices=SWITCH,
     )
     guidance_scale: float | None = option(

@@ -51,7 +51,7 @@ def pixels(file):
 
 @pytest.mark.parametrize("kind", FLAGS)
 def test_settings_go_with_the_picture_and_back(run, kind, tmp_path):
-    more = ["--eta", "0.4", "--clip", "on"] + (["--timesteps", "quad"] if kind == "ddpm" else [])
+    more = ["--eta", "0.4", "--clip"] + (["--timesteps", "quad"] if kind == "ddpm" else [])
     more += ["--guidance-scale", "2"] if kind == "class" else []
     code, _, err = run(kind, *more, "--seed", 5, "--output", "a.png", "--save-latents", "x.safetensors")
     assert code == 0, err
