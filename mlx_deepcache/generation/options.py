@@ -71,9 +71,9 @@ A1111_RNGS = {"torch": "CPU", "torch-cuda": "NV", "mlx": "MLX"}
 
 @dataclass(frozen=True)
 class Option:
-    """One option. alone: what its flag means without a value, if it may be given so; needs: others of which it needs at least one; model: the attribute of a `Checkpoint` that gives the
-    default; only: what is drawn for which it has a meaning, if not for all; recorded: whether a picture carries
-    it; many: whether it is a sequence."""
+    """One option. alone: what its flag means without a value, if it may be given so; needs: others of which it needs at
+    least one; model: the attribute of a `Checkpoint` that gives the default; only: what is drawn for which it has a
+    meaning, if not for all; recorded: whether a picture carries it; many: whether it is a sequence."""
 
     name: str
     kind: Kind
