@@ -167,8 +167,9 @@ def found(
                 moved = (*steps[:at], steps[at] + by, *steps[at + 1 :])
                 if len({*moved}) == full and moved[-1] < n and (come := score(policies(moved, forecast))) > value:
                     value, steps = come, moved
+        value, forecast = max((score(policies(steps, forecast)), forecast) for forecast in FORECASTS)
         say(f"{full} full steps: {value:.2f} with {' '.join(policies(steps, forecast))}")
-    return max((policies(steps, forecast) for forecast in FORECASTS), key=score)
+    return policies(steps, forecast)
 
 
 def policies(steps: Sequence[int], forecast: tuple[str, ...]) -> tuple[str, ...]:
