@@ -84,7 +84,9 @@ class UNetConfig:
                 raise CheckpointError(f"{name} = {value!r} is not supported, only one number")
         for kind in config.kinds:
             if kind not in _EVERYWHERE and (kind in _ALONE) != alone:
-                raise CheckpointError(f"{kind} is not supported in a {data.get('_class_name', 'UNet2DConditionModel')}")
+                name = "mid_block_type" if kind == config.mid_block_type else "down_block_types or up_block_types"
+                net = data.get("_class_name", "UNet2DConditionModel")
+                raise CheckpointError(f"{name}: {kind} is not supported in a {net}")
         if alone:
             config._check_heads()
         elif None in config.heads:
