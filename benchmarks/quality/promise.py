@@ -22,12 +22,14 @@ from mlx_deepcache.apps.command import run
 from mlx_deepcache.errors import UsageError
 
 CONCEPTS = Path(__file__).parents[1] / "bundled" / "emoji_concepts.txt"
+SEARCHED = CONCEPTS.with_name("search_prompts.txt")
 PROMISES = (30, 35, 40, 45, 50)
 
 
 def unseen(count: int) -> list[str]:
-    """Names of the bundled model's concepts, evenly over the list, of which no calibrated prompt speaks."""
-    known = " ".join(read_lines(PROMPTS))
+    """Names of the bundled model's concepts, evenly over the list, of which no prompt speaks that was calibrated or
+    searched with."""
+    known = " ".join([*read_lines(PROMPTS), *read_lines(SEARCHED)])
     names = [line.split(" ", 1)[1].split(",")[0].split("|")[0].strip(" *") for line in read_lines(CONCEPTS)]
     fresh = [name for name in names if name not in known]
     return [fresh[i * len(fresh) // count] for i in range(min(count, len(fresh)))]

@@ -275,7 +275,7 @@ def _listed(model: str | None) -> list[str]:
     if not things and folder.exists() and (labels := Checkpoint.open(str(folder)).labels) is not None:
         return [f"{number}: {name}" for number, name in enumerate(names_of(labels))]
     if not things:
-        raise UsageError(f"--list-prompts: {model} has no list of what it draws; a prompt may be anything")
+        raise UsageError(f"--list-prompts: {model} has no list of what it draws")
     return [name if not others else f"{name} (also: {', '.join(others)})" for name, *others in things]
 
 

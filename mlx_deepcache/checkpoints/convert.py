@@ -93,6 +93,8 @@ def convert(
 
 
 def _convert_file(file: Path, output: Path, dtype: mx.Dtype | None, prediction_type: str | None) -> Converted:
+    if file.suffix in PICKLES and not file.exists():
+        raise CheckpointError(f"there is no file {file}")
     if not _is_pickle(file):
         raise UsageError(
             f"{output} would be one file, which is made of a pickle file ({', '.join(PICKLES)}), and {file} is none; "

@@ -692,8 +692,9 @@ def test_nothing_is_half_written(single, tmp_path, monkeypatch, capfd):
     assert line.endswith("name a .safetensors file as --output")
     assert convert("x" * 5000, "out") == 1
     assert "no model" in told(capfd)
-    assert convert("none.ckpt", "out") == 1
-    assert "there is no file none.ckpt" in told(capfd)
+    for output in ("out", "out.safetensors"):
+        assert convert("none.ckpt", output) == 1
+        assert "there is no file none.ckpt" in told(capfd)
     for flags, words in (
         (("lora.bin", "out.safetensors", "--quantize", 8), "--quantize has no meaning"),
         (("lora.bin", "out.safetensors", "--vae", "lora.bin"), "--vae has no meaning"),
