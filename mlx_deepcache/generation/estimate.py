@@ -162,7 +162,7 @@ def estimate(
     if not frames and isinstance(vae, VAEConfig) and tiled(tiling, vae, (h, w), vae_dtype.size, room):
         h, w = min(h, TILE), min(w, TILE)
     if frames:
-        chunk = settings.decode_chunk or frames_together(vae, (*frames, h, w), vae_dtype.size, budget)
+        chunk = settings.decode_chunk or frames_together(vae, (*frames, h, w), vae_dtype.size, room)
         frames = [min(chunk, *frames)]
     if checkpoint.family.decodes:
         phase("decode", {(0, "vae"): _vae_decoder(vae, vae_dtype, (*frames, h, w))}, keep)

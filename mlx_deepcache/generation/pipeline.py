@@ -247,7 +247,7 @@ class StableDiffusion:
             with clock.phase("decode"):
                 z = latents[i : i + 1].astype(dtype)
                 if temporal:
-                    together = chunk or frames_together(vae.config, z.shape[1:4], dtype.size, self.budget)
+                    together = chunk or frames_together(vae.config, z.shape[1:4], dtype.size, room)
                     image = decode_frames(vae, z[0], together)[None]
                 elif z.ndim == 5:
                     image = np.stack([_decoded(vae, frame[None], in_tiles) for frame in z[0]], axis=1)

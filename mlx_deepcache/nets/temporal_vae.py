@@ -81,11 +81,11 @@ class AutoencoderKLTemporalDecoder(AutoencoderKL):
         return vae
 
 
-def frames_together(config: TemporalVAEConfig, latents: tuple[int, ...], itemsize: int, budget: int) -> int:
-    """How many frames to decode together, where nobody says: all, or what takes half of `budget` bytes; latents: (F, h,
-    w). The more, the less they flicker."""
+def frames_together(config: TemporalVAEConfig, latents: tuple[int, ...], itemsize: int, room: int) -> int:
+    """How many frames to decode together, where nobody says: all, or what takes half of the `room`, in bytes, beside
+    the weights; latents: (F, h, w). The more, the less they flicker."""
     frames, height, width = latents
-    return min(max(budget // (2 * decoding_bytes(config, (height, width), itemsize)), 1), frames)
+    return min(max(room // (2 * decoding_bytes(config, (height, width), itemsize)), 1), frames)
 
 
 def decode_frames(vae: AutoencoderKLTemporalDecoder, latents: mx.array, chunk: int) -> np.ndarray:
