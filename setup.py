@@ -57,6 +57,6 @@ setup(
             "pytest",
             "ruff==0.17.5",
         ],
-        "benchmark": ["scikit-image", "matplotlib", "torch-fidelity"],
+        "benchmark": ["scikit-image", "matplotlib"],
     },
 )

@@ -230,11 +230,16 @@ def fit_noise(unet, images=32, side=16, wild=0.35):
     hook = unet.conv_out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     unet(x, t, torch.randn(images, 77, config.cross_attention_dim), added_cond_kwargs=added)
     hook.remove()
-    patches = nn.functional.unfold(seen[0], 3, padding=1).mT.flatten(0, 1).double()
+    fit_last(unet.conv_out, seen[0], noise, wild)
+
+
+def fit_last(conv, x, wanted, wild):
+    """conv := `wild` times itself, plus the 3 x 3 convolution that comes nearest to `wanted`, (N, C, H, W), given x."""
+    patches = nn.functional.unfold(x, 3, padding=1).mT.flatten(0, 1).double()
     patches = torch.cat([patches, torch.ones(len(patches), 1)], 1)
-    fit = torch.linalg.lstsq(patches, noise.flatten(2).mT.flatten(0, 1).double()).solution.mT.float()
-    unet.conv_out.weight.mul_(wild).add_(fit[:, :-1].reshape(unet.conv_out.weight.shape))
-    unet.conv_out.bias.mul_(wild).add_(fit[:, -1])
+    fit = torch.linalg.lstsq(patches, wanted.flatten(2).mT.flatten(0, 1).double()).solution.mT.float()
+    conv.weight.mul_(wild).add_(fit[:, :-1].reshape(conv.weight.shape))
+    conv.bias.mul_(wild).add_(fit[:, -1])
 
 
 def write_vae(kind, folder):

@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 
 import diffusers
+import originals
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel, VQModel
 from safetensors.torch import load_file, save_file
-from tiny import enliven, write_json
-from torch import nn
+from tiny import enliven, fit_last, write_json
 
 DDPM = {
     "sample_size": 32,
@@ -112,11 +112,7 @@ def fit_noise(unet, kind, images=24, wild=0.35):
     hook = unet.conv_out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     unet(x, t, *([torch.randn(images, 1, UNETS[kind]["cross_attention_dim"])] if kind == "class" else []))
     hook.remove()
-    patches = nn.functional.unfold(seen[0], 3, padding=1).mT.flatten(0, 1).double()
-    patches = torch.cat([patches, torch.ones(len(patches), 1)], 1)
-    fit = torch.linalg.lstsq(patches, noise.flatten(2).mT.flatten(0, 1).double()).solution.mT.float()
-    unet.conv_out.weight.mul_(wild).add_(fit[:, :-1].reshape(unet.conv_out.weight.shape))
-    unet.conv_out.bias.mul_(wild).add_(fit[:, -1])
+    fit_last(unet.conv_out, seen[0], noise, wild)
 
 
 def flatten(source: Path, folder: Path, index: bool) -> Path:
@@ -136,14 +132,6 @@ def flatten(source: Path, folder: Path, index: bool) -> Path:
 
 _RESNET = {"time_emb_proj": "temb_proj", "conv_shortcut": "nin_shortcut"}
 _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-_OPENAI = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "time_emb_proj": "emb_layers.1",
-    "conv_shortcut": "skip_connection",
-}
 
 
 def renamed(name, table):
@@ -229,7 +217,7 @@ def openai_name(name):
         name,
     )
     name = re.sub(r"^up_blocks\.(\d)\.upsamplers\.0", lambda m: f"output_blocks.{2 + 3 * int(m[1])}.2", name)
-    return renamed(name, _OPENAI) if re.search(r"_blocks?\.", name) and "transformer" not in name else name
+    return renamed(name, originals.RESNET) if re.search(r"_blocks?\.", name) and "transformer" not in name else name
 
 
 def side_by_side(tensors, head_size):

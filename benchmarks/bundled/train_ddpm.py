@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.bundled.emoji_data import FONT, concepts, load_pictures
-from benchmarks.bundled.train_emoji import Trainer, sheet, to_tensor
+from benchmarks.bundled.train_emoji import Trainer, sheet, times, to_tensor, weights
 
 SIDE = 32
 NET = {
@@ -51,8 +51,7 @@ def smaller(pictures: np.ndarray) -> np.ndarray:
 def train(unet: UNet2DModel, pictures: torch.Tensor, args) -> None:
     """pictures: (N, 3, SIDE, SIDE) in [-1, 1]."""
     alpha = DDPMScheduler(**SCHEDULER).alphas_cumprod.to(args.device)
-    snr = alpha / (1 - alpha)
-    weight = ((1 + snr) / snr).clamp(max=args.most)  # as if the net predicted v: what is drawn is decided in much noise
+    weight = weights(alpha, args.most)
     trainer = Trainer("ddpm", [unet], args.minutes, args)
     rng = random.Random(f"{args.seed} {trainer.samples}")
     deck = []
@@ -61,8 +60,7 @@ def train(unet: UNet2DModel, pictures: torch.Tensor, args) -> None:
             deck += rng.sample(range(len(pictures)), len(pictures))
         chosen, deck = deck[: args.batch], deck[args.batch :]
         x = pictures[chosen]
-        # One time in each of as many equal parts of the schedule as there are samples: less luck in the loss.
-        t = ((torch.arange(len(x)) + torch.rand(len(x))) * 1000 / len(x)).long()[torch.randperm(len(x))].to(args.device)
+        t = times(len(x)).to(args.device)
         a, noise = alpha[t].view(-1, 1, 1, 1), torch.randn_like(x)
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
             made = unet(a.sqrt() * x + (1 - a).sqrt() * noise, t).sample

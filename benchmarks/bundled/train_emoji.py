@@ -248,15 +248,24 @@ def tokenize(tokenizer: CLIPTokenizer, said: list[str]) -> torch.Tensor:
     return tokenizer(said, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
 
 
+def weights(alpha: torch.Tensor, most: float = 40) -> torch.Tensor:
+    """Of each timestep's loss, by the cumulated alphas: (1 + snr) / snr, as if the net predicted v. Large and middle
+    noise decide what is drawn, and plain epsilon hardly weighs them."""
+    return (1 / alpha).clamp(max=most)
+
+
+def times(n: int) -> torch.Tensor:
+    """(n,) timesteps in any order, one in each of n equal parts of the schedule: less luck in the loss."""
+    return ((torch.arange(n) + torch.rand(n)) * 1000 / n).long()[torch.randperm(n)]
+
+
 def train_unet(parts: dict, shipped: np.ndarray, table: list, minutes: float, args) -> None:
     """Text encoder and U-Net together, on the latents of the shipped pictures and captions made up as they go."""
     unet, text, tokenizer, device = parts["unet"], parts["text_encoder"], parts["tokenizer"], args.device
     with torch.no_grad():
         latents = parts["vae"].encode(to_tensor(shipped, device)).latent_dist.mode() * SCALE
     alpha = parts["scheduler"].alphas_cumprod.to(device)
-    snr = alpha / (1 - alpha)
-    # As if the net predicted v: large and middle noise decide what is drawn, and plain epsilon hardly weighs them.
-    weight = ((1 + snr) / snr).clamp(max=40)
+    weight = weights(alpha)
     captions = Captions(table, [word[:-4] for word in tokenizer.get_vocab() if word.endswith("</w>")])
     trainer = Trainer("unet", [unet, text], minutes, args)
     rng = random.Random(f"{args.seed} {trainer.samples}")
@@ -269,8 +278,7 @@ def train_unet(parts: dict, shipped: np.ndarray, table: list, minutes: float, ar
         ids = tokenize(tokenizer, said)
         z = latents[chosen]
         noise = torch.randn_like(z)
-        # One time in each of as many equal parts of the schedule as there are samples: less luck in the loss.
-        t = ((torch.arange(len(z)) + torch.rand(len(z))) * 1000 / len(z)).long()[torch.randperm(len(z))].to(device)
+        t = times(len(z)).to(device)
         a = alpha[t].view(-1, 1, 1, 1)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             made = unet(a.sqrt() * z + (1 - a).sqrt() * noise, t, text(ids.to(device))[0]).sample

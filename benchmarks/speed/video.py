@@ -22,13 +22,8 @@ from benchmarks.speed import models
 from benchmarks.timing import header, machine, medians, write_json
 
 UNET = {"_class_name": "UNetSpatioTemporalConditionModel", "sample_size": 96, "num_frames": 14}
-VAE = {
-    "_class_name": "AutoencoderKLTemporalDecoder",
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
+VAE = {key: value for key, value in models.VAE.items() if key != "up_block_types"}
+VAE |= {"_class_name": "AutoencoderKLTemporalDecoder"}
 CLIP_VISION_H = {
     "hidden_size": 1280,
     "intermediate_size": 5120,

@@ -105,6 +105,8 @@ def _flags(argv: list[str]) -> argparse.Namespace:
     parser = calibrate_parser()
     complete(parser)
     args = parser.parse_args(argv)
+    if args.full_steps is not None and not args.search:
+        parser.error("--full-steps are those of --search, which is not there")
     if args.output is not None:
         _make_folder(args.output.parent)
     check(parser, args)
@@ -129,9 +131,14 @@ def _calibrate(args: argparse.Namespace) -> None:
     given_to = {"batch": args.batch, "folder": args.work, "common": common}
     searched, seed = [], args.seed
     if args.search:
+        if len(prompts) < 2:
+            raise UsageError(f"--search needs 2 prompts or more, half of them to report on, got {len(prompts)}")
         half, prompts = prompts[::2], prompts[1::2]
-        searched = _found(pipe, uncached, half, seed, args.full_steps, **given_to)
-        cases, seed = list({case.name: case for case in (*cases, *searched)}.values()), seed + len(half)
+        listed = {case.name for case in cases}
+        searched = [
+            case for case in _found(pipe, uncached, half, seed, args.full_steps, **given_to) if case.name not in listed
+        ]
+        cases, seed = [*cases, *searched], seed + len(half)
     drawn = draw(pipe, [uncached, *cases], prompts, seed, **given_to)
     rows = {case.name: compare(drawn[case.name], drawn["uncached"]) for case in cases}
     prices = [

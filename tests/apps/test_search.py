@@ -81,6 +81,17 @@ def test_found_comes_from_half_of_the_prompts(checkpoint, tmp_path, capsys):
     assert len(listed) + len(left_out) == 3
 
 
+def test_what_the_search_needs(checkpoint, tmp_path, capsys):
+    (tmp_path / "prompts").write_text("a cat\n")
+    given = ["--model", checkpoint("sd15"), *SMALL, "--work", tmp_path, "--output", tmp_path / "front.json"]
+    assert main_calibrate([str(a) for a in [*given, "--search", "--prompts", tmp_path / "prompts"]]) == 2
+    assert "--search needs 2 prompts or more" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main_calibrate([str(a) for a in [*given, "--full-steps", "3"]])
+    assert stopped.value.code == 2
+    assert "--full-steps are those of --search" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("full", ["1", "7"])
 def test_impossible_budgets(checkpoint, tmp_path, capsys, full):
     given = ["--model", checkpoint("sd15"), *SMALL, "--work", tmp_path, "--search", "--full-steps", full]

@@ -60,8 +60,7 @@ def test_a_fast_blas_is_found():
 @pytest.mark.parametrize("libraries", ["found", "[]"])
 def test_openblas_needs_nothing_of_the_system(libraries):
     """The OpenBLAS that is a dependency, where the system has no libgfortran; and if there is none at all."""
-    if not host._beside_mlx("cmeel.prefix/lib/libopenblas.so.0"):
-        pytest.skip("cmeel-openblas, a dependency, is not installed")
+    assert host._beside_mlx("cmeel.prefix/lib/libopenblas.so.0"), "cmeel-openblas, a dependency, is not installed"
     code = f"""
 import ctypes, importlib.util
 spec = importlib.util.spec_from_file_location("host", {host.__file__!r})  # not the package, which loads what there is

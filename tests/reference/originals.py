@@ -158,17 +158,19 @@ def write(kind, folder, file, metadata=None, dtype=None, change=lambda tensors: 
     return file
 
 
+RESNET = {  # diffusers' name -> the original one, of what a U-Net's resnet is made of
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+
+
 def unet_name(name, layers, attends=()):
     """diffusers' name -> the original one; attends: decoder levels with attention, before their upsampler."""
     stride = layers + 1
-    inner = {
-        "norm1": "in_layers.0",
-        "conv1": "in_layers.2",
-        "norm2": "out_layers.0",
-        "conv2": "out_layers.3",
-        "time_emb_proj": "emb_layers.1",
-        "conv_shortcut": "skip_connection",
-    }
     outer = {
         "conv_in": "input_blocks.0.0",
         "time_embedding.linear_1": "time_embed.0",
@@ -187,7 +189,7 @@ def unet_name(name, layers, attends=()):
     level, layer = int(level or 0), int(layer)
     if kind == "resnets":
         part, parameter = rest.split(".")
-        rest = f"{inner[part]}.{parameter}"
+        rest = f"{RESNET[part]}.{parameter}"
     if side == "mid_block":
         return f"middle_block.{1 if kind == 'attentions' else 2 * layer}.{rest}"
     if kind == "downsamplers":

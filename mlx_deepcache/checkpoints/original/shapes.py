@@ -78,25 +78,23 @@ def unet(shapes: Shapes, *, head_size: int | None, linear: bool, heads: int = 8)
             )
         depths.append(counts.pop() if counts else 1)
     context = shapes.first("attn2.to_k.weight")
+    config = {
+        "in_channels": shapes["input_blocks.0.0.weight"][1],
+        "out_channels": shapes["out.2.weight"][0],
+        "block_out_channels": channels,
+        "layers_per_block": layers,
+    }
     if context is None and shapes.first(".qkv.weight") is not None:
-        return {
+        return config | {
             "_class_name": "UNet2DModel",
-            "in_channels": shapes["input_blocks.0.0.weight"][1],
-            "out_channels": shapes["out.2.weight"][0],
-            "block_out_channels": channels,
-            "layers_per_block": layers,
             "down_block_types": [kind.removeprefix("Cross") for kind in down],
             "up_block_types": [kind.removeprefix("Cross") for kind in up],
             "attention_head_dim": head_size,
         }
     if context is None:
         raise CheckpointError(f"{shapes.file}: the U-Net has no cross-attention, so no prompt can be given to it")
-    return {
+    return config | {
         "_class_name": "UNet2DConditionModel",
-        "in_channels": shapes["input_blocks.0.0.weight"][1],
-        "out_channels": shapes["out.2.weight"][0],
-        "block_out_channels": channels,
-        "layers_per_block": layers,
         "down_block_types": down,
         "up_block_types": up,
         "mid_block_type": "UNetMidBlock2DCrossAttn" if shapes.count(r"middle_block\.(\d+)\.") else None,
