@@ -13,8 +13,8 @@ from ..nets.labels import LabelEmbedding
 from ..nets.unet_parts import Conditioning
 from .prompts import chunked, chunks_needed, emphasise, tokenize
 
-Texts = list[tuple[str, str | None]]
-"""Each with what the last text encoder reads in its place, if that is another."""
+Texts = list[tuple[str, str | None, int]]
+"""Each with what the last text encoder reads in its place, if that is another, and how many layers are skipped."""
 
 
 def encode(
@@ -30,15 +30,18 @@ def encode(
     negative_2: str | None = None,
     weighted: bool = False,
     long: bool = False,
+    clip_skip: int = 0,
 ) -> Conditioning:
     """What the U-Net reads for these prompts; with `negatives`, they come first in a batch of twice the size.
 
     tokenizers, encoders: the family's, see `CLIPTextModel`; size: (height, width) in pixels; zeros_for_none: a negative
     prompt of None is all zeros (SDXL base) and not the encoding of ""; prompt_2, negative_2: what SDXL's last encoder
-    reads instead; weighted, long: see `tokenize`.
+    reads instead; weighted, long: see `tokenize`; clip_skip: the prompts' hidden states are from so many layers before
+    the ones that the family reads, and not the negatives', as in diffusers' pipelines.
     """
     negatives = negatives or ()
-    texts = [(negative or "", negative_2) for negative in negatives] + [(text, prompt_2) for text in prompts]
+    texts = [(negative or "", negative_2, 0) for negative in negatives]
+    texts += [(text, prompt_2, clip_skip) for text in prompts]
     distinct = list(dict.fromkeys(texts))  # a text is encoded once, however many pictures use it
     rows = mx.array([distinct.index(text) for text in texts])
     context, pooled = (read[rows] for read in _read(family, tokenizers, encoders, distinct, weighted, long))
@@ -95,13 +98,15 @@ def _read(
     tokens = []
     for i, tokenizer in enumerate(tokenizers):
         second = family.second_prompt and i == len(tokenizers) - 1
-        own = [other if second and other is not None else text for text, other in texts]
+        own = [other if second and other is not None else text for text, other, _ in texts]
         tokens.append([tokenize(tokenizer, text, weighted=weighted, long=long) for text in own])
     chunks = max(map(chunks_needed, tokenizers, tokens))
-    states = []
+    states, skip = [], None
+    if any(layers for *_, layers in texts):
+        skip = [layers for *_, layers in texts for _ in range(chunks)]
     for tokenizer, encoder, own in zip(tokenizers, encoders, tokens, strict=True):
         ids, weights = chunked(tokenizer, own, chunks)
-        hidden, pooled = encoder(ids.reshape(-1, ids.shape[-1]), penultimate=family.penultimate)
+        hidden, pooled = encoder(ids.reshape(-1, ids.shape[-1]), penultimate=family.penultimate, skip=skip)
         hidden = hidden.reshape(*ids.shape, -1)
         if not (weights == 1).all().item():
             hidden = emphasise(hidden, weights, restore_mean=not family.penultimate)

@@ -67,6 +67,8 @@ A1111_SAMPLERS = {
     "ddpm": "DDPM",
 }
 A1111_RNGS = {"torch": "CPU", "torch-cuda": "NV", "mlx": "MLX"}
+MOST_LAYERS = 32  # of the largest text encoder
+A1111_SKIPS = {layers: str(layers + 1) for layers in range(MOST_LAYERS)}  # counts the last layer too
 
 
 @dataclass(frozen=True)
@@ -398,6 +400,16 @@ class Options:
     negative_prompt_2: str | None = option(None, "likewise", PICTURE, only=(PICTURES, CLIPS))
     plain_prompt: bool = option(False, "brackets are only brackets", PICTURE, only=(PICTURES, CLIPS))
     long_prompt: bool = option(False, "use all of a prompt of more than 75 tokens", PICTURE, only=(PICTURES, CLIPS))
+    clip_skip: int | None = option(
+        None,
+        "leave out the text encoder's last N layers, counted as diffusers does: A1111's 'Clip skip: 2' is 1 here. "
+        "Default 0",
+        PICTURE,
+        check=Check(f"a whole number from 0 to {MOST_LAYERS - 1}", lambda value: 0 <= value < MOST_LAYERS),
+        only=(PICTURES, CLIPS),
+        a1111="Clip skip",
+        a1111_values=A1111_SKIPS,
+    )
     seeds: tuple[Seed, ...] = option(
         (0,),
         "one or several, or random; default 0",

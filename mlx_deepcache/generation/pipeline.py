@@ -368,6 +368,7 @@ class Generation(Iterator[Progress]):
                 negative_2=settings.negative_prompt_2,
                 weighted=not settings.plain_prompt,
                 long=settings.long_prompt,
+                clip_skip=settings.clip_skip or 0,
             )
             if leg.told is not None:
                 cond = replace(cond, guidance=mx.full((len(settings.prompts),), leg.told))

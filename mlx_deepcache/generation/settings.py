@@ -132,6 +132,8 @@ def settings_for(
     family = checkpoint.family
     if not family.second_prompt and not (asked.prompt_2 is None and asked.negative_prompt_2 is None):
         raise UsageError("a second prompt is for SDXL's second text encoder, and this model has only one")
+    for model in (checkpoint,) if refiner is None else (checkpoint, refiner):
+        _check_skip(model, asked.clip_skip or 0)
 
     moved = kind == CLIPS and not asked.controls
     schedule = _schedule(checkpoint, asked, moved)
@@ -347,6 +349,14 @@ def _only(pictures: object) -> list[Image.Image]:
     if several and len(pictures) > 1:
         raise UsageError(f"a picture follows one picture, got {len(pictures)}; for a video, give {called('frames')}")
     return [read_picture(pictures[0] if several else pictures)]
+
+
+def _check_skip(checkpoint: Checkpoint, layers: int) -> None:
+    """Raises UsageError if none of a text encoder's layers would be left."""
+    for name in checkpoint.family.encoders if layers else ():
+        most = checkpoint.part(name).config["num_hidden_layers"] - 1 - checkpoint.family.penultimate
+        if layers > most:
+            raise UsageError(f"{called('clip_skip')} should be at most {most} for this model's {name}, got {layers}")
 
 
 def _prompts(prompt: object, n: int) -> tuple[str, ...]:

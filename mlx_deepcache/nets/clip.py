@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -72,11 +73,14 @@ class CLIPTextModel(nn.Module):
         if config.with_projection:
             self.text_projection = Linear(config.hidden_size, config.projection_dim, bias=False)
 
-    def __call__(self, ids: mx.array, *, penultimate: bool = False) -> tuple[mx.array, mx.array]:
+    def __call__(
+        self, ids: mx.array, *, penultimate: bool = False, skip: Sequence[int] | None = None
+    ) -> tuple[mx.array, mx.array]:
         """ids: (B, S) -> hidden states (B, S, C) and the pooled text (B, C), or (B, projection_dim) with a projection.
 
         `penultimate` gives the hidden states before the last layer, unnormalised, as SDXL uses them; else they are the
-        last layer's, normalised. The pooled text is the last layer's at the end-of-text token either way.
+        last layer's, normalised. skip: of each text, from how many layers before that they are instead. The pooled text
+        is the last layer's at the end-of-text token either way.
 
         Raises:
             CheckpointError: an id is past the end of the vocabulary, where MLX would read anything.
@@ -88,13 +92,17 @@ class CLIPTextModel(nn.Module):
                 "they are not of one checkpoint"
             )
         x = self.embeddings.token_embedding(ids) + self.embeddings.position_embedding.weight[: ids.shape[1]]
+        states = [x]
         for layer in self.encoder.layers:
-            before_last, x = x, layer(x)
-        normed = self.final_layer_norm(x)
+            states.append(layer(states[-1]))
+        normed = self.final_layer_norm(states[-1])
         pooled = normed[mx.arange(len(ids)), self._end_of_text(ids)]
         if "text_projection" in self:
             pooled = self.text_projection(pooled)
-        return (before_last if penultimate else normed), pooled
+        if skip is None:
+            return (states[-2] if penultimate else normed), pooled
+        hidden = mx.stack([states[-1 - penultimate - layers][i] for i, layers in enumerate(skip)])
+        return (hidden if penultimate else self.final_layer_norm(hidden)), pooled
 
     def _end_of_text(self, ids: mx.array) -> mx.array:
         """Position of each text's end token. Old configs say 2 where the token has the vocabulary's highest id, but for

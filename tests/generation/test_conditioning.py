@@ -1,15 +1,19 @@
 """Tokenizers and text encoders against transformers, and what diffusers makes of them."""
 
+from types import SimpleNamespace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from helpers import error, token_rows
-from oracle import shared, text, text_encoder, token_ids
+from helpers import error, to_torch_layout, token_rows
+from oracle import generate, shared, text, text_encoder, token_ids
+from oracle import pipeline as oracle_pipeline
 from tiny import KINDS
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from mlx_deepcache.checkpoints.tokenizer import load_tokenizer
+from mlx_deepcache.errors import UsageError
 from mlx_deepcache.generation.conditioning import encode
 from mlx_deepcache.generation.prompts import PromptWarning, parse
 from mlx_deepcache.nets.clip import CLIPConfig, CLIPTextModel
@@ -149,3 +153,37 @@ def test_sdxl_reads_a_second_prompt(checkpoint, pipeline):
         )
     assert error(cond.context, np.concatenate([without, given])) < 1e-5
     assert error(cond.pooled, np.concatenate([pooled_without, pooled])) < 1e-5
+
+
+@pytest.mark.parametrize(("kind", "skip"), [("sd15", 1), ("sd21-base", 1), ("sdxl", 1), ("sd15", 0)])
+def test_clip_skip_is_that_of_diffusers(checkpoint, pipeline, kind, skip):
+    """Whole pictures, of which the negative prompt skips nothing."""
+    pipe = oracle_pipeline(checkpoint(kind))
+    encoder = pipe.text_encoder
+    if kind != "sdxl" and not hasattr(encoder, "text_model"):  # where this diffusers looks for it
+        encoder.text_model = SimpleNamespace(final_layer_norm=encoder.final_layer_norm)
+    options = {"negative_prompt": "blurry", "steps": 4, "guidance_scale": 5.0, "height": 64, "width": 64}
+    expected, plain = (
+        generate(checkpoint(kind), "a cat", pipe=pipe, seed=[3], interval=2, options=more, **options)["latents"]
+        for more in ({"clip_skip": skip}, {})
+    )
+    result = pipeline(kind)("a cat", seeds=[3], cache_interval=2, clip_skip=skip, **options)
+    assert error(to_torch_layout(result.latents), expected) < 1e-4
+    assert (error(plain, expected) > 1e-2) == (skip > 0)
+
+
+def test_clip_skip_of_a_long_prompt_that_is_negative_too(pipeline):
+    """Each half of the batch has its own, in every chunk."""
+    prompt, checkpoint = "a cat " * 50, pipeline("sd15").checkpoint
+    both = encoded(checkpoint, [prompt], [prompt], long=True, clip_skip=1).context
+    plain, skipped = (encoded(checkpoint, [prompt], long=True, clip_skip=skip).context[0] for skip in (0, 1))
+    assert error(both[0], plain) < 1e-6 and error(both[1], skipped) < 1e-6 and error(plain, skipped) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_clip_skip_leaves_a_layer(pipeline, kind):
+    layers = pipeline(kind).checkpoint.part("text_encoder").config["num_hidden_layers"]
+    most = layers - 1 - (kind == "sdxl")
+    pipeline(kind).settings("a cat", clip_skip=most)
+    with pytest.raises(UsageError, match=f"clip_skip should be at most {most} for this model's text_encoder, got"):
+        pipeline(kind).settings("a cat", clip_skip=most + 1)
