@@ -438,6 +438,17 @@ class Options:
         needs=("mask",),
         a1111="Mask blur",
     )
+    mask_padding: int | None = option(
+        None,
+        "draw only the mask's surroundings, its box and so many pixels around it, at --height and --width, and put "
+        "them back into the picture at its own size: A1111's 'only masked' (with 32), diffusers' padding_mask_crop",
+        START,
+        metavar="PX",
+        check=at_least(0),
+        only=(PICTURES, LABELLED, FREE),
+        needs=("mask",),
+        a1111="Masked area padding",
+    )
     strength: float | None = option(
         None,
         "how much to change, in (0, 1]: the share of the steps that is run. Default 0.8, SDXL 0.3; with a mask 1",

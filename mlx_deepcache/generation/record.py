@@ -71,6 +71,8 @@ def parameters_text(settings: dict) -> str:
         if o.a1111 is not None and value not in (None, []):
             value = " + ".join(value) if isinstance(value, list) else value
             pairs[o.a1111] = value if o.a1111_values is None else o.a1111_values[value]
+    if settings.get("mask_padding") is not None:
+        pairs["Inpaint area"] = "Only masked"
     if hashes := settings.get("lora_hashes"):
         pairs["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in hashes.items())
     order = [*(name for name in _A1111_ORDER if name in pairs), *(name for name in pairs if name not in _A1111_ORDER)]

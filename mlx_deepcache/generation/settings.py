@@ -22,7 +22,7 @@ from ..checkpoints.folder import find_prices
 from ..diffusion.schedule import NoiseSchedule, Plan
 from ..errors import UsageError, called
 from ..fields import unicode_text, valued
-from ..media.pictures import FITS, read_mask, read_picture, size_for, source
+from ..media.pictures import FITS, around, read_mask, read_picture, size_for, source
 from ..media.video import read_frames
 from ..nets.attend import compute, to_first_frame
 from .labels import number_of
@@ -151,9 +151,15 @@ def settings_for(
     fit = None if picture is None and not followed else asked.fit or FITS[0]
     if picture is not None:
         picture = read_picture(picture)
-    height, width = _size(
-        checkpoint, asked, *([] if picture is None else [picture]), *(pictures[0] for pictures in followed)
-    )
+    if asked.mask_padding is not None:
+        if asked.fit is not None:
+            name, padding = called("fit"), called("mask_padding")
+            raise UsageError(f"{name} does not go with {padding}: what is drawn is cut out in its proportions")
+        height, width = _size(checkpoint, asked)
+    else:
+        height, width = _size(
+            checkpoint, asked, *([] if picture is None else [picture]), *(pictures[0] for pictures in followed)
+        )
     start = FromNoise()
     said = {}
     if checkpoint.video:
@@ -166,7 +172,12 @@ def settings_for(
         said = {"class_label": number_of(asked.class_label, checkpoint.labels)}
     if picture is not None and not checkpoint.video:
         mask = None if asked.mask is None else read_mask(asked.mask)
-        start = FromPicture(source(picture, mask, height, width, fit, asked.mask_blur), strength, checkpoint.inpainting)
+        if asked.mask_padding is None:
+            given = source(picture, mask, height, width, fit, asked.mask_blur)
+        else:
+            given, fit = around(picture, mask, height, width, asked.mask_padding, asked.mask_blur), "pad"
+            followed = [[image.resize(picture.size).crop(given.box) for image in pictures] for pictures in followed]
+        start = FromPicture(given, strength, checkpoint.inpainting)
     controls = tuple(
         replace(control, image=np.stack([source(image, None, height, width, fit).image for image in pictures]))
         for control, pictures in zip(asked.controls, followed, strict=True)
@@ -198,7 +209,7 @@ def settings_for(
         height=height,
         width=width,
         strength=strength,
-        fit=fit,
+        fit=fit if asked.mask_padding is None else None,
         refiner_start=handover,
         cache=None if asked.cache is None else tuple(write(policy) for policy in cache.policies),
         cache_interval=getattr(cache.when, "interval", None),

@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -47,15 +47,25 @@ class Given:
     """A picture to start from, at the size that is drawn.
 
     image: (H, W, 3) uint8; mask: (H, W) bool, True where something new should be drawn, or None for everywhere; soft:
-    (H, W) in [0, 1], how much of the new is seen at last, if that is not all of it inside the mask.
+    (H, W) in [0, 1], how much of the new is seen at last, if that is not all of it inside the mask; whole: of what this
+    is a part, at its own size, and box: which, (left, top, right, bottom).
     """
 
     image: np.ndarray
     mask: np.ndarray | None = None
     soft: np.ndarray | None = None
+    whole: Given | None = None
+    box: tuple[int, int, int, int] | None = None
 
     def paste(self, images: np.ndarray) -> np.ndarray:
-        """images: (N, H, W, 3) uint8 -> the same, with this picture's own pixels wherever the mask is not."""
+        """images: (N, H, W, 3) uint8 -> the same, with this picture's own pixels wherever the mask is not; of a part,
+        the whole picture with it."""
+        if self.whole is not None:
+            left, top, right, bottom = self.box
+            placed = np.repeat(self.whole.image[None], len(images), axis=0)
+            for picture, image in zip(placed, images, strict=True):
+                picture[top:bottom, left:right] = fit(Image.fromarray(image), bottom - top, right - left, "crop")
+            return self.whole.paste(placed)
         if self.soft is not None:
             return (
                 (self.image + self.soft[..., None] * (images - self.image.astype(np.float32))).round().astype(np.uint8)
@@ -188,12 +198,50 @@ def source(picture: Image.Image, mask: Image.Image | None, height: int, width: i
     if mask is not None:
         if mask.size != picture.size and how != "stretch":
             mask = mask.resize(picture.size, Image.Resampling.LANCZOS)
-        grey = fit(mask, height, width, how).convert("L")
+        grey = _blurred(fit(mask, height, width, how).convert("L"), blur)
         if blur:
-            grey = grey.filter(ImageFilter.GaussianBlur(blur))
             soft = np.asarray(grey).astype(np.float32) / 255
         mask = np.asarray(grey).astype(np.float32) / 255 >= 0.5
     return Given(np.asarray(fit(picture, height, width, how)), mask, soft)
+
+
+def around(picture: Image.Image, mask: Image.Image, height: int, width: int, padding: int, blur: float = 0) -> Given:
+    """The mask's surroundings, to be drawn at (height, width): its box and so many pixels more on each side, widened to
+    the proportions that are drawn as far as the picture goes, and padded with its edges beyond. The rest as in
+    `source`; `blur` is in the picture's own pixels.
+
+    Raises:
+        UsageError: the mask is black everywhere, or the picture too large.
+    """
+    whole = source(picture, mask, picture.height, picture.width, "stretch", blur)
+    grey = _blurred(mask.resize(picture.size, Image.Resampling.LANCZOS).convert("L"), blur)
+    if (inside := grey.getbbox()) is None:
+        raise UsageError("the mask is black everywhere, so there is nothing to draw")
+    left, top, right, bottom = inside
+    left, right = max(left - padding, 0), min(right + padding, picture.width)
+    top, bottom = max(top - padding, 0), min(bottom + padding, picture.height)
+    proportion = width / height
+    if (right - left) / (bottom - top) > proportion:
+        top, bottom = _widened(top, bottom, (right - left) / proportion, picture.height)
+    else:
+        left, right = _widened(left, right, (bottom - top) * proportion, picture.width)
+    box = left, top, right, bottom
+    part = source(picture.crop(box), grey.crop(box), height, width, "pad")
+    return replace(part, whole=whole, box=box)
+
+
+def _widened(start: int, end: int, length: float, limit: int) -> tuple[int, int]:
+    """A stretch of a line that is made so long, or as long as the line from 0 to limit: diffusers' and A1111's way."""
+    more = int(length - (end - start))
+    start, end = start - more // 2, end + more - more // 2
+    over = max(end - limit, 0)
+    start, end = start - over, end - over
+    under = max(-start, 0)
+    return start + under, min(end + under, limit)
+
+
+def _blurred(mask: Image.Image, blur: float) -> Image.Image:
+    return mask.filter(ImageFilter.GaussianBlur(blur)) if blur else mask
 
 
 def _open(picture: Path | str | Image.Image | np.ndarray | bytes) -> Image.Image:

@@ -11,8 +11,9 @@ from diffusers.image_processor import VaeImageProcessor
 from helpers import MASK, PICTURE, compare_from_picture, error, smooth, to_torch_layout
 from oracle import SCHEDULERS
 from PIL import EpsImagePlugin, Image
+from tiny import write_controlnet
 
-from mlx_deepcache import StableDiffusion
+from mlx_deepcache import Control, StableDiffusion
 from mlx_deepcache.errors import Failure, UsageError
 from mlx_deepcache.media.pictures import fit, read_mask, read_picture, size_for, source
 
@@ -103,6 +104,96 @@ def test_a_soft_mask(checkpoint, pipeline):
     assert np.abs(ours - overlaid).max() <= 2
     assert len(np.unique(alpha)) > 50
     assert np.array_equal(ours[alpha == 0], np.asarray(PICTURE)[alpha == 0])
+
+
+LARGE = smooth(150, 230, seed=1)
+
+
+def at(left, top, right, bottom, size=LARGE.size):
+    """A mask that is white in a box."""
+    mask = Image.new("L", size)
+    mask.paste(255, (left, top, right, bottom))
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("mask", "padding", "blur", "size"),
+    [
+        (at(90, 50, 140, 80), 10, 0, (64, 64)),  # wider than what is drawn
+        (at(90, 50, 100, 110), 7, 3, (64, 96)),  # taller
+        (at(0, 40, 30, 60), 0, 4, (64, 64)),  # at an edge
+        (at(5, 0, 225, 30), 32, 0, (96, 64)),  # which the picture is too small for: padded
+        (at(10, 10, 50, 60, size=(115, 75)), 6, 0, (64, 64)),  # of another size
+    ],
+)
+@pytest.mark.parametrize("kind", ["sd15", "inpaint", "sdxl"])
+def test_only_masked(checkpoint, pipeline, kind, mask, padding, blur, size):
+    """diffusers' `padding_mask_crop`, uncached and with DeepCache, and the whole picture that comes of it."""
+    height, width = size
+    whole = mask.resize(LARGE.size, Image.Resampling.LANCZOS)
+    whole = VaeImageProcessor.blur(whole, blur) if blur else whole
+    pipe, last = oracle.variant(oracle.shared(str(checkpoint(kind))), "Inpaint"), {}
+    pipe.scheduler = oracle.make_scheduler(pipe.own_scheduler, "ddim")
+
+    def keep(pipe, i, t, now):
+        last.update(now)
+        return {}
+
+    options = {"height": height, "width": width, "guidance_scale": 2.0, "strength": 0.7}
+    with oracle.helper(pipe, 2, 1):
+        expected = pipe(
+            "a small red cat",
+            image=LARGE,
+            mask_image=whole,
+            padding_mask_crop=padding,
+            num_inference_steps=4,
+            generator=oracle.generators(3),
+            callback_on_step_end=keep,
+            **options,
+        ).images[0]
+    result = pipeline(kind)(
+        "a small red cat",
+        image=LARGE,
+        mask=mask,
+        mask_padding=padding,
+        mask_blur=blur,
+        steps=4,
+        seeds=3,
+        scheduler="ddim",
+        cache_interval=2,
+        cache_branch=1,
+        **options,
+    )
+    padded = mask.getbbox()[0] == 5  # where diffusers' edges are not quite the picture's own
+    assert error(to_torch_layout(result.latents), last["latents"]) < (0.05 if padded else 1e-4)
+    ours, theirs = (np.asarray(image).astype(int) for image in (result.images[0], expected))
+    hard = np.asarray(whole) if blur else np.where(np.asarray(whole) < 128, 0, 255)
+    alike = hard == np.asarray(whole)  # we take a mask's greys for black and white unless they are asked for
+    assert np.abs(ours - theirs)[alike].max() <= (16 if padded else 2)
+    assert np.abs(ours - theirs)[alike].mean() < (2 if padded else 0.1)
+    outside = hard == 0
+    assert np.array_equal(ours[outside], np.asarray(LARGE)[outside]) and outside.mean() > 0.3
+    assert (ours != np.asarray(LARGE))[~outside].mean() > 0.5
+
+
+def test_only_masked_beside_a_controlnet(pipeline, checkpoint, tmp_path):
+    """What is followed is cut out as the picture is."""
+    net = write_controlnet("sd15", tmp_path / "net")
+    mask, followed = at(90, 50, 140, 80), smooth(75, 115, seed=2)
+    settings = pipeline("sd15").settings(
+        "a cat", image=LARGE, mask=mask, mask_padding=10, controls=[Control(net, followed)], height=64, width=64
+    )
+    left, top, right, bottom = settings.start.picture.box
+    assert (left, right) == (80, 150) and bottom - top == 70
+    expected = followed.resize(LARGE.size).crop((left, top, right, bottom)).resize((64, 64), Image.Resampling.LANCZOS)
+    assert np.array_equal(settings.legs[0].controls[0].image[0], np.asarray(expected))
+
+
+def test_a_black_mask_has_no_surroundings(pipeline):
+    with pytest.raises(UsageError, match="black everywhere"):
+        pipeline("sd15").settings("a cat", image=LARGE, mask=Image.new("L", LARGE.size), mask_padding=4)
+    with pytest.raises(UsageError, match="fit does not go with mask_padding"):
+        pipeline("sd15").settings("a cat", image=LARGE, mask=at(9, 9, 20, 20), mask_padding=4, fit="crop")
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
