@@ -1,4 +1,4 @@
-"""Parts from elsewhere than the checkpoint: a VAE in place of its own, a ControlNet."""
+"""Parts from elsewhere than the checkpoint: a VAE in place of its own, a ControlNet, an upscaler."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ..nets.pixels import PixelConfig, Pixels
 from ..nets.temporal_vae import AutoencoderKLTemporalDecoder, TemporalVAEConfig
 from ..nets.tiny import AutoencoderTiny, TinyVAEConfig
 from ..nets.unet_parts import UNetConfig
+from ..nets.upscaler import CompactConfig, RRDBConfig, RRDBNet, SRVGGNetCompact
 from ..nets.vq import VQConfig, VQModel
 from .families import VQVAE
 from .folder import Part, read_json
@@ -150,3 +151,24 @@ def find_controlnet(model: str, unet: UNetConfig, factor: int, dtype: mx.Dtype) 
             "they do not go together"
         )
     return part, config
+
+
+def load_upscaler(model: str, dtype: mx.Dtype | None) -> RRDBNet | SRVGGNetCompact:
+    """A net that enlarges pictures, strictly loaded; see `find_upscaler`.
+
+    Raises:
+        CheckpointError: it cannot be had, is damaged or not supported.
+    """
+    part, config = find_upscaler(model)
+    return part.load((RRDBNet if isinstance(config, RRDBConfig) else SRVGGNetCompact)(config), dtype)
+
+
+def find_upscaler(model: str) -> tuple[Part, RRDBConfig | CompactConfig]:
+    """Where a net that enlarges pictures is and what it is, without its weights; raises as `load_upscaler`.
+
+    model: a file, or one of a repository, `owner/name:file`.
+    """
+    file = find(model, alone=True)
+    if not of_weights(file):
+        raise CheckpointError(f"{file} is no .safetensors file; expected one of an upscaler such as Real-ESRGAN")
+    return alone.upscaler(file)

@@ -255,8 +255,9 @@ def _bytes_of(storage: Storage, places: dict[str, tuple[int, int]]) -> tuple[int
 
 
 def _weights(value: Any) -> dict[str, Tensor]:
-    """The tensors by name, of what a file holds: they themselves, a `state_dict` among a trainer's notes, a textual
-    inversion's vectors (as A1111's safetensors call them, the word being the file's name), or DDPM's list.
+    """The tensors by name, of what a file holds: they themselves, a `state_dict` or an upscaler's average among a
+    trainer's notes, a textual inversion's vectors (as A1111's safetensors call them, the word being the file's name),
+    or DDPM's list.
 
     DDIM's code saves [model, optimizer, epoch, step, moving average], with the names of DataParallel, and draws with
     the average (runners/diffusion.py).
@@ -276,8 +277,8 @@ def _weights(value: Any) -> dict[str, Tensor]:
             raise ValueError("a textual inversion should be of one word")
         found = _named(dict.fromkeys(["emb_params"], *vectors.values()))
     else:
-        inner = value.get("state_dict")
-        found = _named(inner if isinstance(inner, dict) else value)
+        inner = (value.get(name) for name in ("state_dict", "params_ema", "params"))  # the last two are BasicSR's
+        found = _named(next((tensors for tensors in inner if isinstance(tensors, dict)), value))
     if not found:
         raise ValueError("it holds no dictionary of tensors")
     for name in found:

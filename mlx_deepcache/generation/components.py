@@ -10,7 +10,7 @@ import mlx.nn as nn
 from ..backend import ops
 from ..checkpoints.adapters.applied import Addons
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.part import load_controlnet
+from ..checkpoints.part import load_controlnet, load_upscaler
 from ..checkpoints.weights import quantize, stored_bits
 from ..errors import UsageError, called
 from ..nets.controlnet import Controlled
@@ -92,6 +92,15 @@ class Components:
         picture = mx.array(control.image).astype(mx.float32) / 255
         return Controlled(self.held[name], picture, control.scale, control.start, control.end)
 
+    def upscaler(self, model: str) -> nn.Module:
+        """What enlarges pictures, ready to be used."""
+        name = upscaler_of(model)
+        if name not in self.held:
+            net = load_upscaler(model, self.dtype)
+            mx.eval(net.parameters())
+            self.held[name] = net
+        return self.held[name]
+
     def dtype_of(self, name: str) -> mx.Dtype:
         """SDXL's VAE overflows in float16, and says so in its config; for its encoder alone see `encodes_in`."""
         upcast = name == "vae" and self.checkpoint.family.upcasts_vae and self.checkpoint.vae_config.force_upcast
@@ -133,3 +142,8 @@ def _compiled(name: str) -> str:
 def name_of(control: Control) -> str:
     """What its network is held as."""
     return f"controlnet {control.model}"
+
+
+def upscaler_of(model: str) -> str:
+    """What such a network is held as."""
+    return f"upscaler {model}"

@@ -548,6 +548,12 @@ class Options:
         needs=("refiner",),
         only=(PICTURES,),
     )
+    upscale: Model | None = option(
+        None,
+        "enlarge the picture at last by this net of Real-ESRGAN's family: a .safetensors file, or owner/name:file",
+        HOW,
+        only=(PICTURES, LABELLED, FREE),
+    )
     vae_tiling: str = option(
         "auto",
         "decode large pictures in overlapping parts; auto: when memory is short",

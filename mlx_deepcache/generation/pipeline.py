@@ -25,7 +25,7 @@ from ..cache.macs import control_macs
 from ..checkpoints.adapters.applied import Addons
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.folder import read_prompts
-from ..checkpoints.part import OtherVAE, find_controlnet
+from ..checkpoints.part import OtherVAE, find_controlnet, find_upscaler
 from ..diffusion.noise import BatchNoise
 from ..errors import Failure, UsageError, called
 from ..fields import valued
@@ -36,8 +36,9 @@ from ..nets.controlnet import Controls
 from ..nets.temporal_vae import TemporalVAEConfig, decode_frames, frames_together
 from ..nets.tiling import decode_tiled, tiled
 from ..nets.unet_parts import Conditioning
+from ..nets.upscaler import upscaled
 from ..sampler import Denoiser, Progress, sample
-from .components import Components, name_of
+from .components import Components, name_of, upscaler_of
 from .conditioning import encode, label, nothing, see
 from .estimate import check_fits, estimate, together
 from .options import ModelOptions, taken
@@ -158,6 +159,8 @@ class StableDiffusion:
         unet, vae = self.checkpoint.unet_config, self.checkpoint.vae_config
         for control in settings.legs[0].controls:
             find_controlnet(control.model, unet, vae.factor, self.dtype)  # better known now than once a bar is shown
+        if settings.upscale is not None:
+            find_upscaler(settings.upscale)
         return settings
 
     def other_vae(self, model: str) -> tuple[nn.Module, mx.Dtype]:
@@ -440,7 +443,18 @@ class Generation(Iterator[Progress]):
         the picture's that they started from."""
         settings = self.settings
         for image in self.pipe._decode(self.latents, settings.vae_tiling, settings.decode_chunk, self.clock):
-            yield settings.start.paste(image[None])[0]
+            yield self._upscaled(settings.start.paste(image[None])[0])
+        if settings.upscale is not None:
+            self.pipe.models[0].release(upscaler_of(settings.upscale))
+
+    def _upscaled(self, image: np.ndarray) -> np.ndarray:
+        """(H, W, 3) uint8, enlarged if that was asked for."""
+        if self.settings.upscale is None:
+            return image
+        with self.clock.phase("load"):
+            net = self.pipe.models[0].upscaler(self.settings.upscale)
+        with self.clock.phase("decode"):
+            return upscaled(net, image, self.pipe.dtype)
 
     def decode(self) -> np.ndarray:
         """All `pictures`, (N, H, W, 3) or (N, F, H, W, 3)."""

@@ -1,8 +1,9 @@
-"""A VAE, a TAESD or a ControlNet in one safetensors file by itself, without a config, with the original names or with
-diffusers'."""
+"""A VAE, a TAESD, a ControlNet or an upscaler in one safetensors file by itself, without a config, with the original
+names or with diffusers'."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from ...errors import CheckpointError
 from ...nets.autoencoder import VAEConfig
 from ...nets.controlnet import ControlNetConfig
 from ...nets.unet_parts import UNetConfig
+from ...nets.upscaler import CompactConfig, RRDBConfig
 from ..folder import Part, Tensors
 from ..weights import read_header, read_tensors, some
 from . import names as ldm
@@ -88,6 +90,65 @@ def controlnet(file: Path, unet: UNetConfig) -> tuple[Part, ControlNetConfig]:
     }
     rename = _renamed(file, prefix, lambda name: ldm.rename(name, places))
     return Part({}, str(file), rename), ControlNetConfig(**config)
+
+
+def upscaler(file: Path) -> tuple[Part, RRDBConfig | CompactConfig]:
+    """A net of Real-ESRGAN's family, by its names or those of ESRGAN and BSRGAN, and perhaps in the dictionary that
+    training put it into.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    shapes, _, _ = read_header(file)
+    starts = ("params_ema.", "params.", "")
+    prefix = next(start for start in starts if any(name.startswith(start) for name in shapes) or not start)
+    places = _upscaler_places([name.removeprefix(prefix) for name in shapes if name.startswith(prefix)])
+    found = {new: shapes[prefix + old] for old, new in places.items()}
+    known = Shapes(file, "", found)
+    if "conv_first.weight" in found and "body.0.rdb1.conv1.weight" in found:
+        features, channels, *_ = known["conv_first.weight"]
+        growth, doublings = known["body.0.rdb1.conv1.weight"][0], known.count(r"conv_up(\d+)\.") - 1
+        shuffle = math.isqrt(channels // 3)
+        config = RRDBConfig(features, growth, known.count(r"body\.(\d+)\."), max(doublings, 0), max(shuffle, 1))
+        fits = channels == 3 * shuffle**2 and 2**config.doublings % config.shuffle == 0
+        fits = fits and known["conv_last.weight"][0] == 3
+    elif "body.0.weight" in found and "body.1.weight" in found:
+        last = known.count(r"body\.(\d+)\.") - 1
+        (features, channels, *_), drawn = known["body.0.weight"], known[f"body.{last}.weight"][0]
+        config = CompactConfig(features, last // 2 - 1, math.isqrt(drawn // 3))
+        fits = channels == 3 and drawn == 3 * config.factor**2 and config.factor > 0
+    else:
+        raise CheckpointError(
+            f"{file} is no upscaler of Real-ESRGAN's family (RRDBNet, SRVGGNetCompact): it has only "
+            f"{some(list(shapes)) or 'no tensors'}"
+        )
+    if not fits:
+        raise CheckpointError(f"{file} is an upscaler of other pictures than RGB, or of an odd scale: not supported")
+    return Part({}, str(file), _renamed(file, prefix, lambda name: places.get(name, name))), config
+
+
+_UPSCALERS = {
+    r"model\.0\.": "conv_first.",  # ESRGAN as first published
+    r"model\.1\.sub\.(\d+)\.RDB(\d)\.conv(\d)\.0\.": r"body.\1.rdb\2.conv\3.",
+    r"model\.1\.sub\.\d+\.(?=weight|bias)": "conv_body.",
+    r"RRDB_trunk\.(\d+)\.RDB(\d)\.": r"body.\1.rdb\2.",  # BSRGAN
+    r"trunk_conv\.": "conv_body.",
+    r"upconv(\d)\.": r"conv_up\1.",
+    r"HRconv\.": "conv_hr.",
+}
+
+
+def _upscaler_places(names: list[str]) -> dict[str, str]:
+    """Name -> Real-ESRGAN's. In ESRGAN's own, the last layers are numbered with what has no weights between them."""
+    numbers = sorted({int(found[1]) for name in names if (found := re.match(r"model\.(\d+)\.(?!sub)", name))})[1:]
+    last = [f"conv_up{i}" for i in range(1, len(numbers) - 1)] + ["conv_hr", "conv_last"]
+    ends = {rf"model\.{number}\.": f"{place}." for number, place in zip(numbers, last, strict=False)}
+    places = {}
+    for name in names:
+        rules = ((re.match(pattern, name), pattern, new) for pattern, new in (_UPSCALERS | ends).items())
+        rule = next(((pattern, new) for found, pattern, new in rules if found), None)
+        places[name] = name if rule is None else re.sub(*rule, name, count=1)
+    return places
 
 
 def _renamed(file: Path, prefix: str, rename: Callable[[str], str]) -> Callable[[], Tensors]:
