@@ -144,6 +144,6 @@ def name_of(control: Control) -> str:
     return f"controlnet {control.model}"
 
 
-def upscaler_of(model: str) -> str:
-    """What such a network is held as."""
+def upscaler_of(model: str | None) -> str:
+    """What such a network is held as, if there is one."""
     return f"upscaler {model}"

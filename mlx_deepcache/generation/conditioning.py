@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -51,9 +52,17 @@ def encode(
     if not all(shown):
         factor = mx.array(shown).astype(context.dtype)
         context, pooled = context * factor[:, None, None], pooled * factor[:, None]
-    wanted = [False] * len(negatives) + [True] * len(prompts)
+    return at_size(Conditioning(context, pooled), family, size, len(prompts))
+
+
+def at_size(cond: Conditioning, family: Family, size: tuple[int, int], prompts: int) -> Conditioning:
+    """The same for pictures of another (height, width), which some U-Nets are told; prompts: how many there are beside
+    negatives."""
+    if family.time_ids is None:
+        return cond
+    wanted = [False] * (len(cond.context) - prompts) + [True] * prompts
     time_ids = mx.array([family.time_ids(*size, good) for good in wanted], dtype=mx.float32)
-    return Conditioning(context, pooled, time_ids)
+    return replace(cond, time_ids=time_ids)
 
 
 def label(embedding: LabelEmbedding, number: int, pictures: int, *, guided: bool) -> Conditioning:

@@ -126,7 +126,7 @@ def estimate(
         peaks[name] = max(peaks[name], sum(inside.values()) + beside)
         held.update(inside if keep else {})
 
-    h, w, _ = settings.latent_shape
+    h, w = settings.latent_size(settings.legs[-1])
     checkpoint, keep = models[0].checkpoint, models[0].keep
     if 2 * n * h * w * checkpoint.vae_config.factor**2 >= INDICES:
         return dict.fromkeys(peaks, ENDLESS)
@@ -136,7 +136,11 @@ def estimate(
     for drawn in settings.legs:
         leg, model = drawn.model, models[drawn.model]
         config, dtype = model.checkpoint.unet_config, model.dtype
-        x = (n if low_memory or drawn.guidance_scale is None else 2 * n, *drawn.frames, h, w)
+        size = settings.latent_size(drawn)
+        if drawn.redraws:
+            phase("decode", {(0, "vae"): _vae_decoder(vae, vae_dtype, settings.latent_shape[:2])}, keep)
+            phase("encode", {(0, "vae"): _vae_encoder(vae, models[0].encodes_in, *size)}, keep)
+        x = (n if low_memory or drawn.guidance_scale is None else 2 * n, *drawn.frames, *size)
         tokens = 1 if model.checkpoint.family.labelled is not None else TOKENS
         unet = {(leg, "unet"): _unet(config, dtype, model.bits_of("unet"), x, settings.cache.branch, tokens)}
         encoders = {name: model.checkpoint.module(name).config for name in model.checkpoint.family.encoders}

@@ -43,8 +43,9 @@ if TYPE_CHECKING:
 PICTURE, MODEL, HOW = "what to draw", "which model draws it", "how it is drawn"
 VIDEO = "videos (of a picture: --model svd --image FILE; of a prompt: --frames N)"
 START, CONTROL, REFINER = "from a picture", "ControlNet (repeat the flags for several)", "SDXL refiner"
+HIRES = "hires fix: draw small, enlarge, and draw over it"
 MACHINE, CACHE, FILES = "precision, speed and memory", "caches: the same picture, nearly, in less time", "files"
-GROUPS = (PICTURE, MODEL, START, VIDEO, CONTROL, REFINER, HOW, MACHINE, CACHE)
+GROUPS = (PICTURE, MODEL, START, HIRES, VIDEO, CONTROL, REFINER, HOW, MACHINE, CACHE)
 
 PICTURES, VIDEOS, CLIPS = "pictures", "videos", "videos of a prompt"  # that are drawn
 LABELLED, FREE = "pictures of a class", "pictures without a prompt"
@@ -67,6 +68,15 @@ A1111_SAMPLERS = {
     "ddpm": "DDPM",
 }
 A1111_RNGS = {"torch": "CPU", "torch-cuda": "NV", "mlx": "MLX"}
+A1111_UPSCALERS = {
+    "latent": "Latent",
+    "latent-antialias": "Latent (antialiased)",
+    "latent-bicubic": "Latent (bicubic)",
+    "latent-bicubic-antialias": "Latent (bicubic antialiased)",
+    "latent-nearest": "Latent (nearest)",
+    "latent-nearest-exact": "Latent (nearest-exact)",
+    "lanczos": "Lanczos",
+}
 MOST_LAYERS = 32  # of the largest text encoder
 A1111_SKIPS = {layers: str(layers + 1) for layers in range(MOST_LAYERS)}  # counts the last layer too
 
@@ -464,6 +474,51 @@ class Options:
         START,
         choices=FITS,
         needs=("image", "controls"),
+    )
+    hires_scale: float | None = option(
+        None,
+        "draw at --height and --width, make that so many times larger, such as 2, and draw over it",
+        HIRES,
+        check=Check("a number above 1", lambda value: value > 1),
+        only=(PICTURES,),
+        a1111="Hires upscale",
+    )
+    hires_steps: int | None = option(
+        None,
+        "how many are run then, A1111's 'Hires steps'; default: as many as --steps",
+        HIRES,
+        check=at_least(1),
+        needs=("hires_scale",),
+        only=(PICTURES,),
+        a1111="Hires steps",
+    )
+    hires_strength: float | None = option(
+        None,
+        "how much they change, in (0, 1], A1111's 'Denoising strength'; default 0.7",
+        HIRES,
+        check=SHARE,
+        needs=("hires_scale",),
+        only=(PICTURES,),
+        a1111="Denoising strength",
+    )
+    hires_upscaler: str | None = option(
+        None,
+        "what is enlarged, and how: latents (default: latent, that is bilinear), or the picture; one of "
+        + ", ".join(A1111_UPSCALERS),
+        HIRES,
+        metavar="NAME",
+        choices=tuple(A1111_UPSCALERS),
+        needs=("hires_scale",),
+        only=(PICTURES,),
+        a1111="Hires upscaler",
+        a1111_values=A1111_UPSCALERS,
+    )
+    hires_net: Model | None = option(
+        None,
+        "enlarge the picture by a net as --upscale has it, and by lanczos to the size that is asked for",
+        HIRES,
+        needs=("hires_scale",),
+        only=(PICTURES,),
     )
     frames: int | None = option(
         None,

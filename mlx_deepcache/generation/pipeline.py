@@ -39,14 +39,14 @@ from ..nets.unet_parts import Conditioning
 from ..nets.upscaler import upscaled
 from ..sampler import Denoiser, Progress, sample
 from .components import Components, name_of, upscaler_of
-from .conditioning import encode, label, nothing, see
+from .conditioning import at_size, encode, label, nothing, see
 from .estimate import check_fits, estimate, together
 from .options import ModelOptions, taken
 from .preview import LatentRGB, fitted, latent_rgb
 from .prompts import parse
 from .report import Clock, dtype_name, stats
 from .settings import Leg, Settings, settings_for
-from .starts import Started, take_latents
+from .starts import Draw, Started, take_latents
 from .tags import NamedLoras, note_only_text, note_unknown, take_loras
 
 
@@ -159,8 +159,8 @@ class StableDiffusion:
         unet, vae = self.checkpoint.unet_config, self.checkpoint.vae_config
         for control in settings.legs[0].controls:
             find_controlnet(control.model, unet, vae.factor, self.dtype)  # better known now than once a bar is shown
-        if settings.upscale is not None:
-            find_upscaler(settings.upscale)
+        for net in filter(None, (settings.upscale, settings.hires_net)):
+            find_upscaler(net)
         return settings
 
     def other_vae(self, model: str) -> tuple[nn.Module, mx.Dtype]:
@@ -364,7 +364,7 @@ class Generation(Iterator[Progress]):
                 [partial(self._run_encoder, components, name) for name in names],
                 settings.prompts,
                 None if leg.guidance_scale is None else [settings.negative_prompt] * len(settings.prompts),
-                size=(settings.height, settings.width),
+                size=settings.size(leg),
                 zeros_for_none=bool(checkpoint.index.get("force_zeros_for_empty_prompt", True)),
                 family=checkpoint.family,
                 prompt_2=settings.prompt_2,
@@ -411,8 +411,30 @@ class Generation(Iterator[Progress]):
         components.release(name)
         return cond
 
-    def sample(self, leg: Leg, components: Components, cond: Conditioning, started: Started) -> Iterator[Progress]:
-        """A leg's steps."""
+    def _draw(self, leg: Leg) -> Draw:
+        """The batch's noise for a leg; of another size it is drawn from the seeds anew."""
+        if leg.scale == 1:
+            return self.noise
+        settings = self.settings
+        self._noise = BatchNoise(settings.rng, list(settings.seeds))
+        return partial(self.noise, (*settings.latent_size(leg), settings.latent_shape[-1]))
+
+    def _redraw(
+        self, latents: mx.array, net: str | None, change: Callable[[np.ndarray], np.ndarray], draw: Draw
+    ) -> mx.array:
+        """See `starts.Redraw`."""
+        settings, components = self.settings, self.pipe.models[0]
+        spread, changed = draw() if components.checkpoint.vae_config.spreads else None, []
+        for number, image in enumerate(self.pipe._decode(latents, settings.vae_tiling, None, self.clock)):
+            pixels = mx.array(change(self._upscaled(image, net)))[None].astype(mx.float32) / 255 * 2 - 1
+            changed.append(self._encoded(pixels, None if spread is None else spread[number : number + 1]))
+        components.release("vae", upscaler_of(net))
+        return mx.concatenate(changed)
+
+    def sample(
+        self, leg: Leg, components: Components, cond: Conditioning, started: Started, draw: Draw | None = None
+    ) -> Iterator[Progress]:
+        """A leg's steps; draw: the noise that some solvers add."""
         with self.clock.phase("load"):
             unet, nets = components.to_run("unet"), [components.controlled(control) for control in leg.controls]
         with self.clock.phase("denoise"):
@@ -428,7 +450,7 @@ class Generation(Iterator[Progress]):
                 inner=leg.attend,
                 in_turn=self.pipe.low_memory,
             )
-        with closing(sample(denoiser, started.x, self.settings.cache, self.noise, started.keep)) as steps:
+        with closing(sample(denoiser, started.x, self.settings.cache, draw or self.noise, started.keep)) as steps:
             while True:
                 with self.clock.phase("denoise"):
                     progress = next(steps, None)
@@ -443,16 +465,15 @@ class Generation(Iterator[Progress]):
         the picture's that they started from."""
         settings = self.settings
         for image in self.pipe._decode(self.latents, settings.vae_tiling, settings.decode_chunk, self.clock):
-            yield self._upscaled(settings.start.paste(image[None])[0])
-        if settings.upscale is not None:
-            self.pipe.models[0].release(upscaler_of(settings.upscale))
+            yield self._upscaled(settings.start.paste(image[None])[0], settings.upscale)
+        self.pipe.models[0].release(upscaler_of(settings.upscale))
 
-    def _upscaled(self, image: np.ndarray) -> np.ndarray:
-        """(H, W, 3) uint8, enlarged if that was asked for."""
-        if self.settings.upscale is None:
+    def _upscaled(self, image: np.ndarray, model: str | None) -> np.ndarray:
+        """(H, W, 3) uint8, enlarged by a net, if there is one."""
+        if model is None:
             return image
         with self.clock.phase("load"):
-            net = self.pipe.models[0].upscaler(self.settings.upscale)
+            net = self.pipe.models[0].upscaler(model)
         with self.clock.phase("decode"):
             return upscaled(net, image, self.pipe.dtype)
 
@@ -468,18 +489,22 @@ class Generation(Iterator[Progress]):
     def _run(self) -> Iterator[Progress]:
         self.pipe.use_loras(self.pipe.checkpoint, self._loras)
         started, progress = self.prepare_latents(), None
-        reached, legs = [started.x], self.settings.legs
+        settings, reached, legs = self.settings, [started.x], self.settings.legs
         for number, leg in enumerate(legs):
             components, first = self.pipe.models[leg.model], len(self.steps)
+            draw = self._draw(leg)
             if number:
-                started = Started(leg.start(reached, self.noise))
+                started = Started(leg.start(reached, draw, self._redraw))
             if not number or legs[number - 1].model != leg.model:
                 cond = self.encode(number)
-            for taken_step in self.sample(leg, components, cond, started):
+            elif legs[number - 1].scale != leg.scale:
+                cond = at_size(cond, components.checkpoint.family, settings.size(leg), len(settings.seeds))
+            for taken_step in self.sample(leg, components, cond, started, draw):
                 progress = replace(taken_step, index=first + taken_step.index)
                 yield progress
             reached.append(progress.latents)
-            if leg is legs[-1] or legs[number + 1].model != leg.model:
+            following = None if leg is legs[-1] else legs[number + 1]
+            if following is None or following.model != leg.model or following.redraws:
                 components.release("unet", *map(name_of, leg.controls))
         if not mx.isfinite(progress.latents).all():
             raise Failure(
@@ -514,6 +539,11 @@ class Generation(Iterator[Progress]):
     def _encode_picture(self, picture: mx.array, noise: mx.array | None) -> mx.array:
         """picture: (1, H, W, 3) in [-1, 1], or one for each of the batch; noise: see `AutoencoderKL.encode` -> the
         batch's latents, (N, h, w, C)."""
+        latents = self._encoded(picture, noise)
+        return mx.broadcast_to(latents, (len(self.settings.seeds), *latents.shape[1:]))
+
+    def _encoded(self, picture: mx.array, noise: mx.array | None) -> mx.array:
+        """The same without repeating one picture's."""
         components = self.pipe.models[0]
         with self.clock.phase("load"):
             vae, own, dtype = components.network("vae"), components.dtype_of("vae"), components.encodes_in
@@ -524,8 +554,7 @@ class Generation(Iterator[Progress]):
             if dtype != own:  # exactly what they were
                 mx.eval(latents)
                 vae.set_dtype(own)
-            shape = len(self.settings.seeds), *self.settings.latent_shape[-3:]
-            latents = mx.broadcast_to(latents.astype(mx.float32), shape)
+            latents = latents.astype(mx.float32)
             if not mx.isfinite(latents).all():
                 raise Failure(
                     f"the VAE's latents hold NaN or infinite values in {dtype_name(dtype)}; try "

@@ -71,6 +71,8 @@ def parameters_text(settings: dict) -> str:
         if o.a1111 is not None and value not in (None, []):
             value = " + ".join(value) if isinstance(value, list) else value
             pairs[o.a1111] = value if o.a1111_values is None else o.a1111_values[value]
+    if settings.get("hires_net"):
+        pairs["Hires upscaler"] = Path(settings["hires_net"]).stem
     if settings.get("mask_padding") is not None:
         pairs["Inpaint area"] = "Only masked"
     if hashes := settings.get("lora_hashes"):
@@ -202,8 +204,10 @@ def from_a1111(text: str, file: Path, loras: str | None = None) -> tuple[dict, l
                 stacklevel=3,
             )
         pairs["RNG"] = A1111_RNGS["torch" if on_cpu else "torch-cuda"]
+    said = {o.name for o in options_of(Options) if o.a1111 in pairs and not o.needs}
     for o in options_of(Options):
-        if o.a1111 in pairs and not o.needs and (o.nargs is not None or not o.many):
+        known = not o.needs or said & set(o.needs)  # which of two has a name that both have
+        if o.a1111 in pairs and known and (o.nargs is not None or not o.many):
             value = pairs.pop(o.a1111)
             ours = {theirs.lower(): our for our, theirs in (o.a1111_values or {}).items()}
             settings[o.key] = ours.get(value.lower(), value)

@@ -98,8 +98,7 @@ def _macs(settings: Settings, models: Sequence[Components], steps: Sequence[Prog
     for leg in settings.legs:
         components = models[leg.model]
         own, first = steps[first : first + len(leg.plan.steps)], first + len(leg.plan.steps)
-        factor = components.checkpoint.vae_config.factor
-        size = (*leg.frames, settings.height // factor, settings.width // factor)
+        size = (*leg.frames, *settings.latent_size(leg))
         unet, branch = components.checkpoint.module("unet"), settings.cache.branch
         work = [call for step in own for call in step.work]
         batch = len(settings.seeds) * (1 if leg.guidance_scale is None else 2)

@@ -27,11 +27,24 @@ from ..media.video import read_frames
 from ..nets.attend import compute, to_first_frame
 from .labels import number_of
 from .options import CLIPS, FREE, LABELLED, PICTURES, VIDEO, VIDEOS, Control, Options, option_of, options_of, taken
-from .starts import Draw, FirstFrame, FromNoise, FromPicture, Moved, SameNoise, go_on, read_latents, take_latents
+from .starts import (
+    Draw,
+    Enlarged,
+    FirstFrame,
+    FromNoise,
+    FromPicture,
+    Moved,
+    Redraw,
+    SameNoise,
+    go_on,
+    read_latents,
+    take_latents,
+)
 
 DEFAULT_INTERVAL = 3
 FEWEST_STEPS_TO_CACHE = 10  # below this, steps differ too much for features to be reused
 DEFAULT_HANDOVER = 0.8
+DEFAULT_HIRES = 0.7  # strength, as A1111 has it
 VIDEO_MULTIPLE = 64  # pixels, of the sides of a video that are chosen for it
 DDIM = "ddim"  # draws videos of a prompt, and with what its own code can be asked for
 CLIP_FPS = 4
@@ -42,18 +55,25 @@ CLIP_LEVELS = 0.88, 0.94  # shares of the steps that follow t0 and t1
 @dataclass(frozen=True)
 class Leg:
     """A share of the steps, with caches of its own. model: which one takes them, 0, or 1 for the refiner; start: what
-    a later leg starts from; frames: (F,) of a video, else (); attend: how attention layers are run; guidance_scale:
-    applied to the U-Net's outputs, of Stable Video Diffusion's one a frame, or None where it is run as it is; told: the
-    scale that an LCM's U-Net is told instead; controls: ControlNets, their pictures read and fitted."""
+    a later leg starts from; frames: (F,) of a video, else (); scale: of the picture's sides, to the settings' own;
+    where it is not 1, noise is drawn from the seeds anew; attend: how attention layers are run; guidance_scale: applied
+    to the U-Net's outputs, of Stable Video Diffusion's one a frame, or None where it is run as it is; told: the scale
+    that an LCM's U-Net is told instead; controls: ControlNets, their pictures read and fitted."""
 
     plan: Plan
     guidance_scale: float | tuple[float, ...] | None
     told: float | None = None
     controls: tuple[Control, ...] = ()
     model: int = 0
-    start: Callable[[Sequence[mx.array], Draw], mx.array] = go_on
+    start: Callable[[Sequence[mx.array], Draw, Redraw], mx.array] = go_on
     frames: tuple[int, ...] = ()
+    scale: float = 1
     attend: Callable[..., mx.array] = compute
+
+    @property
+    def redraws(self) -> bool:
+        """Whether it starts from a picture of what the one before it drew."""
+        return isinstance(self.start, Enlarged) and self.start.how is None
 
 
 @dataclass(frozen=True)
@@ -95,6 +115,16 @@ class Settings:
         """Of the latents that the batch starts from, (N, h, w, C) or, where all frames are there, (N, F, h, w, C)."""
         return len(self.seeds), *self.legs[0].frames, *self.latent_shape
 
+    def latent_size(self, leg: Leg) -> tuple[int, int]:
+        """(h, w) of a leg's latents."""
+        height, width, _ = self.latent_shape
+        return grown(height, leg.scale), grown(width, leg.scale)
+
+    def size(self, leg: Leg) -> tuple[int, int]:
+        """(height, width) of its pictures."""
+        factor = self.height // self.latent_shape[0]
+        return tuple(factor * side for side in self.latent_size(leg))
+
     def __getattr__(self, name: str) -> Any:
         if name == "options" or name.startswith("__"):  # while it is copied there is none yet
             raise AttributeError(name)
@@ -105,6 +135,11 @@ class Settings:
         seeds = self.seeds[rows]
         noise = None if self.noise is None else self.noise[rows]
         return replace(self, prompts=(prompt,) * len(seeds), seeds=seeds, noise=noise)
+
+
+def grown(side: int, scale: float) -> int:
+    """So many times as long, in whole latents."""
+    return round(side * scale)
 
 
 def settings_for(
@@ -178,10 +213,12 @@ def settings_for(
             given, fit = around(picture, mask, height, width, asked.mask_padding, asked.mask_blur), "pad"
             followed = [[image.resize(picture.size).crop(given.box) for image in pictures] for pictures in followed]
         start = FromPicture(given, strength, checkpoint.inpainting)
-    controls = tuple(
-        replace(control, image=np.stack([source(image, None, height, width, fit).image for image in pictures]))
-        for control, pictures in zip(asked.controls, followed, strict=True)
-    )
+
+    def controls(height: int, width: int) -> tuple[Control, ...]:
+        return tuple(
+            replace(control, image=np.stack([source(image, None, height, width, fit).image for image in pictures]))
+            for control, pictures in zip(asked.controls, followed, strict=True)
+        )
 
     models = [checkpoint] if refiner is None else [checkpoint, refiner]
     plans = [schedule.plan(steps, left_out, stop), *([] if second is None else [second])]
@@ -191,13 +228,17 @@ def settings_for(
         else Leg(plan, _guidance(scale, said), model=number)
         for number, (model, plan) in enumerate(zip(models, plans, strict=True))
     ]
-    legs[0] = replace(legs[0], controls=controls)  # a ControlNet is for the base model
+    legs[0] = replace(legs[0], controls=controls(height, width))  # a ControlNet is for the base model
     if kind == VIDEOS:
         legs[0] = replace(legs[0], frames=(said["frames"],))
     elif kind == CLIPS and not moved:
         legs[0] = replace(legs[0], frames=(said["frames"],), attend=to_first_frame)
     elif kind == CLIPS:
         legs = _loops(legs[0], schedule, said)
+    if asked.hires_scale is not None:
+        said, factor = _of_hires(asked, steps, refiner), checkpoint.vae_config.factor
+        over = _over(legs[0], schedule, said, height, width, factor)
+        legs.append(replace(over, controls=controls(over.start.height * factor, over.start.width * factor)))
     run = len(plans[0].steps) if left_out else steps
     here = {"steps": run, "scheduler": schedule.name, "guidance_scale": scale, "height": height, "width": width}
     cache, choice = _cache(checkpoint, asked, models, legs, here, off=steps - left_out < FEWEST_STEPS_TO_CACHE)
@@ -327,6 +368,51 @@ def _of_clip(asked: Options, steps: int) -> dict[str, Any]:
         raise UsageError(f"{names} should rise from one to the next, got {t0}, {t1} and {steps}")
     fps, motion = asked.fps or CLIP_FPS, asked.motion or CLIP_MOTION
     return {"frames": asked.frames, "fps": fps, "motion": motion, "t0": t0, "t1": t1}
+
+
+def _of_hires(asked: Options, steps: int, refiner: Checkpoint | None) -> dict[str, Any]:
+    """What is said of a second pass over what was drawn small.
+
+    Raises:
+        UsageError: for what does not go with it.
+    """
+    scale = called("hires_scale")
+    if asked.image is not None:
+        raise UsageError(f"{scale} enlarges what is drawn from a prompt alone: leave out {called('image')}")
+    if refiner is not None:
+        raise UsageError(f"{scale} and a refiner do not go together; refine the result as another's {called('image')}")
+    upscaler = asked.hires_upscaler or ("latent" if asked.hires_net is None else "lanczos")
+    if asked.hires_net is not None and upscaler != "lanczos":
+        latents = called("hires_upscaler", upscaler)
+        raise UsageError(f"{called('hires_net')} enlarges the picture, and {latents} its latents; leave one out")
+    strength = DEFAULT_HIRES if asked.hires_strength is None else asked.hires_strength
+    return {
+        "hires_scale": asked.hires_scale,
+        "hires_steps": asked.hires_steps or steps,
+        "hires_strength": strength,
+        "hires_upscaler": upscaler,
+        "hires_net": asked.hires_net,
+    }
+
+
+def _over(first: Leg, schedule: NoiseSchedule, said: dict, height: int, width: int, factor: int) -> Leg:
+    """The second pass: the last steps of as many more as make them this share of all, as A1111 counts."""
+    run, upscaler = said["hires_steps"], said["hires_upscaler"]
+    total = int(run / said["hires_strength"])
+    try:
+        plan = schedule.plan(total, total - run)
+    except UsageError as error:
+        steps, strength = called("hires_steps", run), called("hires_strength", said["hires_strength"])
+        raise UsageError(f"{steps} at {strength} are the last of {total}: {error}") from None
+    how = None if upscaler == "lanczos" else _LATENT[upscaler]
+    size = (grown(side // factor, said["hires_scale"]) for side in (height, width))
+    start = Enlarged(how, *size, factor, plan.steps[0].here, said["hires_net"])
+    return replace(first, plan=plan, start=start, scale=said["hires_scale"])
+
+
+_LATENT = {"latent": "bilinear", "latent-antialias": "bilinear-antialias"} | {
+    f"latent-{how}": how for how in ("bicubic", "bicubic-antialias", "nearest", "nearest-exact")
+}
 
 
 def _loops(whole: Leg, schedule: NoiseSchedule, said: dict) -> list[Leg]:
@@ -468,8 +554,11 @@ def _cache(
             try:
                 caches.check(leg.plan, legs[0].guidance_scale is not None)
             except UsageError as error:
+                n = len(leg.plan.steps)
+                if asked.hires_scale is not None:
+                    which = "first" if leg is legs[0] else "second"
+                    raise UsageError(f"the {which} pass has {n} steps, with a cache of its own: {error}") from None
                 if leg.model == legs[-1].model and leg is not legs[-1]:
-                    n = len(leg.plan.steps)
                     raise UsageError(f"{CLIPS} begin with {n} steps that have a cache of their own: {error}") from None
                 raise
         if caches.branch >= branches:

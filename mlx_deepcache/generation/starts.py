@@ -9,13 +9,15 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from PIL import Image
 
 from ..checkpoints.weights import read_tensors
 from ..diffusion.levels import Level
 from ..diffusion.schedule import Plan
 from ..errors import CheckpointError, UsageError
 from ..fields import valued
-from ..media.pictures import Given
+from ..media.pictures import Given, fit
+from ..media.resample import resample
 
 Draw = Callable[..., mx.array]
 """Standard normal noise for the batch, (N, h, w, C) or, for a video, (N, F, h, w, C), other at each call; of another
@@ -135,12 +137,42 @@ class SameNoise:
         return images
 
 
+Redraw = Callable[[mx.array, str | None, Callable[[np.ndarray], np.ndarray], Draw], mx.array]
+"""Latents (N, h, w, C), decoded, their pictures (H, W, 3) uint8 enlarged by a network, if one is named, changed by a
+function, and encoded again with draws of noise for the encoder's spread."""
+
 MOTION_GRID = 512  # pixels along both sides of the picture that motion is measured in
 
 
-def go_on(reached: Sequence[mx.array], draw: Draw) -> mx.array:
+def go_on(reached: Sequence[mx.array], draw: Draw, redraw: Redraw) -> mx.array:
     """A later leg's start: where the one before it ended."""
     return reached[-1]
+
+
+@dataclass(frozen=True)
+class Enlarged:
+    """A later leg's start: where the one before it ended, at another size and with noise again, as A1111's hires fix
+    has it. how: to the latents, see `media.resample`, or None for the picture, by Lanczos' filter after what `net`, a
+    network that enlarges, makes of it; height, width: of the latents; factor: pixels along one side of one; level:
+    where the leg begins."""
+
+    how: str | None
+    height: int
+    width: int
+    factor: int
+    level: Level
+    net: str | None = None
+
+    def __call__(self, reached: Sequence[mx.array], draw: Draw, redraw: Redraw) -> mx.array:
+        """-> (N, height, width, C)."""
+        if self.how is not None:
+            clean = mx.array(resample(np.array(reached[-1]), self.height, self.width, self.how))
+        else:
+            clean = redraw(reached[-1], self.net, self._fitted, draw)
+        return self.level.alpha * clean + self.level.sigma * draw()
+
+    def _fitted(self, picture: np.ndarray) -> np.ndarray:
+        return np.asarray(fit(Image.fromarray(picture), self.height * self.factor, self.width * self.factor))
 
 
 @dataclass(frozen=True)
@@ -156,7 +188,7 @@ class Moved:
     motion: tuple[float, float]
     kept: float
 
-    def __call__(self, reached: Sequence[mx.array], draw: Draw) -> mx.array:
+    def __call__(self, reached: Sequence[mx.array], draw: Draw, redraw: Redraw) -> mx.array:
         """-> (N, F, h, w, C)."""
         began, ended = reached[-2:]
         moved = mx.stack([moved_by(ended, *(k * m for m in self.motion)) for k in range(1, self.frames)], axis=1)

@@ -256,8 +256,10 @@ def test_forge():
         "width": "832",
         "height": "1216",
         "rng": "torch-cuda",
+        "hires_scale": "1.5",
+        "hires_strength": "0.3",
     }
-    others = ["Denoising strength", "Hires upscale", "ADetailer prompt", "Hashes", "Civitai resources"]
+    others = ["ADetailer prompt", "Hashes", "Civitai resources"]
     assert unknown == ["Model hash", "Model", *others, "Beta schedule alpha", "Version", "Template"]
 
 
