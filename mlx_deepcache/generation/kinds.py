@@ -151,6 +151,22 @@ def _told_motion(motion: tuple[float, float]) -> str:
     return ",".join(str(distance).removesuffix(".0") for distance in motion)
 
 
+def _take_sides(value: Any) -> tuple[int, int, int, int]:
+    """One number is all sides'."""
+    if isinstance(value, str):
+        sides = tuple(map(int, value.split(",")))
+    else:
+        sides = tuple(map(_exactly(Real, int), value if isinstance(value, (tuple, list)) else [value]))
+    sides = sides * 4 if len(sides) == 1 else sides
+    if len(sides) != 4 or min(sides) < 0 or not any(sides):
+        raise ValueError
+    return sides
+
+
+def _told_sides(sides: tuple[int, ...]) -> str:
+    return ",".join(map(str, sides))
+
+
 def _pair(item: Any) -> tuple[Path, Any]:
     file, second = item if isinstance(item, tuple) else (item, None)
     return Path(file), second
@@ -235,6 +251,9 @@ KINDS = {
     ),
     "Label": Kind("a class's number or name", "N|NAME", _label, _take_label),
     "Motion": Kind("two numbers, X,Y", "X,Y", _take_motion, _take_motion, _told_motion),
+    "Sides": Kind(
+        "pixels, 0 or more: one number, or LEFT,TOP,RIGHT,BOTTOM", "N|L,T,R,B", _take_sides, _take_sides, _told_sides
+    ),
     "Policy": Kind(
         "one of the policies, such as DeepCache(interval=3), or its text",
         "NAME[:key=value,...]",

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     Embedding = File | tuple[File, str | None]
     Motion = tuple[float, float]
     Label = int | str
+    Sides = tuple[int, int, int, int]
     Policy = CachingPolicy | str
 
 PICTURE, MODEL, HOW = "what to draw", "which model draws it", "how it is drawn"
@@ -438,6 +439,13 @@ class Options:
     mask: Picture | None = option(
         None, "change it only where this one is white", START, needs=("image",), only=(PICTURES, LABELLED, FREE)
     )
+    outpaint: Sides | None = option(
+        None,
+        "make the picture larger by so many of its pixels on each side, and draw what is there",
+        START,
+        needs=("image",),
+        only=(PICTURES, LABELLED, FREE),
+    )
     mask_blur: float = option(
         0.0,
         "soften the mask's edge over about so many pixels (0)",
@@ -445,7 +453,7 @@ class Options:
         metavar="PX",
         check=Check("a number of pixels from 0 to 256", lambda value: 0 <= value <= 256),
         only=(PICTURES, LABELLED, FREE),
-        needs=("mask",),
+        needs=("mask", "outpaint"),
         a1111="Mask blur",
     )
     mask_padding: int | None = option(
@@ -456,7 +464,7 @@ class Options:
         metavar="PX",
         check=at_least(0),
         only=(PICTURES, LABELLED, FREE),
-        needs=("mask",),
+        needs=("mask", "outpaint"),
         a1111="Masked area padding",
     )
     strength: float | None = option(

@@ -22,7 +22,7 @@ from ..checkpoints.folder import find_prices
 from ..diffusion.schedule import NoiseSchedule, Plan
 from ..errors import UsageError, called
 from ..fields import unicode_text, valued
-from ..media.pictures import FITS, around, read_mask, read_picture, size_for, source
+from ..media.pictures import FITS, around, extended, read_mask, read_picture, rounded, size_for, source
 from ..media.video import read_frames
 from ..nets.attend import compute, to_first_frame
 from .labels import number_of
@@ -186,11 +186,16 @@ def settings_for(
     fit = None if picture is None and not followed else asked.fit or FITS[0]
     if picture is not None:
         picture = read_picture(picture)
+    mask = None if asked.mask is None else read_mask(asked.mask)
+    if asked.outpaint is not None:
+        picture, mask = extended(picture, mask, asked.outpaint)
     if asked.mask_padding is not None:
         if asked.fit is not None:
             name, padding = called("fit"), called("mask_padding")
             raise UsageError(f"{name} does not go with {padding}: what is drawn is cut out in its proportions")
         height, width = _size(checkpoint, asked)
+    elif asked.outpaint is not None and asked.height is None and asked.width is None:  # its pixels are to stay
+        height, width = (rounded(side, checkpoint.multiple) for side in (picture.height, picture.width))
     else:
         height, width = _size(
             checkpoint, asked, *([] if picture is None else [picture]), *(pictures[0] for pictures in followed)
@@ -206,7 +211,6 @@ def settings_for(
     elif kind == LABELLED:
         said = {"class_label": number_of(asked.class_label, checkpoint.labels)}
     if picture is not None and not checkpoint.video:
-        mask = None if asked.mask is None else read_mask(asked.mask)
         if asked.mask_padding is None:
             given = source(picture, mask, height, width, fit, asked.mask_blur)
         else:
@@ -487,7 +491,8 @@ def _schedule(checkpoint: Checkpoint, asked: Options, moved: bool) -> NoiseSched
 
 def _share(checkpoint: Checkpoint, steps: int, asked: Options) -> tuple[float | None, int]:
     """The strength, and how many steps are left out at the start."""
-    if checkpoint.inpainting and (asked.image is None or asked.mask is None):
+    masked = asked.mask is not None or asked.outpaint is not None
+    if checkpoint.inpainting and not (asked.image is not None and masked):
         lacking = "an image and a mask" if asked.image is None else "a mask beside the image"
         raise UsageError(f"this model fills in parts of a picture: it needs {lacking}")
     if asked.image is None or checkpoint.video:
@@ -497,7 +502,7 @@ def _share(checkpoint: Checkpoint, steps: int, asked: Options) -> tuple[float | 
     strength = asked.strength
     if strength is None:
         family = checkpoint.family
-        strength = family.strength if asked.mask is None else family.inpainting_strength
+        strength = family.inpainting_strength if masked else family.strength
     run = min(int(steps * strength), steps)
     if run < 1:
         raise UsageError(
@@ -528,7 +533,7 @@ def _handover(
     schedule: NoiseSchedule, refiner: Checkpoint, steps: int, start: int, share: float, asked: Options
 ) -> tuple[int, Plan]:
     """The step at which the base model stops, and the refiner's plan."""
-    if asked.mask is not None:
+    if asked.mask is not None or asked.outpaint is not None:
         raise UsageError(f"a mask and a refiner do not go together; refine the result as another's {called('image')}")
     its = _schedule(refiner, asked, False)
     stop, first = schedule.handover(steps, share), its.handover(steps, share)

@@ -146,13 +146,14 @@ def size_for(
         height = math.sqrt(math.prod(native) * used)
         width = height / used
     elif height is None:
-        return _rounded(width * used, multiple), width
+        return rounded(width * used, multiple), width
     else:
-        return height, _rounded(height / used, multiple)
-    return _rounded(height, multiple), _rounded(width, multiple)
+        return height, rounded(height / used, multiple)
+    return rounded(height, multiple), rounded(width, multiple)
 
 
-def _rounded(side: float, multiple: int) -> int:
+def rounded(side: float, multiple: int) -> int:
+    """The nearest multiple that is a size."""
     return max(multiple, round(side / multiple) * multiple)
 
 
@@ -190,10 +191,7 @@ def source(picture: Image.Image, mask: Image.Image | None, height: int, width: i
     Raises:
         UsageError: the size is too large.
     """
-    if height * width > MOST_PIXELS:
-        raise UsageError(
-            f"{width} x {height} pixels are more than the {MOST_PIXELS:,} that a picture can be resized to"
-        )
+    check_pixels(height, width)
     soft = None
     if mask is not None:
         if mask.size != picture.size and how != "stretch":
@@ -203,6 +201,34 @@ def source(picture: Image.Image, mask: Image.Image | None, height: int, width: i
             soft = np.asarray(grey).astype(np.float32) / 255
         mask = np.asarray(grey).astype(np.float32) / 255 >= 0.5
     return Given(np.asarray(fit(picture, height, width, how)), mask, soft)
+
+
+def extended(
+    picture: Image.Image, mask: Image.Image | None, sides: tuple[int, int, int, int]
+) -> tuple[Image.Image, Image.Image]:
+    """A picture made larger on its (left, top, right, bottom) side by so many pixels, its edges repeated, and the mask
+    with white there.
+
+    Raises:
+        UsageError: it would be too large.
+    """
+    left, top, right, bottom = sides
+    width, height = picture.width + left + right, picture.height + top + bottom
+    check_pixels(height, width)
+    if mask is None:
+        mask = Image.new("L", picture.size)
+    larger = Image.new("L", (width, height), 255)
+    larger.paste(mask.resize(picture.size, Image.Resampling.LANCZOS).convert("L"), (left, top))
+    pixels = np.pad(np.asarray(picture), [(top, bottom), (left, right), (0, 0)], mode="edge")
+    return Image.fromarray(pixels), larger
+
+
+def check_pixels(height: int, width: int) -> None:
+    """Raises UsageError for a picture that is too large to be made."""
+    if height * width > MOST_PIXELS:
+        raise UsageError(
+            f"{width} x {height} pixels are more than the {MOST_PIXELS:,} that a picture can be resized to"
+        )
 
 
 def around(picture: Image.Image, mask: Image.Image, height: int, width: int, padding: int, blur: float = 0) -> Given:

@@ -31,6 +31,7 @@ SAMPLES = {
     "Policy": "pab",
     "Motion": "-3,1.5",
     "Label": "golden retriever",
+    "Sides": "8,0,16,0",
     "Model": "emoji",
     "Lora": "a.safetensors:0.5",
 }
@@ -108,6 +109,11 @@ def test_what_cannot_be_is_refused(o, capsys):
         ({"controls": "x"}, "controls should be a Control, got 'x'"),
         ({"cache": DeepCache}, "cache should be one of the policies"),
         ({"cache": b"x"}, "cache should be one of the policies"),
+        ({"outpaint": (8, 0, 8)}, "outpaint should be pixels, 0 or more: one number, or LEFT,TOP,RIGHT,BOTTOM, got"),
+        ({"outpaint": 0}, "outpaint should be pixels"),
+        ({"outpaint": "8,0,-8,0"}, "outpaint should be pixels"),
+        ({"outpaint": 8}, "outpaint has no meaning without an image"),
+        ({"mask_padding": 8}, "mask_padding has no meaning without a mask"),
         ({"latents": 3}, "latents should be a file, or an array \\(N, height, width, channels\\), got 3"),
     ],
 )

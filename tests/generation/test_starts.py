@@ -106,6 +106,59 @@ def test_a_soft_mask(checkpoint, pipeline):
     assert np.array_equal(ours[alpha == 0], np.asarray(PICTURE)[alpha == 0])
 
 
+def beside(sides, mask=None):
+    """The picture with its edges repeated, and what is white where something new is drawn."""
+    left, top, right, bottom = sides
+    edges = ((top, bottom), (left, right))
+    inside = np.zeros((72, 104), np.uint8) if mask is None else np.asarray(mask)
+    picture = np.pad(np.asarray(PICTURE), (*edges, (0, 0)), mode="edge")
+    return Image.fromarray(picture), Image.fromarray(np.pad(inside, edges, constant_values=255))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sides", "mask", "strength"),
+    [
+        ("sd15", (16, 0, 24, 8), None, None),
+        ("sd15", (0, 16, 0, 0), MASK, 0.7),
+        ("inpaint", (8, 8, 8, 8), None, None),
+        ("sdxl", (0, 0, 40, 0), None, 0.7),
+    ],
+)
+def test_outpainting(checkpoint, pipeline, kind, sides, mask, strength):
+    """It is inpainting a larger picture, and all of the given one's pixels stay; cached as everywhere."""
+    picture, white = beside(sides, mask)
+    options = {"steps": 4, "guidance_scale": 2.0, "scheduler": "ddim", "strength": strength}
+    size = {"height": picture.height, "width": picture.width}
+    expected = oracle.from_picture(
+        checkpoint(kind), "a cat", picture, white, seed=[3], interval=2, branch=1, **size,
+        **options | {"strength": strength or 1.0},
+    )  # fmt: skip
+    asked = sides if len(set(sides)) > 1 else sides[0]
+    given = {"image": PICTURE, "mask": mask, "outpaint": asked, "cache_interval": 2, "cache_branch": 1}
+    result = pipeline(kind)("a cat", seeds=[3], **given, **options)
+    assert error(to_torch_layout(result.latents), expected["latents"]) < 1e-4
+    ours, kept = np.asarray(result.images[0]), np.asarray(white) < 128
+    assert ours.shape == (picture.height, picture.width, 3)
+    assert np.array_equal(ours[kept], np.asarray(picture)[kept]) and kept.mean() > 0.3
+    assert (ours != np.asarray(picture))[~kept].mean() > 0.5
+
+
+def test_outpainting_in_other_sizes(pipeline):
+    """A size that cannot be drawn becomes the nearest one; sides can be given; only what is new can be drawn."""
+    pipe, odd = pipeline("sd15"), PICTURE.crop((0, 0, 99, 70))
+    assert (pipe.settings("a cat", image=odd, outpaint=10).start.picture.image.shape) == (88, 120, 3)
+    settings = pipe.settings("a cat", image=odd, outpaint=(0, 0, 20, 0), width=64, height=64)
+    assert settings.start.picture.mask[:, :52].sum() == 0 and settings.start.picture.mask[:, 54:].all()
+    part = pipe.settings(
+        "a cat", image=odd, outpaint=(0, 0, 20, 0), mask_padding=8, mask_blur=2, width=64, height=64
+    ).start.picture
+    assert part.image.shape == (64, 64, 3) and part.whole.image.shape == (70, 119, 3)
+    assert part.box[2] == 119 and part.box[0] < 91
+    with pytest.raises(UsageError, match="are more than the"):
+        pipe.settings("a cat", image=odd, outpaint=10**6)
+    assert pipe.settings("a cat", image=odd, outpaint=8).strength == 1
+
+
 LARGE = smooth(150, 230, seed=1)
 
 
