@@ -38,7 +38,7 @@ def convert_parser() -> Parser:
         required=True,
         metavar="DIR|FILE",
         help="the folder to write, whole or not at all; or, of a pickle, the .safetensors file: a LoRA, an embedding, "
-        "a VAE, a ControlNet, a checkpoint as it is",
+        "a VAE, a ControlNet, an upscaler, a checkpoint as it is",
     )
     add("--dtype", choices=DTYPES, help="default: the types that the files have")
     add(

@@ -64,7 +64,7 @@ def convert(
     each component's name before it starts.
 
     A pickle file may also become one .safetensors file, with the same tensors by the same names: a LoRA, a textual
-    inversion, a VAE, a ControlNet, or a whole checkpoint.
+    inversion, a VAE, a ControlNet, an upscaler, or a whole checkpoint.
 
     Raises:
         UsageError: `output` exists, and `force` is not given, or holds what is not from here.
