@@ -160,7 +160,12 @@ def load_upscaler(model: str, dtype: mx.Dtype | None) -> RRDBNet | SRVGGNetCompa
         CheckpointError: it cannot be had, is damaged or not supported.
     """
     part, config = find_upscaler(model)
-    return part.load((RRDBNet if isinstance(config, RRDBConfig) else SRVGGNetCompact)(config), dtype)
+    return part.load(upscaler_module(config), dtype)
+
+
+def upscaler_module(config: RRDBConfig | CompactConfig) -> RRDBNet | SRVGGNetCompact:
+    """A net that enlarges pictures with weights yet to be loaded."""
+    return (RRDBNet if isinstance(config, RRDBConfig) else SRVGGNetCompact)(config)
 
 
 def find_upscaler(model: str) -> tuple[Part, RRDBConfig | CompactConfig]:

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..backend.footprint import ENDLESS, INDICES, Footprint, footprint
-from ..checkpoints.part import find_controlnet, vae_module
+from ..checkpoints.part import find_controlnet, find_upscaler, upscaler_module, vae_module
 from ..checkpoints.weights import quantize
 from ..errors import UsageError, called
 from ..media.pictures import MOST_SLENDER
@@ -25,8 +25,9 @@ from ..nets.temporal_vae import TemporalVAEConfig, frames_together
 from ..nets.tiling import TILE, tiled
 from ..nets.tiny import TinyVAEConfig
 from ..nets.unet_parts import Conditioning, Encoder, Prepared, UNetConfig
+from ..nets.upscaler import CompactConfig, RRDBConfig, seen
 from ..unet import UNet2DConditionModel
-from .components import Components
+from .components import Components, upscaler_of
 from .settings import Settings
 
 TOKENS = 77  # of a prompt in one chunk
@@ -126,6 +127,12 @@ def estimate(
         peaks[name] = max(peaks[name], sum(inside.values()) + beside)
         held.update(inside if keep else {})
 
+    def enlarge(net: str | None, h: int, w: int) -> None:
+        if net is not None:
+            config = find_upscaler(net)[1]
+            sides = seen(config, h * checkpoint.vae_config.factor, w * checkpoint.vae_config.factor)
+            phase("decode", {(0, upscaler_of(net)): _upscaler(config, models[0].dtype, *sides)}, keep)
+
     h, w = settings.latent_size(settings.legs[-1])
     checkpoint, keep = models[0].checkpoint, models[0].keep
     if 2 * n * h * w * checkpoint.vae_config.factor**2 >= INDICES:
@@ -139,6 +146,7 @@ def estimate(
         size = settings.latent_size(drawn)
         if drawn.redraws:
             phase("decode", {(0, "vae"): _vae_decoder(vae, vae_dtype, settings.latent_shape[:2])}, keep)
+            enlarge(settings.hires_net, *settings.latent_shape[:2])
             phase("encode", {(0, "vae"): _vae_encoder(vae, models[0].encodes_in, *size)}, keep)
         x = (n if low_memory or drawn.guidance_scale is None else 2 * n, *drawn.frames, *size)
         tokens = 1 if model.checkpoint.family.labelled is not None else TOKENS
@@ -170,6 +178,7 @@ def estimate(
         frames = [min(chunk, *frames)]
     if checkpoint.family.decodes:
         phase("decode", {(0, "vae"): _vae_decoder(vae, vae_dtype, (*frames, h, w))}, keep)
+    enlarge(settings.upscale, *settings.latent_size(settings.legs[-1]))
     return peaks
 
 
@@ -270,6 +279,12 @@ def _vae_decoder(config: VAEConfig | TinyVAEConfig, dtype: mx.Dtype, size: tuple
     """size: of the latents, height and width, of a video's after the frames that are decoded together."""
     vae = vae_module(config)
     return footprint(_typed(vae, dtype), vae.decode, mx.zeros((1, *size, config.latent_channels), dtype))
+
+
+@lru_cache(16)
+def _upscaler(config: RRDBConfig | CompactConfig, dtype: mx.Dtype, height: int, width: int) -> Footprint:
+    net = upscaler_module(config)
+    return footprint(_typed(net, dtype), net, mx.zeros((1, height, width, 3), dtype))
 
 
 def _weights(module: nn.Module, dtype: mx.Dtype) -> int:

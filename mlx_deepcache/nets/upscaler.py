@@ -145,6 +145,12 @@ def unshuffled(x: mx.array, factor: int) -> mx.array:
     return x.reshape(B, H // factor, W // factor, -1)
 
 
+def seen(config: RRDBConfig | CompactConfig, height: int, width: int) -> tuple[int, int]:
+    """The (height, width) that a net sees at most at once of a picture of this size."""
+    sides = (min(side, TILE + 2 * MARGIN) for side in (height, width))
+    return tuple(side + -side % config.shuffle for side in sides)
+
+
 def upscaled(net: RRDBNet | SRVGGNetCompact, picture: np.ndarray, dtype: mx.Dtype, tile: int = TILE) -> np.ndarray:
     """(H, W, 3) uint8 -> (factor H, factor W, 3), a tile at a time, as Real-ESRGAN's own program does; tile: a multiple
     of the network's `shuffle`."""

@@ -42,6 +42,8 @@ def sample(o):
     """A value of this option, as text on a command line."""
     if o.choices is not None:
         return str(o.choices[-1])
+    if o.name == "hires_scale":  # which other shares are too small for
+        return "1.5"
     return SAMPLES[next(name for name, kind in KINDS.items() if kind is o.kind)]
 
 

@@ -197,6 +197,7 @@ def test_in_the_dictionary_of_training(tmp_path):
         ({"conv_body.bias": None}, "lacks conv_body.bias"),
         ({"body.0.rdb1.conv1x1.weight": torch.zeros(32, 12, 1, 1)}, "no place for"),  # ESRGAN+
         ({"conv_first.weight": None}, "is no upscaler"),
+        ({"body.9999999999.rdb1.conv1.bias": torch.zeros(32)}, "not supported"),
     ],
 )
 def test_refused(tmp_path, change, words):
@@ -204,6 +205,12 @@ def test_refused(tmp_path, change, words):
     save_file({name: tensor for name, tensor in found.items() if tensor is not None}, tmp_path / "net.safetensors")
     with pytest.raises(CheckpointError, match=words):
         load_upscaler(str(tmp_path / "net.safetensors"), None)
+
+
+def wide(folder):
+    """A net that takes more than the VAE."""
+    save_file(Compact(4, nf=256, nc=1).state_dict(), folder / "wide.safetensors")
+    return str(folder / "wide.safetensors")
 
 
 def test_of_a_whole_picture(pipeline, tmp_path):
@@ -218,6 +225,8 @@ def test_of_a_whole_picture(pipeline, tmp_path):
             pixels = torch.tensor(np.asarray(small).transpose(2, 0, 1).copy())[None] / 255
             expected = (net(pixels)[0].permute(1, 2, 0).clamp(0, 1) * 255).round().numpy()
         assert np.abs(np.asarray(ours).astype(int) - expected).max() <= 1
+    plain, large = (pipe.estimate(pipe.settings("a cat", upscale=given))["decode"] for given in (None, wide(tmp_path)))
+    assert large > 2 * plain
     with pytest.raises(CheckpointError, match="there is no file"):
         pipe.settings("a cat", upscale="nowhere.safetensors")
     with pytest.raises(UsageError, match="upscale does not go with frames"):

@@ -107,16 +107,16 @@ def upscaler(file: Path) -> tuple[Part, RRDBConfig | CompactConfig]:
     known = Shapes(file, "", found)
     if "conv_first.weight" in found and "body.0.rdb1.conv1.weight" in found:
         features, channels, *_ = known["conv_first.weight"]
-        growth, doublings = known["body.0.rdb1.conv1.weight"][0], known.count(r"conv_up(\d+)\.") - 1
-        shuffle = math.isqrt(channels // 3)
-        config = RRDBConfig(features, growth, known.count(r"body\.(\d+)\."), max(doublings, 0), max(shuffle, 1))
-        fits = channels == 3 * shuffle**2 and 2**config.doublings % config.shuffle == 0
-        fits = fits and known["conv_last.weight"][0] == 3
+        growth, doublings = known["body.0.rdb1.conv1.weight"][0], max(known.count(r"conv_up(\d+)\.") - 1, 0)
+        shuffle = max(math.isqrt(channels // 3), 1)
+        config = RRDBConfig(features, growth, known.count(r"body\.(\d+)\."), doublings, shuffle)
+        fits = channels == 3 * shuffle**2 and max(config.blocks, doublings) <= len(found)  # whatever their numbers
+        fits = fits and 2**doublings % shuffle == 0 and known["conv_last.weight"][0] == 3
     elif "body.0.weight" in found and "body.1.weight" in found:
         last = known.count(r"body\.(\d+)\.") - 1
         (features, channels, *_), drawn = known["body.0.weight"], known[f"body.{last}.weight"][0]
         config = CompactConfig(features, last // 2 - 1, math.isqrt(drawn // 3))
-        fits = channels == 3 and drawn == 3 * config.factor**2 and config.factor > 0
+        fits = channels == 3 and drawn == 3 * config.factor**2 and config.factor > 0 and last <= len(found)
     else:
         raise CheckpointError(
             f"{file} is no upscaler of Real-ESRGAN's family (RRDBNet, SRVGGNetCompact): it has only "
