@@ -185,7 +185,7 @@ def test_interval_1_is_bit_equal_to_loops_without_cache_code(pipeline):
 
     at_t1 = loop(x, steps[:1], alone)
     at_t0 = loop(at_t1, steps[1:3], alone)
-    frames = settings.legs[-1].start([at_t1, at_t0], run.noise)
+    frames = settings.legs[-1].start([at_t1, at_t0], run.noise, run._redraw)
     assert mx.array_equal(loop(frames, steps[3:], to_first_frame), last.latents)
 
 
