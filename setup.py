@@ -35,10 +35,13 @@ setup(
             "mlx-deepcache-generate = mlx_deepcache.apps.generate:main_generate",
             "mlx-deepcache-convert = mlx_deepcache.apps.convert:main_convert",
             "mlx-deepcache-calibrate = mlx_deepcache.apps.calibrate:main_calibrate",
+            "mlx-deepcache-serve = mlx_deepcache.apps.serve:main_serve",
         ]
     },
     extras_require={
         "completion": ["argcomplete"],
+        # FastAPI needs this Python; the package itself does not
+        "server": [f"{name}; python_version >= '3.11'" for name in ("fastapi>=0.165", "uvicorn", "python-multipart")],
         "mkl": ["mkl"],
         "video": ["av"],
         "cuda": ["mlx[cuda]>=0.32.2; sys_platform == 'linux'"],
@@ -53,6 +56,11 @@ setup(
             "openai-clip",
             "hypothesis",
             "psutil",
+            "fastapi>=0.165; python_version >= '3.11'",
+            "uvicorn",
+            "python-multipart",
+            "webuiapi",
+            "openai",
             "scikit-image",
             "pytest",
             "ruff==0.17.5",

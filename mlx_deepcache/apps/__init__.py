@@ -11,5 +11,5 @@ def leave(number, frame):
     os._exit(128 + number)
 
 
-if os.path.basename(sys.argv[0]).startswith(("generate.py", "convert.py", "mlx-deepcache-")):
+if os.path.basename(sys.argv[0]).startswith(("generate.py", "convert.py", "serve.py", "mlx-deepcache-")):
     signal.signal(signal.SIGINT, leave)

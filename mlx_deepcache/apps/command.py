@@ -41,7 +41,7 @@ def run(
     try:
         with named_as(
             {o.name: o.flag for kind in (ModelOptions, Options) for o in options_of(kind)}
-            | {"controls": "--controlnet", "preview_vae": "--preview-vae"}
+            | {"controls": "--controlnet", "preview_vae": "--preview-vae", "compare": "--compare"}
         ):
             command(flags(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()

@@ -11,7 +11,7 @@ import numpy as np
 from ..cache.composition import Caches
 from ..cache.deepcache import DeepCache
 from ..cache.text import write
-from ..errors import UsageError
+from ..errors import UsageError, called
 from ..generation.settings import Settings
 from ..media.sheets import captioned, psnr, side_by_side, stacked
 
@@ -21,13 +21,16 @@ if TYPE_CHECKING:
 
 def check_comparable(settings: Settings) -> None:
     """Raises UsageError if nothing is cached, so that there is nothing to compare."""
-    if settings.cache.policies == _uncached().policies:
-        raise UsageError("--compare shows what the cache changes, but it is off; give --cache-interval or --cache")
+    if settings.cache.policies == no_cache().policies:
+        raise UsageError(
+            f"{called('compare')} shows what the cache changes, but it is off; give {called('cache_interval')} or "
+            f"{called('cache')}"
+        )
 
 
 def without_cache(pipe: StableDiffusion, settings: Settings) -> tuple[Sequence[np.ndarray], float]:
     """Draw without a cache what was drawn with one: the pictures, (H, W, 3) in 0-255, and the seconds of denoising."""
-    drawn = pipe.denoise(replace(settings, cache=_uncached()))
+    drawn = pipe.denoise(replace(settings, cache=no_cache()))
     for _ in drawn:
         pass
     return list(drawn.decode()), drawn.clock.seconds["denoise"]
@@ -70,5 +73,6 @@ def comparisons(
     ]
 
 
-def _uncached() -> Caches:
+def no_cache() -> Caches:
+    """No cache at all."""
     return Caches.of([DeepCache(1)])

@@ -91,12 +91,15 @@ def save_png(file: Path, image: np.ndarray, settings: dict | None, *, replace: b
         FileExistsError: there is such a file, and it should not be replaced.
         Failure: the file cannot be written.
     """
-    info = None
-    if settings is not None:
-        info = PngInfo()
-        info.add_itxt("parameters", parameters_text(settings))
-        info.add_itxt(JSON_KEY, json.dumps(settings, ensure_ascii=False))
-    write_image(file, image, replace=replace, pnginfo=info)
+    write_image(file, image, replace=replace, pnginfo=None if settings is None else png_texts(settings))
+
+
+def png_texts(settings: dict) -> PngInfo:
+    """What a PNG says of these settings, twice: as `parameters` text and as JSON."""
+    info = PngInfo()
+    info.add_itxt("parameters", parameters_text(settings))
+    info.add_itxt(JSON_KEY, json.dumps(settings, ensure_ascii=False))
+    return info
 
 
 def save_video(

@@ -41,17 +41,34 @@ def take_loras(prompts: Sequence[str], folder: str | None) -> tuple[tuple[str, .
     return tuple(_LORA.sub("", text) for text in prompts), named[0]
 
 
+def named_loras(text: str) -> tuple[str, tuple[tuple[str, float], ...]]:
+    """A prompt without its `<lora:name:scale>`, and what these say.
+
+    Raises:
+        UsageError: a scale cannot be.
+    """
+    return _LORA.sub("", text), tuple((_name(match), _scale(match)) for match in _LORA.finditer(text))
+
+
 def _lora(match: re.Match, known: dict[str, Path], folder: str) -> tuple[Path, float]:
-    name, scales = match[1].strip().removesuffix(".safetensors"), match[2].split(":")[1:]
+    name = _name(match)
     if name not in known:
         raise UsageError(f"there is no LoRA {name!r} in {folder}{suggest(name, known)}")
+    return known[name], _scale(match)
+
+
+def _name(match: re.Match) -> str:
+    return match[1].strip().removesuffix(".safetensors")
+
+
+def _scale(match: re.Match) -> float:
     try:
-        values = {finite(scale) for scale in scales} or {1.0}
+        values = {finite(scale) for scale in match[2].split(":")[1:]} or {1.0}
     except ValueError:
         raise UsageError(f"{match[0]} should be <lora:name> or <lora:name:scale> with a finite number") from None
     if len(values) > 1:
         raise UsageError(f"{match[0]} has a scale for text and one for pictures; here a LoRA has one, for both")
-    return known[name], values.pop()
+    return values.pop()
 
 
 def note_unknown(prompts: Sequence[str], things: Sequence[Sequence[str]]) -> None:

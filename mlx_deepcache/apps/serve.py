@@ -1,0 +1,184 @@
+"""`serve.py` answers other programs: AUTOMATIC1111's API, OpenAI's, and one of its own."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+from ..errors import Failure, UsageError, named_as
+from ..fields import positive
+from ..generation.kinds import KINDS
+from ..generation.options import CACHE, MACHINE, ModelOptions, Options, option_of, options_of
+from .command import run
+from .flags import Parser, add_option, given, reader
+
+KEY = "MLX_DEEPCACHE_API_KEY"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+NEEDS = "serving needs Python 3.11 or newer and the extra `server`: pip install 'mlx_deepcache[server]'"
+LIMITS = {
+    "images": ("--max-images", "pictures of a job"),
+    "pixels": ("--max-pixels", "pixels of a picture"),
+    "batch": ("--max-batch", "pictures that are drawn together"),
+    "queue": ("--queue", "jobs that may wait"),
+    "body": ("--max-body", "bytes of a request"),
+}
+
+
+def main_serve(argv: list[str] | None = None) -> int:
+    """serve.py; returns its exit code."""
+    return run(_serve, _flags, argv, "stopped", "try a smaller --max-batch, --low-memory or --quantize 8")
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "serve.py",
+        "mlx-deepcache-serve",
+        usage="%(prog)s [--model [ID=]M ...] [--host H] [--port P] [more, all optional]",
+        description="Draw for other programs, which speak AUTOMATIC1111's API (/sdapi/v1), OpenAI's (/v1) or this "
+        "server's own (/api/v1). /docs describes all of it.",
+    )
+    what = parser.add_argument_group("what is offered, by name: nothing else can be asked for")
+    what.add_argument(
+        "--model",
+        action="append",
+        metavar="[ID=]M",
+        help="a model, as generate.py knows it; repeatable, the first is the default; default: the bundled one",
+    )
+    for kind in ("model", "lora", "embedding", "controlnet"):
+        what.add_argument(
+            f"--{kind}-dir", action="append", type=Path, default=[], metavar="DIR", help=f"a folder of {kind}s"
+        )
+    what.add_argument("--vae", metavar="[ID=]M", help="decode all models' latents with another VAE")
+    what.add_argument("--refiner", metavar="[ID=]M", help="the model that draws the last steps, of all models")
+    who = parser.add_argument_group("who may ask")
+    who.add_argument("--host", default="127.0.0.1", help="what to listen on; default 127.0.0.1: this machine only")
+    who.add_argument("--port", type=reader(positive), default=7860, help="default 7860, A1111's")
+    who.add_argument(
+        "--api-key", metavar="KEY", help=f"what requests must carry, Bearer or as Basic's password; or {KEY}"
+    )
+    who.add_argument("--no-key", action="store_true", help="serve other machines without a key, knowingly")
+    who.add_argument(
+        "--cors-origin", action="append", default=[], metavar="URL", help="a page's origin that may ask; repeatable"
+    )
+    who.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="a further name of this server; repeatable"
+    )
+    caches = parser.add_argument_group("caches, where a request names none")
+    for o in options_of(Options):
+        if o.group == CACHE:
+            add_option(caches, o)
+    machine = parser.add_argument_group(MACHINE)
+    for o in options_of(ModelOptions):
+        if o.group == MACHINE:
+            add_option(machine, o)
+    limits = parser.add_argument_group("limits")
+    for name, (flag, about) in LIMITS.items():
+        limits.add_argument(flag, dest=f"most_{name}", type=reader(positive), metavar="N", help=f"most {about}")
+    seconds = KINDS["float"].read
+    limits.add_argument(
+        "--idle-unload", type=reader(seconds), default=300.0, metavar="S", help="free the model after so many idle "
+        "seconds (300); 0: never"
+    )  # fmt: skip
+    limits.add_argument(
+        "--keep-jobs", type=reader(seconds), default=600.0, metavar="S", help="how long a job can be fetched (600)"
+    )
+    parser.add_argument("--outputs", type=Path, metavar="DIR", help="keep pictures there; without it none is written")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    return parser
+
+
+def _flags(argv: list[str]) -> argparse.Namespace:
+    args = _parser().parse_args(argv)
+    args.api_key = args.api_key or os.environ.get(KEY)
+    if args.host not in LOOPBACK and not args.api_key and not args.no_key:
+        raise UsageError(
+            f"--host {args.host} lets other machines ask: give --api-key KEY or {KEY}, or --no-key if anyone may"
+        )
+    if args.idle_unload < 0 or args.keep_jobs < 0:
+        raise UsageError("--idle-unload and --keep-jobs are seconds, 0 or more")
+    if args.outputs is not None and not args.outputs.is_dir():
+        raise UsageError(f"--outputs should be a folder that is there, got {str(args.outputs)!r}")
+    return args
+
+
+def _serve(args: argparse.Namespace) -> None:
+    try:
+        import fastapi  # noqa: F401
+        import python_multipart  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise Failure(f"{NEEDS} ({error})") from None
+    from .server.http import Access, create_app
+
+    say: Callable[[str], None] = (lambda text: None) if args.quiet else (lambda text: print(text, flush=True))
+    with named_as({}):  # programs know options by their keywords
+        service = service_of(args, say)
+        access = Access(args.host, args.port, args.api_key, tuple(args.cors_origin), tuple(args.allow_host))
+        app = create_app(service, access)
+        config = uvicorn.Config(
+            app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=10, lifespan="on"
+        )
+        server = _server(config, service)
+        say(f"models: {', '.join(service.offers.models.names())}")
+        say(f"http://{args.host}:{args.port}/docs; Ctrl-C ends it")
+        server.run()
+        if not server.started:
+            raise Failure(f"cannot listen on {args.host}, port {args.port}; --port names another")
+
+
+def service_of(args: argparse.Namespace, say: Callable[[str], None]):
+    """What the flags describe, its models looked at.
+
+    Raises:
+        UsageError, Failure: a model or folder that cannot be.
+    """
+    from .server.offers import Offers
+    from .server.service import Limits, Service
+
+    offers = Offers(
+        args.model or (),
+        args.model_dir,
+        args.lora_dir,
+        args.embedding_dir,
+        args.controlnet_dir,
+        args.vae,
+        args.refiner,
+    )
+    said = {f.name: getattr(args, f"most_{f.name}") for f in fields(Limits)}
+    common = {name: value for name, value in given(args, ModelOptions).items() if name not in _NAMED}
+    service = Service(
+        offers,
+        Limits(**{name: value for name, value in said.items() if value is not None}),
+        common,
+        given_caches(args),
+        args.idle_unload,
+        args.keep_jobs,
+        say,
+        args.outputs,
+    )
+    for name in offers.models.named:  # what is not here yet is fetched now, and never for a request
+        service.worker.call(lambda name=name: service.painter.checkpoint(name).check_files()).result()
+    return service
+
+
+_NAMED = ("model", "vae", "refiner", "lora_dir")  # which are offered
+
+
+def given_caches(args: argparse.Namespace) -> dict:
+    """The caches' options that flags set."""
+    return {name: value for name, value in given(args, Options).items() if option_of(Options, name).group == CACHE}
+
+
+def _server(config, service):
+    """uvicorn's, which cancels what is drawn as soon as it is told to end."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig, frame):
+            service.worker.stop()
+            super().handle_exit(sig, frame)
+
+    return Server(config)

@@ -1,0 +1,286 @@
+"""What happens on the worker's thread: models loaded, jobs drawn, memory given back."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import UsageError
+from .jobs import Drawn, Job, Wanted
+from .offers import Offers
+from .plan import plan_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ...checkpoints.checkpoint import Checkpoint
+    from ...generation.pipeline import StableDiffusion
+    from ...generation.settings import Settings
+
+PREVIEW_SIDE = 512  # pixels, the longest
+
+
+class Cancelled(Exception):
+    """The job under way was cancelled."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the loaded pipeline was made of."""
+
+    model: str
+    vae: str | None
+    refiner: str | None
+    loras: tuple[tuple[str, float], ...]
+    embeddings: tuple[tuple[str, str], ...]
+
+
+class Painter:
+    """Draws jobs with one pipeline, which it loads and frees. All of it belongs to the thread that draws first.
+
+    common: the options of `ModelOptions` that all models share, such as dtype; most_pixels: of a picture.
+    """
+
+    def __init__(self, offers: Offers, common: dict[str, Any], most_pixels: int):
+        self.offers, self.common, self.most_pixels = offers, common, most_pixels
+        self.loaded: Held | None = None
+        self._pipe: StableDiffusion | None = None
+        self._described: dict[str, Checkpoint] = {}
+        self._thread: int | None = None
+
+    def _own(self) -> None:
+        """MLX's streams belong to one thread, so this has to be the first one that came."""
+        here = threading.get_ident()
+        if self._thread is None:
+            self._thread = here
+        assert self._thread == here, "only the worker's thread may touch MLX"
+
+    def load(self, wanted: Wanted) -> StableDiffusion:
+        """The pipeline for these, alone in memory."""
+        self._own()
+        embeddings = self.offers.embeddings.found
+        held = Held(wanted.model, wanted.vae, wanted.refiner, wanted.loras, tuple(sorted(embeddings.items())))
+        if held != self.loaded:
+            from ...generation.pipeline import StableDiffusion
+
+            self.unload()
+            self._pipe = StableDiffusion.from_pretrained(
+                self.offers.models.path(held.model),
+                vae=None if held.vae is None else self.offers.vaes.path(held.vae),
+                refiner=None if held.refiner is None else self.offers.refiners.path(held.refiner),
+                loras=[(self.offers.loras.path(name), scale) for name, scale in held.loras],
+                embeddings=[(path, name) for name, path in held.embeddings] if self._reads_text(held.model) else [],
+                **self.common,
+            )
+            self.loaded = held
+        return self._pipe
+
+    def unload(self) -> None:
+        """Free the models."""
+        self._own()
+        self._pipe, self.loaded = None, None
+        gc.collect()
+        import mlx.core as mx
+
+        mx.clear_cache()
+
+    def checkpoint(self, model: str) -> Checkpoint:
+        """A model's description, without its weights."""
+        self._own()
+        if model not in self._described:
+            from ...backend.ops import dtype_of
+            from ...checkpoints.checkpoint import Checkpoint
+
+            half = dtype_of(self.common.get("dtype", "auto")).size == 2
+            self._described[model] = Checkpoint.open(self.offers.models.path(model), half=half)
+        return self._described[model]
+
+    def _reads_text(self, model: str) -> bool:
+        return self.checkpoint(model).family.text
+
+    def settings(self, wanted: Wanted) -> Settings:
+        """A job's settings, with nothing loaded.
+
+        Raises:
+            UsageError: see `settings_for`; or it is no picture, or too large.
+        """
+        from ...checkpoints.checkpoint import Checkpoint
+        from ...generation.settings import settings_for
+
+        self._own()
+        refiner = None if wanted.refiner is None else Checkpoint.open(self.offers.refiners.path(wanted.refiner))
+        return self._checked(
+            settings_for(
+                self.checkpoint(wanted.model),
+                self._prompt(wanted),
+                refiner=refiner,
+                seeds=wanted.seeds,
+                **self._paths(wanted),
+            )
+        )
+
+    def _prompt(self, wanted: Wanted) -> list[str] | None:
+        """None for models that read none, which clients send an empty one."""
+        return list(wanted.prompts) if any(wanted.prompts) or self._reads_text(wanted.model) else None
+
+    def _paths(self, wanted: Wanted) -> dict[str, Any]:
+        """The options, with ControlNets by their files."""
+        options = dict(wanted.options)
+        if options.get("controls"):
+            find = self.offers.controlnets.path
+            options["controls"] = [replace(control, model=find(control.model)) for control in options["controls"]]
+        return options
+
+    def _checked(self, settings: Settings) -> Settings:
+        if settings.frames is not None:
+            raise UsageError("videos are not served; draw them with generate.py")
+        if settings.height * settings.width > self.most_pixels:
+            size = f"{settings.width} x {settings.height}"
+            raise UsageError(f"pictures have up to {self.most_pixels:,} pixels here, got {size}; ask for a smaller one")
+        return settings
+
+    def draw(self, job: Job, errands: Callable[[], None]) -> None:
+        """All of a job's pictures. errands: called after each step.
+
+        Raises:
+            Cancelled: the job was.
+            UsageError, Failure: it cannot be drawn.
+        """
+        wanted = job.wanted
+        if job.cancelled.is_set():
+            raise Cancelled
+        pipe = self.load(wanted)
+        settings = self._checked(pipe.settings(self._prompt(wanted), seeds=wanted.seeds, **self._paths(wanted)))
+        if wanted.compare:
+            from ..compare import check_comparable
+
+            check_comparable(settings)
+        n = len(settings.seeds)
+        together = min(wanted.together, pipe.together(settings))
+        batches = [slice(i, min(i + together, n)) for i in range(0, n, together)]
+        for number, rows in enumerate(batches):
+            if job.stopped.is_set():
+                job.interrupted = True
+                break
+            job.skipped.clear()
+            job.batch(number, len(batches), sum(len(leg.plan.steps) for leg in settings.legs) * (1 + wanted.compare))
+            self._draw_batch(job, pipe, _rows(settings, rows), errands)
+
+    def _draw_batch(self, job: Job, pipe: StableDiffusion, settings: Settings, errands: Callable[[], None]) -> None:
+        from ..compare import no_cache
+
+        images, stats = self._pictures(job, pipe, settings, errands)
+        _add_stats(job.stats, stats)
+        others = [None] * len(images)
+        if job.wanted.compare and not job.interrupted:
+            others, _ = self._pictures(job, pipe, replace(settings, cache=no_cache()), errands)
+        for image, other, prompt, seed in zip(images, others, settings.prompts, settings.seeds, strict=True):
+            job.images.append(self._drawn(job.wanted, pipe, settings, image, other, prompt, seed))
+        job.settings = job.images[0].settings
+
+    def _pictures(
+        self, job: Job, pipe: StableDiffusion, settings: Settings, errands: Callable[[], None]
+    ) -> tuple[list[np.ndarray], dict]:
+        """A batch, or what there is of it if it is stopped, and what it cost."""
+        drawn = pipe.denoise(settings)
+        try:
+            colours, stopped = None, False
+            job.phase("encode")
+            for progress in drawn:
+                job.phase("denoise")
+                job.step(progress.full, progress.change)
+                self._check(job)
+                if job.wants_preview():
+                    colours = colours or pipe.colours()
+                    job.show(_preview(colours(progress.denoised)[0]))
+                errands()
+                if stopped := job.stopped.is_set() or job.skipped.is_set():
+                    break
+            job.phase("decode")
+            images = []
+            for image in self._unfinished(pipe, settings, progress) if stopped else drawn.pictures():
+                self._check(job)
+                images.append(image)
+            job.interrupted |= stopped
+            return images, drawn.stats() if not stopped else {}
+        finally:
+            drawn.close()
+
+    def _unfinished(self, pipe: StableDiffusion, settings: Settings, progress: Any) -> Iterator[np.ndarray]:
+        yield from settings.start.paste(pipe.decode(progress.denoised, settings.vae_tiling))
+
+    def _check(self, job: Job) -> None:
+        if job.cancelled.is_set():
+            raise Cancelled
+
+    def _drawn(
+        self,
+        wanted: Wanted,
+        pipe: StableDiffusion,
+        settings: Settings,
+        image: np.ndarray,
+        other: np.ndarray | None,
+        prompt: str,
+        seed: int,
+    ) -> Drawn:
+        from PIL import Image
+
+        from ...generation.record import describe, lora_hash
+        from ...generation.report import dtype_name
+        from ...media.sheets import psnr
+
+        named = replace(
+            pipe.options,  # by the names of what is offered, as no path is told
+            model=wanted.model,
+            vae=wanted.vae,
+            refiner=wanted.refiner,
+            loras=tuple((Path(f"{name}.safetensors"), scale) for name, scale in wanted.loras),
+            embeddings=(),
+        )
+        about = describe(settings, named, dtype_name(pipe.dtype), prompt, seed)
+        if wanted.loras:
+            about["lora_hashes"] = {name: lora_hash(Path(self.offers.loras.path(name))) for name, _ in wanted.loras}
+        if other is None:
+            return Drawn(seed, Image.fromarray(image), about)
+        return Drawn(seed, Image.fromarray(image), about, psnr(image, other), Image.fromarray(other))
+
+    def plan(self, wanted: Wanted) -> dict:
+        """What drawing it would do: its settings, which steps are full, and the U-Net's share of work."""
+        settings = self.settings(wanted)
+        return plan_of(settings, self.checkpoint(wanted.model))
+
+    def memory(self) -> dict[str, int]:
+        """MLX's bytes."""
+        self._own()
+        import mlx.core as mx
+
+        return {"active": mx.get_active_memory(), "cache": mx.get_cache_memory(), "peak": mx.get_peak_memory()}
+
+
+def _rows(settings: Settings, rows: slice) -> Settings:
+    noise = None if settings.noise is None else settings.noise[rows]
+    return replace(settings, prompts=settings.prompts[rows], seeds=settings.seeds[rows], noise=noise)
+
+
+def _preview(image: np.ndarray) -> Any:
+    from PIL import Image
+
+    shown = Image.fromarray(image)
+    shown.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+    return shown
+
+
+def _add_stats(all_of_it: dict, stats: dict) -> None:
+    """Steps are the first batch's; work and seconds add up."""
+    for key in ("caches", "full_steps", "cached_steps", "steps", "device", "dtype"):
+        if key in stats:
+            all_of_it.setdefault(key, stats[key])
+    for key in ("unet_macs", "unet_macs_uncached"):
+        all_of_it[key] = all_of_it.get(key, 0) + stats.get(key, 0)
+    seconds = all_of_it.setdefault("seconds", {})
+    for phase, value in stats.get("seconds", {}).items():
+        seconds[phase] = round(seconds.get(phase, 0) + value, 4)
