@@ -170,10 +170,11 @@ def _texts(file: Path) -> dict[str, str]:
     return {JSON_KEY: text} if isinstance(text, str) and text.startswith("{") else {}
 
 
-def from_a1111(text: str, file: Path, loras: str | None = None) -> tuple[dict, list[str]]:
+def from_a1111(text: str, file: Path, loras: str | None = None, *, networks: bool = True) -> tuple[dict, list[str]]:
     """The same from a `parameters` text: the prompt, "Negative prompt: ", and a line of "Name: value" pairs.
 
-    LoRAs that the prompts name are taken out of them, and looked for here, beside `file` and in the folder `loras`.
+    LoRAs that the prompts name are taken out of them, and looked for here, beside `file` and in the folder `loras`;
+    without `networks` they stay where they are.
     Warns if the text does not say whose random numbers were used: then they are A1111's default, the GPU's.
 
     Raises:
@@ -191,7 +192,9 @@ def from_a1111(text: str, file: Path, loras: str | None = None) -> tuple[dict, l
     settings = {"prompt": "\n".join(lines[:start])}
     if start < len(lines):
         settings["negative_prompt"] = "\n".join(lines[start:]).strip().removeprefix("Negative prompt:").strip()
-    lost = _take_networks(settings, [Path(), file.parent, *([] if loras is None else [Path(loras)])])
+    lost = []
+    if networks:
+        lost = _take_networks(settings, [Path(), file.parent, *([] if loras is None else [Path(loras)])])
     if "Size" in pairs:
         settings["width"], _, settings["height"] = pairs.pop("Size").partition("x")
     if "Sampler" in pairs:
@@ -217,6 +220,15 @@ def from_a1111(text: str, file: Path, loras: str | None = None) -> tuple[dict, l
     if lost or "lora" in settings:
         pairs.pop("Lora hashes", None)  # of what the prompts name
     return settings, [*pairs, *after, *lost]
+
+
+def a1111_pairs(text: str) -> dict[str, str]:
+    """The prompt, the negative one and all pairs of a `parameters` text, by the names that it has for them."""
+    lines = text.strip().replace("\r\n", "\n").split("\n")
+    last = next((i for i in range(len(lines) - 1, -1, -1) if _holds_settings(lines[i])), len(lines))
+    prompt, _, negative = "\n".join(lines[:last]).partition("Negative prompt:")
+    pairs = _pairs(lines[last]) if last < len(lines) else {}
+    return {"Prompt": prompt.strip(), "Negative prompt": negative.strip(), **pairs}
 
 
 def _holds_settings(line: str) -> bool:

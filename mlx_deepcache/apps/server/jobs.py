@@ -16,6 +16,7 @@ from .refused import Refused
 QUEUED, GENERATING, COMPLETED, FAILED, CANCELLED = "queued", "generating", "completed", "failed", "cancelled"
 ENDS = (COMPLETED, FAILED, CANCELLED)
 PREVIEWS = 4  # a second, at most
+WATCHED = 5  # seconds after which who asked for progress is taken to have gone
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Job:
         self.error: Refused | None = None
         self.cancelled, self.stopped, self.skipped = (threading.Event() for _ in range(3))
         self.interrupted = False
-        self.watchers = 0  # of progress, for whom previews are made
+        self.watched = 0.0  # when its progress was last asked for
         self.done: Future[Job] = Future()
         self._listeners: list[Callable[[str, dict], None]] = []
         self._lock, self._previewed, self._began = threading.Lock(), 0.0, 0.0
@@ -138,10 +139,11 @@ class Job:
 
     def wants_preview(self) -> bool:
         """Whether one should be made now: somebody would see it, and the last one is not too new."""
-        seen = self._listeners or self.watchers
-        if not self.wanted.previews or not seen or time.time() - self._previewed < 1 / PREVIEWS:
+        now = time.time()
+        seen = self._listeners or now - self.watched < WATCHED
+        if not self.wanted.previews or not seen or now - self._previewed < 1 / PREVIEWS:
             return False
-        self._previewed = time.time()
+        self._previewed = now
         return True
 
     def show(self, image: Any) -> None:

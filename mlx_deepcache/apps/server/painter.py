@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import resource
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -254,11 +256,15 @@ class Painter:
         return plan_of(settings, self.checkpoint(wanted.model))
 
     def memory(self) -> dict[str, int]:
-        """MLX's bytes."""
+        """Bytes: the machine's, the most that this process had, and MLX's."""
         self._own()
         import mlx.core as mx
 
-        return {"active": mx.get_active_memory(), "cache": mx.get_cache_memory(), "peak": mx.get_peak_memory()}
+        from ...backend.memory import machine_memory
+
+        process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        ours = {"active": mx.get_active_memory(), "cache": mx.get_cache_memory(), "peak": mx.get_peak_memory()}
+        return {"machine": machine_memory(), "process": process} | ours
 
 
 def _rows(settings: Settings, rows: slice) -> Settings:

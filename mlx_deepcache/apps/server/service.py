@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...errors import UsageError
+import numpy as np
+
+from ...errors import Failure, UsageError
 from ...generation.kinds import KINDS
 from ...generation.options import ModelOptions, Options, taken
 from ...generation.tags import named_loras
@@ -136,12 +139,26 @@ class Service:
         """Raises Refused: the queue is full, or there is a job of this name."""
         job = Job(wanted, name)
         self.jobs.add(job)
+        if self.outputs is not None:
+            job.done.add_done_callback(lambda done: self._keep(done.result()))
         try:
             self.worker.put(job)
         except Refused:
             self.jobs.drop(job)
             raise
         return job
+
+    def _keep(self, job: Job) -> None:
+        """Write a job's pictures into the folder for them."""
+        from ...generation.record import save_png
+
+        when = time.strftime("%Y%m%d-%H%M%S", time.localtime(job.created))
+        for index, drawn in enumerate(job.images):
+            file = self.outputs / f"{when}-{job.id}-{index}.png"
+            try:
+                save_png(file, np.asarray(drawn.pixels), drawn.settings, replace=False)
+            except (Failure, FileExistsError) as error:
+                self.say(f"{file} was not written: {error}")
 
     def _seeds(self, seed: int | None, seeds: Sequence[int] | None, n: int) -> list[int]:
         if seeds is not None and seed is not None:
