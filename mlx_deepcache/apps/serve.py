@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -109,24 +110,33 @@ def _serve(args: argparse.Namespace) -> None:
         import fastapi  # noqa: F401
         import python_multipart  # noqa: F401
         import uvicorn
+
+        from .server.http import Access, create_app
     except ImportError as error:
         raise Failure(f"{NEEDS} ({error})") from None
-    from .server.http import Access, create_app
 
     say: Callable[[str], None] = (lambda text: None) if args.quiet else (lambda text: print(text, flush=True))
     with named_as({}):  # programs know options by their keywords
+        listening = _listen(args.host, args.port)
         service = service_of(args, say)
         access = Access(args.host, args.port, args.api_key, tuple(args.cors_origin), tuple(args.allow_host))
         app = create_app(service, access)
-        config = uvicorn.Config(
-            app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=10, lifespan="on"
-        )
-        server = _server(config, service)
+        server = _server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10), service)
         say(f"models: {', '.join(service.offers.models.names())}")
         say(f"http://{args.host}:{args.port}/docs; Ctrl-C ends it")
-        server.run()
-        if not server.started:
-            raise Failure(f"cannot listen on {args.host}, port {args.port}; --port names another")
+        server.run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Raises Failure: somebody else does already, or there is no such host."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        raise Failure(f"cannot listen on {host}, port {port}: {error.strerror}; --port names another") from None
+    return listening
 
 
 def service_of(args: argparse.Namespace, say: Callable[[str], None]):
@@ -159,8 +169,7 @@ def service_of(args: argparse.Namespace, say: Callable[[str], None]):
         say,
         args.outputs,
     )
-    for name in offers.models.named:  # what is not here yet is fetched now, and never for a request
-        service.worker.call(lambda name=name: service.painter.checkpoint(name).check_files()).result()
+    service.worker.call(service.painter.fetch).result()
     return service
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request
@@ -15,6 +16,8 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
 from ..._version import __version__
+from ...checkpoints.weights import read_header
+from ...errors import Failure
 from ...generation.options import A1111_RNGS, A1111_SAMPLERS
 from ...generation.record import parameters_text
 from . import a1111_extras, pictures
@@ -50,8 +53,11 @@ def _draws(routes: APIRouter, service: Service) -> None:
     async def draw(asked: Common, request: Request) -> dict:
         name = task(asked)
         job = service.submit(await run_in_threadpool(wanted, service, asked), name)
-        await finished(service, job, request)
-        return await run_in_threadpool(_answer, asked, job)
+        try:
+            await finished(service, job, request)
+            return await run_in_threadpool(_answer, asked, job)
+        finally:
+            job.images.clear()  # which nobody asks for again
 
     @routes.post("/txt2img")
     async def txt2img(asked: Annotated[TextToImage, Body()], request: Request) -> dict:
@@ -223,7 +229,10 @@ def _lists(routes: APIRouter, service: Service) -> None:
 
     @routes.get("/loras")
     def loras() -> list[dict]:
-        return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in offers.loras.names()]
+        return [
+            {"name": name, "alias": name, "path": name, "metadata": _metadata(path)}
+            for name, path in offers.loras.found.items()
+        ]
 
     @routes.get("/embeddings")
     def embeddings() -> dict:
@@ -240,6 +249,14 @@ def _lists(routes: APIRouter, service: Service) -> None:
 
     for name in EMPTY:
         routes.add_api_route(f"/{name}", lambda: [], methods=["GET"])
+
+
+def _metadata(path: str) -> dict:
+    """What a file says of itself."""
+    try:
+        return read_header(Path(path))[2]
+    except Failure:
+        return {}
 
 
 def _models(routes: APIRouter, service: Service) -> None:

@@ -21,6 +21,7 @@ from ...generation.options import A1111_RNGS, A1111_SAMPLERS, Control, Options, 
 from ...generation.record import from_a1111
 from ...media.pictures import FITS
 from . import pictures
+from .jobs import Wanted
 from .offers import stem
 from .refused import Refused
 from .schema import CACHING, SERVED, body, options_from
@@ -133,7 +134,7 @@ def scheduler_of(asked: Common) -> str | None:
         if spacing == "karras":
             raise Refused(422, "scheduler karras needs the sampler DPM++ 2M", "unsupported", "scheduler")
         return None
-    found = _samplers().get(sampler.strip().lower())
+    found = samplers().get(sampler.strip().lower())
     if found is None:
         raise Refused(400, f"Sampler not found{suggest(sampler, A1111_SAMPLERS.values())}", "not_found", "sampler_name")
     if found == "dpm++2m":  # of which automatic is Karras, as upstream
@@ -143,7 +144,8 @@ def scheduler_of(asked: Common) -> str | None:
     return found
 
 
-def _samplers() -> dict[str, str]:
+def samplers() -> dict[str, str]:
+    """Our names by all names that a sampler goes by, in small letters."""
     named = {name.lower(): our for our, name in A1111_SAMPLERS.items()} | {our: our for our in A1111_SAMPLERS}
     return named | {alias: our for our, aliases in ALIASES.items() for alias in aliases}
 
@@ -180,8 +182,8 @@ def changed(service: Service, chosen: Chosen, settings: dict[str, Any]) -> tuple
     return replace(chosen, cache=cache), ignored
 
 
-def wanted(service: Service, asked: Common):
-    """A request's job, and its name if it has one; see `Service.wanted`."""
+def wanted(service: Service, asked: Common) -> Wanted:
+    """What a request asks for; see `Service.wanted`."""
     ignored: list[str] = []
     _refuse_what_lacks(asked, ignored)
     chosen, unread = changed(service, service.chosen, asked.override_settings or {})
@@ -207,11 +209,9 @@ def wanted(service: Service, asked: Common):
         options["refiner_start"] = 0.8 if asked.refiner_switch_at is None else asked.refiner_switch_at
     if asked.save_images and service.outputs is None:
         ignored.append("save_images")
-    if asked.override_settings_restore_afterwards is False:
-        service.chosen = replace(service.chosen, model=chosen.model)
     if min(asked.batch_size, asked.n_iter) < 1:
         raise Refused(422, "batch_size and n_iter should be 1 or more", "invalid_value", "batch_size")
-    return service.wanted(
+    made = service.wanted(
         prompt,
         options,
         seed=seed,
@@ -222,6 +222,9 @@ def wanted(service: Service, asked: Common):
         chosen=chosen,
         ignored=ignored,
     )
+    if asked.override_settings_restore_afterwards is False:
+        service.chosen = replace(service.chosen, model=chosen.model)
+    return made
 
 
 def task(asked: Common) -> str | None:

@@ -153,7 +153,8 @@ def router(service: Service) -> APIRouter:
             if event == "queued":
                 about = {"position": worker.position(job)}
             elif event == "preview":
-                about = about | {"image": await run_in_threadpool(pictures.preview, about["image"])}
+                image = await run_in_threadpool(pictures.preview, about["image"])
+                about = {"step": about["step"], "image": image}
             elif event in ENDS:
                 about = {"job": shown(service, job)}
             yield ServerSentEvent(data=about, event=event)

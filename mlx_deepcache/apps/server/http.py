@@ -7,6 +7,7 @@ import base64
 import binascii
 import hmac
 import secrets
+import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def create_app(service: Service, access: Access = Access()) -> FastAPI:  # noqa:
 
     for family in (a1111, openai, api):
         app.include_router(family.router(service))
-    for kind in (Refused, UsageError, Failure, RequestValidationError, HTTPException, Exception):
+    for kind in (Refused, UsageError, Failure, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answer)
     app.add_middleware(Guard, access=access)
     if access.origins:
@@ -121,36 +122,53 @@ class Guard:
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
+            if scope["type"] == "lifespan":  # there is nothing for websockets
+                await self.app(scope, receive, send)
             return
-        number = secrets.token_hex(8)
+        number, started = secrets.token_hex(8), False
 
         async def numbered(message: dict) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 message["headers"] = [*message["headers"], (b"x-request-id", number.encode())]
             await send(message)
 
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         refused = self._refused(scope["path"], headers)
+        error: Exception | None = refused
         if refused is None:
-            await self.app(scope, receive, numbered)
-            return
-        response = await _answer(Request(scope), refused)
-        if refused.status == 401:
+            try:
+                await self.app(scope, receive, numbered)
+                return
+            except Exception as raised:
+                traceback.print_exception(raised)
+                if started:
+                    raise
+                error = raised
+        response = await _answer(Request(scope), error)
+        if response.status_code == 401:
             response.headers["www-authenticate"] = 'Basic realm="mlx_deepcache"'
         await response(scope, receive, numbered)
 
     def _refused(self, path: str, headers: dict[str, str]) -> Refused | None:
         host = headers.get("host", "")
-        name = urlsplit(f"//{host}").hostname
-        if name not in self.names:
+        name = _hostname(f"//{host}")
+        if name is None or name not in self.names:
             return Refused(403, f"this server is not called {name!r}; --allow-host names it", "host_not_allowed")
         origin = headers.get("origin")
-        if origin is not None and origin not in self.access.origins and urlsplit(origin).netloc != host:
+        if origin is not None and origin not in self.access.origins and origin.partition("://")[2] != host:
             return Refused(403, f"pages of {origin} may not ask; --cors-origin lets them", "origin_not_allowed")
         if self.access.key is None or path == "/health" or _carries(headers.get("authorization", ""), self.access.key):
             return None
         return Refused(401, "Incorrect username or password", "invalid_api_key")
+
+
+def _hostname(address: str) -> str | None:
+    try:
+        return urlsplit(address).hostname
+    except ValueError:  # a bracket that is not closed
+        return None
 
 
 def _carries(header: str, key: str) -> bool:

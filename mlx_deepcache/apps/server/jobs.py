@@ -8,7 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .refused import Refused
@@ -16,6 +16,7 @@ from .refused import Refused
 QUEUED, GENERATING, COMPLETED, FAILED, CANCELLED = "queued", "generating", "completed", "failed", "cancelled"
 ENDS = (COMPLETED, FAILED, CANCELLED)
 PREVIEWS = 4  # a second, at most
+KEPT = 100  # ended jobs, at most
 WATCHED = 5  # seconds after which who asked for progress is taken to have gone
 
 
@@ -23,8 +24,8 @@ WATCHED = 5  # seconds after which who asked for progress is taken to have gone
 class Wanted:
     """What a request asks for, checked as far as that needs no weights. model, vae, refiner: names; prompts, seeds: one
     a picture; options: for `StableDiffusion.settings`; loras, embeddings: names, LoRAs with their scales; together:
-    how many are drawn at once; compare: draw all again without a cache; format: of
-    the pictures; ignored: what has no effect here, in words."""
+    how many are drawn at once; compare: draw all again without a cache; format: of the pictures; partials: previews
+    that are made in any case, evenly spread over the steps; ignored: what has no effect here, in words."""
 
     model: str
     prompts: tuple[str, ...]
@@ -33,10 +34,12 @@ class Wanted:
     vae: str | None = None
     refiner: str | None = None
     loras: tuple[tuple[str, float], ...] = ()
+    embeddings: tuple[str, ...] = ()
     together: int = 1
     compare: bool = False
     previews: bool = True
     format: str = "png"
+    partials: int = 0
     ignored: tuple[str, ...] = ()
 
 
@@ -82,8 +85,9 @@ class Job:
         self.interrupted = False
         self.watched = 0.0  # when its progress was last asked for
         self.done: Future[Job] = Future()
+        self.done.set_running_or_notify_cancel()  # who waits for it and gives up does not cancel it
         self._listeners: list[Callable[[str, dict], None]] = []
-        self._lock, self._previewed, self._began = threading.Lock(), 0.0, 0.0
+        self._lock, self._previewed, self._began = threading.RLock(), 0.0, 0.0
 
     @property
     def ended(self) -> bool:
@@ -95,7 +99,12 @@ class Job:
             for event in self._state():
                 hear(*event)
             self._listeners.append(hear)
-        return lambda: self._listeners.remove(hear)
+
+        def leave() -> None:
+            with self._lock:
+                self._listeners.remove(hear)
+
+        return leave
 
     def _state(self) -> list[tuple[str, dict]]:
         if self.ended:
@@ -139,6 +148,8 @@ class Job:
 
     def wants_preview(self) -> bool:
         """Whether one should be made now: somebody would see it, and the last one is not too new."""
+        if self.partial() is not None:
+            return True
         now = time.time()
         seen = self._listeners or now - self.watched < WATCHED
         if not self.wanted.previews or not seen or now - self._previewed < 1 / PREVIEWS:
@@ -146,13 +157,20 @@ class Job:
         self._previewed = now
         return True
 
+    def partial(self) -> int | None:
+        """Which of the partial pictures is due after this step, from 0."""
+        n, p = self.wanted.partials, self.progress
+        due = sorted({max(round(p.steps * (i + 1) / (n + 1)), 1) for i in range(n)})
+        return due.index(p.step) if p.step in due else None
+
     def show(self, image: Any) -> None:
         """image: PIL's."""
         self.preview = image
-        self.tell("preview", step=self.progress.step, image=image)
+        self.tell("preview", step=self.progress.step, image=image, partial=self.partial())
 
     def end(self, status: str, error: Refused | None = None) -> None:
         self.error, self.finished, self.preview = error, time.time(), None
+        self.wanted = replace(self.wanted, options={})  # among which are pictures
         with self._lock:
             self.status = status
             for hear in list(self._listeners):
@@ -186,7 +204,7 @@ class Jobs:
             if name in self._jobs:
                 return self._jobs[name]
             if name in self._gone:
-                raise Refused(410, f"job {name} ended more than {self.keep:g} s ago; it is not kept", "expired")
+                raise Refused(410, f"job {name} has ended, and is no longer kept", "expired")
         raise Refused(404, f"there is no job {name[:80]!r}", "not_found")
 
     def all(self) -> list[Job]:
@@ -199,7 +217,9 @@ class Jobs:
         """Forget what has ended long ago."""
         with self._lock:
             late = time.time() - self.keep
-            for name in [n for n, job in self._jobs.items() if job.ended and job.finished <= late]:
+            ended = [(name, job) for name, job in self._jobs.items() if job.ended]
+            over = len(ended) - KEPT
+            for name in [name for i, (name, job) in enumerate(ended) if job.finished <= late or i < over]:
                 del self._jobs[name]
                 self._gone[name] = None
             while len(self._gone) > 1000:

@@ -38,7 +38,7 @@ class Held:
     vae: str | None
     refiner: str | None
     loras: tuple[tuple[str, float], ...]
-    embeddings: tuple[tuple[str, str], ...]
+    embeddings: tuple[str, ...]
 
 
 class Painter:
@@ -64,8 +64,7 @@ class Painter:
     def load(self, wanted: Wanted) -> StableDiffusion:
         """The pipeline for these, alone in memory."""
         self._own()
-        embeddings = self.offers.embeddings.found
-        held = Held(wanted.model, wanted.vae, wanted.refiner, wanted.loras, tuple(sorted(embeddings.items())))
+        held = Held(wanted.model, wanted.vae, wanted.refiner, wanted.loras, wanted.embeddings)
         if held != self.loaded:
             from ...generation.pipeline import StableDiffusion
 
@@ -75,7 +74,7 @@ class Painter:
                 vae=None if held.vae is None else self.offers.vaes.path(held.vae),
                 refiner=None if held.refiner is None else self.offers.refiners.path(held.refiner),
                 loras=[(self.offers.loras.path(name), scale) for name, scale in held.loras],
-                embeddings=[(path, name) for name, path in held.embeddings] if self._reads_text(held.model) else [],
+                embeddings=[(self.offers.embeddings.path(name), name) for name in held.embeddings],
                 **self.common,
             )
             self.loaded = held
@@ -93,13 +92,31 @@ class Painter:
     def checkpoint(self, model: str) -> Checkpoint:
         """A model's description, without its weights."""
         self._own()
-        if model not in self._described:
-            from ...backend.ops import dtype_of
-            from ...checkpoints.checkpoint import Checkpoint
+        path = self.offers.models.path(model)
+        if path not in self._described:
+            self._described[path] = self._open(path)
+        return self._described[path]
 
-            half = dtype_of(self.common.get("dtype", "auto")).size == 2
-            self._described[model] = Checkpoint.open(self.offers.models.path(model), half=half)
-        return self._described[model]
+    def _open(self, path: str, **about: Any) -> Checkpoint:
+        import mlx.core as mx
+
+        from ...backend.ops import dtype_of
+        from ...checkpoints.checkpoint import Checkpoint
+
+        return Checkpoint.open(path, half=dtype_of(self.common.get("dtype", "auto")) == mx.float16, **about)
+
+    def fetch(self) -> None:
+        """Have all that was named here, as no request makes the server ask the hub.
+
+        Raises:
+            Failure: something cannot be had, or is damaged.
+        """
+        self._own()
+        vae = next(iter(self.offers.vaes.named.values()), None)
+        for path in self.offers.models.named.values():
+            self._open(path, vae=vae).check_files()
+        for path in self.offers.refiners.named.values():
+            self._open(path).check_files()
 
     def _reads_text(self, model: str) -> bool:
         return self.checkpoint(model).family.text
@@ -110,11 +127,10 @@ class Painter:
         Raises:
             UsageError: see `settings_for`; or it is no picture, or too large.
         """
-        from ...checkpoints.checkpoint import Checkpoint
         from ...generation.settings import settings_for
 
         self._own()
-        refiner = None if wanted.refiner is None else Checkpoint.open(self.offers.refiners.path(wanted.refiner))
+        refiner = None if wanted.refiner is None else self._open(self.offers.refiners.path(wanted.refiner))
         return self._checked(
             settings_for(
                 self.checkpoint(wanted.model),
@@ -165,8 +181,7 @@ class Painter:
         together = min(wanted.together, pipe.together(settings))
         batches = [slice(i, min(i + together, n)) for i in range(0, n, together)]
         for number, rows in enumerate(batches):
-            if job.stopped.is_set():
-                job.interrupted = True
+            if number and job.stopped.is_set():
                 break
             job.skipped.clear()
             job.batch(number, len(batches), sum(len(leg.plan.steps) for leg in settings.legs) * (1 + wanted.compare))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -117,6 +118,8 @@ class Service:
         vae, refiner = vae or chosen.vae, refiner or chosen.refiner
         self._check_names(model, vae, refiner, loras, options)
         taken(Options, options)
+        texts = [*prompts, options.get("negative_prompt") or ""]
+        embeddings = tuple(name for name in self.offers.embeddings.names() if any(_names(text, name) for text in texts))
         height, width = options.get("height"), options.get("width")
         if height and width and height * width > self.limits.pixels:
             most = f"pictures have up to {self.limits.pixels:,} pixels here"
@@ -130,6 +133,7 @@ class Service:
             vae,
             refiner,
             tuple((name, float(scale)) for name, scale in loras),
+            embeddings,
             most,
             ignored=tuple(ignored),
             **rest,
@@ -180,3 +184,8 @@ class Service:
             self.offers.loras.path(name)
         for control in options.get("controls", ()):
             self.offers.controlnets.path(control.model)
+
+
+def _names(text: str, word: str) -> bool:
+    """Whether a prompt names an embedding by its word."""
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None

@@ -55,7 +55,8 @@ async def events(job: Job) -> AsyncIterator[tuple[str, dict[str, Any]]]:
     loop, heard = asyncio.get_running_loop(), asyncio.Queue()
 
     def hear(name: str, about: dict) -> None:
-        loop.call_soon_threadsafe(heard.put_nowait, (name, about))
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(heard.put_nowait, (name, about))
 
     leave = job.listen(hear)
     try:

@@ -124,6 +124,8 @@ class Worker:
             for errand in due:
                 self._errands.remove(errand)
         for errand, _, future in due:
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
                 future.set_result(errand())
             except BaseException as error:
@@ -131,6 +133,8 @@ class Worker:
 
     def _draw(self, job: Job) -> None:
         began = time.monotonic()
+        n = len(job.wanted.seeds)
+        self.say(f"{job.id}: {n} picture{'s' * (n > 1)} by {job.wanted.model}")
         job.begin()
         try:
             self.painter.draw(job, lambda: self._run_errands(urgent=True))
