@@ -21,7 +21,9 @@ from ...errors import Failure
 from ...generation.options import A1111_RNGS, A1111_SAMPLERS
 from ...generation.record import parameters_text
 from . import a1111_extras, pictures
-from .a1111_fields import ALIASES, MOST_UNITS, SPACINGS, Common, ImageToImage, TextToImage, changed, task, wanted
+from .a1111_fields import ALIASES, SPACINGS, Common, ImageToImage, TextToImage, changed
+from .a1111_start import MOST_UNITS
+from .a1111_wanted import task, wanted
 from .jobs import GENERATING, QUEUED, Job
 from .refused import Refused
 from .service import Service
@@ -92,7 +94,7 @@ def _info(asked: Common, job: Job) -> dict:
         "subseed_strength": 0,
         "width": said["width"],
         "height": said["height"],
-        "sampler_name": A1111_SAMPLERS[said["scheduler"]],
+        "sampler_name": A1111_SAMPLERS.get(said["scheduler"], said["scheduler"]),
         "cfg_scale": said["guidance_scale"],
         "steps": said["steps"],
         "batch_size": asked.batch_size,

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter
 from PIL import Image
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
 from ...generation.record import a1111_pairs
 from ...media.pictures import MOST_PIXELS, fit
@@ -21,14 +21,15 @@ NONE = "None"
 class Extras(BaseModel):
     """How pictures are enlarged; whatever else a client says is not looked at."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
     resize_mode: int = 0
-    upscaling_resize: float = 2
+    upscaling_resize: float = Field(2, gt=0, le=64)
     upscaling_resize_w: int = 512
     upscaling_resize_h: int = 512
     upscaling_crop: bool = True
     upscaler_1: str | None = NONE
     upscaler_2: str | None = NONE
-    extras_upscaler_2_visibility: float = 0
+    extras_upscaler_2_visibility: float = Field(0, ge=0, le=1)
     gfpgan_visibility: float = 0
     codeformer_visibility: float = 0
 

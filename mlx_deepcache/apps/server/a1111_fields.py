@@ -1,27 +1,17 @@
-"""AUTOMATIC1111's requests: what they may say, and what it comes to here.
+"""AUTOMATIC1111's words: the fields of its requests, its samplers, and its settings.
 
-Sources: AUTOMATIC1111/stable-diffusion-webui, modules/api/models.py and modules/processing.py;
-Mikubill/sd-webui-controlnet, internal_controlnet/args.py.
+Source: AUTOMATIC1111/stable-diffusion-webui, modules/api/models.py.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
-from io import BytesIO
-from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict
 
-from ...errors import Failure
 from ...fields import suggest
-from ...generation.options import A1111_RNGS, A1111_SAMPLERS, Control, Options, options_of
-from ...generation.record import from_a1111
-from ...media.pictures import FITS
-from . import pictures
-from .jobs import Wanted
+from ...generation.options import A1111_RNGS, A1111_SAMPLERS
 from .offers import stem
 from .refused import Refused
 from .schema import CACHING, SERVED, body, options_from
@@ -37,19 +27,13 @@ ALIASES = {
     "lcm": ["k_lcm"],
 }
 SPACINGS = ("automatic", "uniform", "normal", "karras")
-NO_CONTROL_MODE = (0, "0", "Balanced", None)
-_FITS = dict(zip(("Just Resize", "Crop and Resize", "Resize and Fill"), FITS, strict=True))
-_FITS |= {"Envelope (Outer Fit)": "pad", "Scale to Fit (Inner Fit)": "crop", "Inner Fit (Scale to Fit)": "crop"}
-_FITS |= {"Outer Fit (Shrink to Fit)": "pad"} | dict(enumerate(FITS))
-MOST_UNITS = 3
-_TASK = re.compile(r"[A-Za-z0-9()_-]{1,64}")
 Number = float | None
 
 
 class Common(BaseModel):
     """What both kinds of request may say; whatever else they do is not looked at."""
 
-    model_config = ConfigDict(extra="ignore", protected_namespaces=(), coerce_numbers_to_str=True)
+    model_config = ConfigDict(extra="ignore", protected_namespaces=(), coerce_numbers_to_str=True, allow_inf_nan=False)
     prompt: str = ""
     negative_prompt: str = ""
     styles: list[str] | None = []
@@ -91,11 +75,11 @@ class Common(BaseModel):
     denoising_strength: Number = None
 
 
-class _TextToImage(Common):
+class TextToImageBase(Common):
     enable_hr: bool | None = False
 
 
-class _ImageToImage(Common):
+class ImageToImageBase(Common):
     init_images: list[str] | None = None
     resize_mode: int = 0
     mask: str | None = None
@@ -111,8 +95,8 @@ class _ImageToImage(Common):
 
 
 _CACHES = [o for o in SERVED if o.name in CACHING]
-TextToImage = body("TextToImage", _TextToImage, _CACHES)
-ImageToImage = body("ImageToImage", _ImageToImage, _CACHES)
+TextToImage = body("TextToImage", TextToImageBase, _CACHES)
+ImageToImage = body("ImageToImage", ImageToImageBase, _CACHES)
 
 
 def refuse(what: str, param: str) -> Refused:
@@ -159,7 +143,7 @@ def changed(service: Service, chosen: Chosen, settings: dict[str, Any]) -> tuple
     cache, ignored = dict(chosen.cache), []
     for name, value in settings.items():
         if name == "sd_model_checkpoint" and value is not None:
-            model = value if value in service.offers.models.found else stem(str(value))
+            model = str(value) if str(value) in service.offers.models.found else stem(str(value))
             service.offers.models.path(model)
             chosen = replace(chosen, model=model)
         elif name == "sd_vae" and value is not None:
@@ -180,184 +164,3 @@ def changed(service: Service, chosen: Chosen, settings: dict[str, Any]) -> tuple
             else:
                 cache |= options_from({key: value})
     return replace(chosen, cache=cache), ignored
-
-
-def wanted(service: Service, asked: Common) -> Wanted:
-    """What a request asks for; see `Service.wanted`."""
-    ignored: list[str] = []
-    _refuse_what_lacks(asked, ignored)
-    chosen, unread = changed(service, service.chosen, asked.override_settings or {})
-    ignored += [f"override_settings.{name}" for name in unread]
-    options = _from_infotext(asked)
-    prompt = options.pop("prompt", "") if "prompt" not in asked.model_fields_set else asked.prompt
-    seed = options.pop("seed", -1) if "seed" not in asked.model_fields_set else asked.seed
-    options |= {"scheduler": found} if (found := scheduler_of(asked)) else {}
-    said = {"steps": asked.steps, "guidance_scale": asked.cfg_scale, "negative_prompt": asked.negative_prompt or None}
-    options |= {name: value for name, value in said.items() if value is not None}
-    options |= {name: value // 8 * 8 for name in ("width", "height") if (value := getattr(asked, name)) is not None}
-    options |= options_from(asked.model_dump(include=set(CACHING)))
-    if isinstance(asked, _ImageToImage):
-        options |= _start(asked, ignored)
-    units = _units(asked, options.get("image"))
-    if units:
-        controls, fit = units
-        options["controls"] = controls
-        options.setdefault("fit", fit)
-    refiner = None
-    if asked.refiner_checkpoint and asked.refiner_checkpoint != "None":
-        refiner = stem(asked.refiner_checkpoint)
-        options["refiner_start"] = 0.8 if asked.refiner_switch_at is None else asked.refiner_switch_at
-    if asked.save_images and service.outputs is None:
-        ignored.append("save_images")
-    if min(asked.batch_size, asked.n_iter) < 1:
-        raise Refused(422, "batch_size and n_iter should be 1 or more", "invalid_value", "batch_size")
-    made = service.wanted(
-        prompt,
-        options,
-        seed=seed,
-        n=asked.batch_size * asked.n_iter,
-        together=asked.batch_size,
-        refiner=refiner,
-        tags=not asked.disable_extra_networks,
-        chosen=chosen,
-        ignored=ignored,
-    )
-    if asked.override_settings_restore_afterwards is False:
-        service.chosen = replace(service.chosen, model=chosen.model)
-    return made
-
-
-def task(asked: Common) -> str | None:
-    """The job's name, if the client gives it one."""
-    if asked.force_task_id is not None and not _TASK.fullmatch(asked.force_task_id):
-        told = "force_task_id should be 1 to 64 letters, digits, brackets, _ or -"
-        raise Refused(422, told, "invalid_value", "force_task_id")
-    return asked.force_task_id
-
-
-def _refuse_what_lacks(asked: Common, ignored: list[str]) -> None:
-    if asked.styles:
-        raise refuse("styles", "styles")
-    if asked.subseed_strength or (asked.seed_resize_from_w or 0) > 0 or (asked.seed_resize_from_h or 0) > 0:
-        raise refuse("a variation of a seed (subseed_strength, seed_resize_from)", "subseed_strength")
-    for name in ("restore_faces", "tiling", "enable_hr"):
-        if getattr(asked, name, None):
-            raise refuse(name, name)
-    if asked.script_name and asked.script_name != "None":
-        raise Refused(422, "Script not found", "not_found", "script_name")
-    if (asked.clip_skip or 1) > 1:
-        raise refuse("clip skip above 1", "clip_skip")
-    neutral = {"eta": (None, 0, 1), "s_noise": (None, 1)}
-    for name in ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "s_min_uncond"):
-        if getattr(asked, name) not in neutral.get(name, (None, 0)):
-            ignored.append(name)
-    for name, script in (asked.alwayson_scripts or {}).items():
-        if name.lower() != "controlnet" and _switched_on(script):
-            raise refuse(f"the script {name[:60]!r}", "alwayson_scripts")
-
-
-def _switched_on(script: Any) -> bool:
-    args = script.get("args") if isinstance(script, dict) else script
-    first = args[0] if isinstance(args, list) and args else args
-    if isinstance(first, dict):
-        return first.get("enabled", first.get("enable", True)) is not False
-    return bool(args) and first is not False
-
-
-def _from_infotext(asked: Common) -> dict[str, Any]:
-    """The options of a `parameters` text, with prompt and seed among them."""
-    if not asked.infotext:
-        return {}
-    try:
-        said, _ = from_a1111(asked.infotext, Path("infotext"), networks=False)
-        known = {o.key: o for o in options_of(Options)}
-        read = {known[key].name: known[key].read(value) for key, value in said.items() if key in known}
-    except (Failure, ValueError) as error:
-        raise Refused(422, str(error), "invalid_value", "infotext") from None
-    seeds = read.pop("seeds", None)
-    read |= {"cache": [read["cache"]]} if "cache" in read else {}
-    return read | {"prompt": said["prompt"]} | ({} if seeds is None else {"seed": seeds})
-
-
-def _start(asked: Any, ignored: list[str]) -> dict[str, Any]:
-    """What img2img starts from."""
-    if not asked.init_images:
-        raise Refused(404, "Init image not found", "not_found", "init_images")
-    if len(asked.init_images) > 1:
-        raise Refused(422, "init_images should be one picture", "unsupported", "init_images")
-    if asked.resize_mode not in range(len(FITS)):
-        raise refuse("resize_mode 3 (in latents)", "resize_mode")
-    if asked.initial_noise_multiplier not in (None, 1):
-        raise refuse("initial_noise_multiplier other than 1", "initial_noise_multiplier")
-    if asked.image_cfg_scale not in (None, 1.5) or asked.latent_mask is not None:
-        raise refuse("image_cfg_scale or latent_mask", "image_cfg_scale")
-    picture = pictures.read(pictures.unpacked(asked.init_images[0]))
-    strength = 0.75 if asked.denoising_strength is None else asked.denoising_strength
-    start = {"image": picture, "strength": strength, "fit": FITS[asked.resize_mode]}
-    if asked.width is None:
-        start["width"] = picture.width // 8 * 8
-    if asked.height is None:
-        start["height"] = picture.height // 8 * 8
-    if asked.mask is None:
-        return start
-    if asked.inpainting_fill not in (0, 1):
-        raise refuse("inpainting_fill 2 or 3 (latent noise, latent nothing)", "inpainting_fill")
-    ignored += ["inpainting_fill"] if asked.inpainting_fill == 0 else []
-    ignored += ["inpaint_full_res"] if asked.inpaint_full_res else []
-    mask = mask_of(pictures.unpacked(asked.mask, "mask")).resize(picture.size)
-    start["mask"] = ImageOps.invert(mask) if asked.inpainting_mask_invert else mask
-    start["mask_blur"] = 4.0 if asked.mask_blur is None else asked.mask_blur
-    return start
-
-
-def mask_of(data: bytes) -> Image.Image:
-    """Upstream's create_binary_mask: where a picture is transparent anywhere, its alpha is the mask, cut at 128; else
-    its grey."""
-    pictures.read(data, "mask")  # which refuses what is none
-    with Image.open(BytesIO(data)) as image:
-        if image.mode == "RGBA" and image.getextrema()[-1] != (255, 255):
-            return image.getchannel("A").point(lambda value: 255 * (value > 128))
-        return image.convert("L")
-
-
-def _units(asked: Common, image: Any) -> tuple[list[Control], str] | None:
-    """ControlNets that are switched on, and how their pictures are fitted; None if there are none."""
-    scripts = {name.lower(): script for name, script in (asked.alwayson_scripts or {}).items()}
-    args = (scripts.get("controlnet") or {}).get("args") or []
-    units = [unit for unit in args if isinstance(unit, dict) and unit.get("enabled", True)]
-    if len(units) > MOST_UNITS:
-        raise Refused(422, f"there can be {MOST_UNITS} ControlNets, got {len(units)}", "invalid_value", "ControlNet")
-    if not units:
-        return None
-    fits = {_fit(unit) for unit in units}
-    if len(fits) > 1:
-        raise Refused(422, "ControlNets' pictures are all fitted in the same way (resize_mode)", "unsupported")
-    return [_control(unit, image) for unit in units], fits.pop()
-
-
-def _fit(unit: dict) -> str:
-    mode = unit.get("resize_mode", 1)
-    if not isinstance(mode, (str, int)) or mode not in _FITS:
-        raise Refused(422, f"resize_mode should be one of {', '.join(map(str, _FITS))}", "invalid_value", "resize_mode")
-    return _FITS[mode]
-
-
-def _control(unit: dict, image: Any) -> Control:
-    if str(unit.get("module") or "none").lower() != "none":
-        raise refuse(f"the preprocessor {unit['module']!r}", "module")
-    if unit.get("control_mode") not in NO_CONTROL_MODE:
-        raise refuse("control_mode other than Balanced", "control_mode")
-    given = unit.get("image") or unit.get("input_image")
-    mask = unit.get("mask") or (given.get("mask") if isinstance(given, dict) else None)
-    if mask:
-        raise refuse("a ControlNet's mask", "mask")
-    given = given.get("image") if isinstance(given, dict) else given
-    if not given and image is None:
-        raise Refused(422, "a ControlNet needs an image", "invalid_value", "image")
-    return Control(
-        stem(str(unit.get("model") or "None")),
-        pictures.read(pictures.unpacked(given)) if given else image,
-        scale=unit.get("weight", 1.0),
-        start=unit.get("guidance_start", 0.0),
-        end=unit.get("guidance_end", 1.0),
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,7 +20,7 @@ from ...diffusion.schedulers import SCHEDULERS
 from ...media.pictures import FITS
 from . import pictures
 from .jobs import ENDS, Job, Wanted
-from .refused import Refused
+from .refused import Refused, mends
 from .schema import SERVED, NamedLora, body, options_from
 from .service import Service
 from .waiting import events
@@ -34,7 +34,7 @@ TAG = "jobs"
 class JobRequest(BaseModel):
     """What a job asks for, beside the options."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
     prompt: str | list[str] | None = Field(None, description="what to draw; one, or one a seed")
     model: str | None = Field(None, description="a name from the list of models")
     vae: str | None = Field(None, description="a name from the list of VAEs")
@@ -54,7 +54,7 @@ Asked = body("Job", JobRequest)
 def told(refused: Refused) -> tuple[int, dict]:
     """An error as this family of routes says it."""
     error = {"code": refused.code, "message": refused.message, "param": refused.param}
-    return refused.status, {"error": error, "detail": refused.message}
+    return mends(refused, 422), {"error": error, "detail": refused.message}
 
 
 def router(service: Service) -> APIRouter:
@@ -165,7 +165,7 @@ def router(service: Service) -> APIRouter:
         service.offers.models.path(model)
         made = service.wanted("", {}, model=model, seed=0)
         await asyncio.wrap_future(worker.call(lambda: service.painter.load(made) and None))
-        service.chosen.model = model
+        service.chosen = replace(service.chosen, model=model)
         return {"model": model, "loaded": True}
 
     @routes.post("/models/unload")

@@ -7,7 +7,6 @@ import base64
 import binascii
 import hmac
 import secrets
-import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from starlette.exceptions import HTTPException
 from ..._version import __version__
 from ...errors import Failure, UsageError
 from . import a1111, api, openai
-from .refused import FAILED, INTERNAL, Refused, of_error
+from .refused import Refused, of_error
 from .service import Service
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -89,11 +88,7 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
             return JSONResponse({"detail": _plain(error.errors())}, 422)
         refused = _of_validation(error)
     else:
-        refused = of_error(error) or Refused(
-            500,
-            str(error) if isinstance(error, Failure) else "an error that nobody expected; the server's log has it",
-            FAILED if isinstance(error, Failure) else INTERNAL,
-        )
+        refused = of_error(error)
     family = a1111 if path.startswith(("/sdapi", "/controlnet")) else openai if path.startswith("/v1") else api
     status, body = family.told(refused)
     headers = {"retry-after": str(refused.retry)} if refused.retry is not None else {}
@@ -142,7 +137,6 @@ class Guard:
                 await self.app(scope, receive, numbered)
                 return
             except Exception as raised:
-                traceback.print_exception(raised)
                 if started:
                     raise
                 error = raised

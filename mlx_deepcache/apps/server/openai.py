@@ -26,7 +26,7 @@ from . import pictures
 from .a1111_fields import samplers
 from .files import Files
 from .jobs import COMPLETED, ENDS, Drawn, Job, Wanted
-from .refused import Refused
+from .refused import Refused, mends
 from .schema import CACHING, NamedLora, body, options_from
 from .service import Service
 from .waiting import events, finished, of_ended
@@ -42,7 +42,7 @@ _GENERATION, _EDIT = "image_generation", "image_edit"
 class _Generation(BaseModel):
     """What OpenAI's clients say; further keys are not looked at, but for the options of this package."""
 
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+    model_config = ConfigDict(extra="ignore", protected_namespaces=(), allow_inf_nan=False)
     prompt: str = Field(max_length=32_000)
     model: str | None = None
     n: int | None = Field(1, ge=1, le=MOST)
@@ -65,14 +65,12 @@ Generation = body("Generation", _Generation)
 
 def told(refused: Refused) -> tuple[int, dict]:
     """An error as OpenAI's clients read it."""
-    status = 400 if refused.status == 422 or refused.code in _BAD_PICTURES else refused.status
+    status = mends(refused, 400)
+    status = 400 if status == 422 else status
     kinds = {401: "invalid_request_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
     error = {"message": refused.message, "type": kind, "param": refused.param, "code": refused.code}
     return status, {"error": error}
-
-
-_BAD_PICTURES = ("invalid_image", "address_not_allowed")
 
 
 def router(service: Service) -> APIRouter:

@@ -191,18 +191,19 @@ class Painter:
         from ..compare import no_cache
 
         images, stats = self._pictures(job, pipe, settings, errands)
-        _add_stats(job.stats, stats)
+        _add_stats(job.stats, stats or {})
         others = [None] * len(images)
-        if job.wanted.compare and not job.interrupted:
-            others, _ = self._pictures(job, pipe, replace(settings, cache=no_cache()), errands)
+        if job.wanted.compare and stats is not None:
+            again, complete = self._pictures(job, pipe, replace(settings, cache=no_cache()), errands)
+            others = others if complete is None else again
         for image, other, prompt, seed in zip(images, others, settings.prompts, settings.seeds, strict=True):
             job.images.append(self._drawn(job.wanted, pipe, settings, image, other, prompt, seed))
         job.settings = job.images[0].settings
 
     def _pictures(
         self, job: Job, pipe: StableDiffusion, settings: Settings, errands: Callable[[], None]
-    ) -> tuple[list[np.ndarray], dict]:
-        """A batch, or what there is of it if it is stopped, and what it cost."""
+    ) -> tuple[list[np.ndarray], dict | None]:
+        """A batch and what it cost, or what there is of it, and None, if it is stopped."""
         drawn = pipe.denoise(settings)
         try:
             colours, stopped = None, False
@@ -223,7 +224,7 @@ class Painter:
                 self._check(job)
                 images.append(image)
             job.interrupted |= stopped
-            return images, drawn.stats() if not stopped else {}
+            return images, None if stopped else drawn.stats()
         finally:
             drawn.close()
 

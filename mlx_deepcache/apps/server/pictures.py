@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ...errors import Failure
 from ...generation.record import png_texts
 from ...media.pictures import read_mask, read_picture
-from .refused import Refused
+from .refused import ADDRESS, BAD_PICTURE, Refused
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,13 +33,13 @@ def unpacked(text: object, what: str = "image") -> bytes:
     if not isinstance(text, str):
         raise Refused(422, f"{what} should be a picture in base64", "invalid_value", what)
     if _ADDRESS.match(text):
-        raise Refused(500, "Requests not allowed", "address_not_allowed", what)
+        raise Refused(500, "Requests not allowed", ADDRESS, what)
     try:
-        data = base64.b64decode(_PREFIX.sub("", text, count=1), validate=True)
+        data = base64.b64decode("".join(_PREFIX.sub("", text, count=1).split()), validate=True)
     except (binascii.Error, ValueError):
         data = b""
     if not data.startswith(_STARTS):
-        raise Refused(500, "Invalid encoded image", "invalid_image", what)
+        raise Refused(500, "Invalid encoded image", BAD_PICTURE, what)
     return data
 
 
@@ -54,7 +54,7 @@ def read(data: bytes, what: str = "image") -> Image:
             raise Failure("it is no PNG, JPEG or WebP")
         return read_mask(data) if what == "mask" else read_picture(data)
     except Failure as error:
-        raise Refused(500, f"Invalid encoded image: {error}", "invalid_image", what) from None
+        raise Refused(500, f"Invalid encoded image: {error}", BAD_PICTURE, what) from None
 
 
 def packed(image: Image, kind: str = "png", quality: int = 100, settings: dict | None = None) -> bytes:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable
 
-from ...errors import UsageError
+from ...errors import Failure, UsageError
 from ...fields import suggest
 
 
@@ -24,17 +25,24 @@ def unknown(what: str, name: object, known: Iterable[str], code: str | None = No
     return Refused(404, f"there is no {what} {str(name)[:200]!r} here{suggest(name, known)}", code or "not_found", what)
 
 
-def of_error(error: BaseException) -> Refused | None:
-    """How a request is answered that ended in this error; None for one that nobody expected."""
+def of_error(error: BaseException) -> Refused:
+    """How a request is answered that ended in this error; one that nobody expected goes to standard error."""
     if isinstance(error, Refused):
         return error
     if isinstance(error, UsageError):
         return Refused(422, str(error), "invalid_value")
+    if isinstance(error, Failure):
+        return Refused(500, str(error), "failed")
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "alloc" in str(error).lower()):
-        return Refused(500, "there is not enough memory for this; ask for a smaller or for fewer pictures", MEMORY)
-    return None
+        told = "there is not enough memory for this; ask for a smaller or for fewer pictures"
+        return Refused(500, told, "insufficient_memory")
+    traceback.print_exception(error)
+    return Refused(500, "an error that nobody expected; the server's log has it", "internal_error")
 
 
-MEMORY = "insufficient_memory"
-FAILED = "failed"
-INTERNAL = "internal_error"
+def mends(refused: Refused, status: int) -> int:
+    """The status of an error; of a bad picture, for which upstream's is 500, this one."""
+    return status if refused.code in (BAD_PICTURE, ADDRESS) else refused.status
+
+
+BAD_PICTURE, ADDRESS = "invalid_image", "address_not_allowed"

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import statistics
-import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from ...errors import Failure
 from .jobs import CANCELLED, COMPLETED, FAILED, Job
 from .painter import Cancelled, Painter
-from .refused import FAILED as A_FAILURE
-from .refused import INTERNAL, Refused, of_error
+from .refused import Refused, of_error
 
 LONGEST_WAIT = 60  # seconds that a client is told to wait
 RECENT = 20  # jobs whose durations tell how long one takes
@@ -143,11 +139,6 @@ class Worker:
             status, error = CANCELLED, None
         except BaseException as raised:
             status, error = FAILED, of_error(raised)
-            if error is None and isinstance(raised, Failure):
-                error = Refused(500, str(raised), A_FAILURE)
-            if error is None:
-                traceback.print_exception(raised, file=sys.stderr)
-                error = Refused(500, "an error that nobody expected; the server's log has it", INTERNAL)
         seconds = time.monotonic() - began
         self._times.append(seconds)
         self.say(f"{job.id}: {status}, {seconds:.1f} s" + (f", {error.message}" if error else ""))

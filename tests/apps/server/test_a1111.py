@@ -9,6 +9,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 import tiny
+import webuiapi
 from helpers import MASK, PICTURE
 from PIL import Image
 
@@ -16,7 +17,6 @@ import mlx_deepcache
 from mlx_deepcache.apps.server.offers import Offers
 from mlx_deepcache.apps.server.service import Limits
 
-webuiapi = pytest.importorskip("webuiapi")
 SMALL = {"width": 64, "height": 64, "steps": 6}
 
 

@@ -6,6 +6,7 @@ import time
 from io import BytesIO
 
 import numpy as np
+import openai
 import pytest
 from helpers import MASK, PICTURE
 from PIL import Image
@@ -13,7 +14,6 @@ from PIL import Image
 import mlx_deepcache
 from mlx_deepcache.apps.server.service import Limits
 
-openai = pytest.importorskip("openai")
 SMALL = {"steps": 6, "seed": 3}
 
 
