@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 
 from ..._version import __version__
 from ...errors import Failure, UsageError
+from ...fields import shown
 from . import a1111, api, openai
 from .refused import Refused, of_error
 from .service import Service
@@ -89,6 +90,7 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
         refused = _of_validation(error)
     else:
         refused = of_error(error)
+    refused.message = shown(refused.message)
     family = a1111 if path.startswith(("/sdapi", "/controlnet")) else openai if path.startswith("/v1") else api
     status, body = family.told(refused)
     headers = {"retry-after": str(refused.retry)} if refused.retry is not None else {}

@@ -31,13 +31,13 @@ class Shelf:
 
     def look(self) -> None:
         """Look into the folders again."""
-        self.found = {}
+        found: dict[str, str] = {}
         for place in self.places:
             files = place.rglob("*.safetensors") if not self.folders else place.glob("*.safetensors")
             models = [one for one in place.iterdir() if (one / "model_index.json").is_file()] if self.folders else []
             for path in sorted([*files, *models]):
-                self.found.setdefault(path.stem if path.is_file() else path.name, str(path))
-        self.found |= self.named
+                found.setdefault(path.stem if path.is_file() else path.name, str(path))
+        self.found = found | self.named  # at once, as others read it
 
     def names(self) -> list[str]:
         """The given ones first."""

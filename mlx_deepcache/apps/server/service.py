@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import Failure, UsageError
-from ...generation.kinds import KINDS
+from ...fields import valued
 from ...generation.options import ModelOptions, Options, taken
 from ...generation.tags import named_loras
 from .jobs import Job, Jobs, Wanted
@@ -99,13 +99,16 @@ class Service:
         """
         chosen = chosen or self.chosen
         prompts = [prompt or ""] if prompt is None or isinstance(prompt, str) else list(prompt)
+        for text in prompts:
+            if not _is_unicode(text):
+                raise UsageError(f"a prompt should be text in UTF-8, got {valued(text)}")
         seeds = self._seeds(seed, seeds, max(n, len(prompts)))
         if len(prompts) == 1:
             prompts *= len(seeds)
         if len(prompts) != len(seeds):
             raise UsageError(f"there should be one prompt, or one a seed ({len(seeds)}), got {len(prompts)}")
         if tags and self.offers.loras.places:
-            read = [named_loras(KINDS["str"].take(text)) for text in prompts]
+            read = [named_loras(text) for text in prompts]
             if len({found for _, found in read}) > 1:
                 raise UsageError("prompts of pictures that are drawn together should name the same LoRAs")
             prompts, loras = [text for text, _ in read], [*loras, *read[0][1]]
@@ -167,12 +170,13 @@ class Service:
     def _seeds(self, seed: int | None, seeds: Sequence[int] | None, n: int) -> list[int]:
         if seeds is not None and seed is not None:
             raise UsageError("seed and seeds are the same; give one of them")
-        if seeds is None:
-            first = secrets.randbelow(2**32) if seed is None or seed < 0 else seed
-            seeds = range(first, first + n)
-        if not 1 <= len(seeds) <= self.limits.images:
-            raise UsageError(f"a job has 1 to {self.limits.images} pictures here, got {len(seeds)}")
-        return [int(one) for one in seeds]
+        n = n if seeds is None else len(seeds)
+        if not 1 <= n <= self.limits.images:
+            raise UsageError(f"a job has 1 to {self.limits.images} pictures here, got {n}")
+        if seeds is not None:
+            return list(seeds)
+        first = secrets.randbelow(2**32) if seed is None or seed < 0 else seed
+        return list(range(first, first + n))
 
     def _check_names(self, model: str, vae: str | None, refiner: str | None, loras: Sequence, options: dict) -> None:
         self.offers.models.path(model)
@@ -184,6 +188,14 @@ class Service:
             self.offers.loras.path(name)
         for control in options.get("controls", ()):
             self.offers.controlnets.path(control.model)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeError:
+        return False
+    return True
 
 
 def _names(text: str, word: str) -> bool:
