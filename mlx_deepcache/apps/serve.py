@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import Failure, UsageError, named_as
 from ..fields import positive
@@ -15,6 +16,11 @@ from ..generation.kinds import KINDS
 from ..generation.options import CACHE, MACHINE, ModelOptions, Options, option_of, options_of
 from .command import run
 from .flags import Parser, add_option, given, reader
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from .server.service import Service
 
 KEY = "MLX_DEEPCACHE_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -79,10 +85,8 @@ def _parser() -> Parser:
     for name, (flag, about) in LIMITS.items():
         limits.add_argument(flag, dest=f"most_{name}", type=reader(positive), metavar="N", help=f"most {about}")
     seconds = KINDS["float"].read
-    limits.add_argument(
-        "--idle-unload", type=reader(seconds), default=300.0, metavar="S", help="free the model after so many idle "
-        "seconds (300); 0: never"
-    )  # fmt: skip
+    idle = "free the model after so many idle seconds (300); 0: never"
+    limits.add_argument("--idle-unload", type=reader(seconds), default=300.0, metavar="S", help=idle)
     limits.add_argument(
         "--keep-jobs", type=reader(seconds), default=600.0, metavar="S", help="how long a job can be fetched (600)"
     )
@@ -116,15 +120,17 @@ def _serve(args: argparse.Namespace) -> None:
         raise Failure(f"{NEEDS} ({error})") from None
 
     say: Callable[[str], None] = (lambda text: None) if args.quiet else (lambda text: print(text, flush=True))
-    with named_as({}):  # programs know options by their keywords
-        listening = _listen(args.host, args.port)
+    access = Access(args.host, args.port, args.api_key, tuple(args.cors_origin), tuple(args.allow_host))
+    with named_as({}), _listen(args.host, args.port) as listening:  # programs know options by their keywords
         service = service_of(args, say)
-        access = Access(args.host, args.port, args.api_key, tuple(args.cors_origin), tuple(args.allow_host))
-        app = create_app(service, access)
-        server = _server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10), service)
-        say(f"models: {', '.join(service.offers.models.names())}")
-        say(f"http://{args.host}:{args.port}/docs; Ctrl-C ends it")
-        server.run(sockets=[listening])
+        try:
+            service.worker.call(service.painter.fetch).result()
+            config = uvicorn.Config(create_app(service, access), log_level="warning", timeout_graceful_shutdown=10)
+            say(f"models: {', '.join(service.offers.models.names())}")
+            say(f"http://{args.host}:{args.port}/docs; Ctrl-C ends it")
+            _server(config, service).run(sockets=[listening])
+        finally:
+            service.worker.close()
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -134,16 +140,17 @@ def _listen(host: str, port: int) -> socket.socket:
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
+        listening.listen()
     except OSError as error:
         raise Failure(f"cannot listen on {host}, port {port}: {error.strerror}; --port names another") from None
     return listening
 
 
-def service_of(args: argparse.Namespace, say: Callable[[str], None]):
-    """What the flags describe, its models looked at.
+def service_of(args: argparse.Namespace, say: Callable[[str], None]) -> Service:
+    """What the flags describe.
 
     Raises:
-        UsageError, Failure: a model or folder that cannot be.
+        UsageError: a folder, a name or a value that cannot be.
     """
     from .server.offers import Offers
     from .server.service import Limits, Service
@@ -159,29 +166,22 @@ def service_of(args: argparse.Namespace, say: Callable[[str], None]):
     )
     said = {f.name: getattr(args, f"most_{f.name}") for f in fields(Limits)}
     common = {name: value for name, value in given(args, ModelOptions).items() if name not in _NAMED}
-    service = Service(
+    return Service(
         offers,
         Limits(**{name: value for name, value in said.items() if value is not None}),
         common,
-        given_caches(args),
+        {name: value for name, value in given(args, Options).items() if option_of(Options, name).group == CACHE},
         args.idle_unload,
         args.keep_jobs,
         say,
         args.outputs,
     )
-    service.worker.call(service.painter.fetch).result()
-    return service
 
 
 _NAMED = ("model", "vae", "refiner", "lora_dir")  # which are offered
 
 
-def given_caches(args: argparse.Namespace) -> dict:
-    """The caches' options that flags set."""
-    return {name: value for name, value in given(args, Options).items() if option_of(Options, name).group == CACHE}
-
-
-def _server(config, service):
+def _server(config: uvicorn.Config, service: Service) -> uvicorn.Server:
     """uvicorn's, which cancels what is drawn as soon as it is told to end."""
     import uvicorn
 
