@@ -26,11 +26,11 @@ KEY = "MLX_DEEPCACHE_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NEEDS = "serving needs Python 3.11 or newer and the extra `server`: pip install 'mlx_deepcache[server]'"
 LIMITS = {
-    "images": ("--max-images", "pictures of a job"),
-    "pixels": ("--max-pixels", "pixels of a picture"),
-    "batch": ("--max-batch", "pictures that are drawn together"),
-    "queue": ("--queue", "jobs that may wait"),
-    "body": ("--max-body", "bytes of a request"),
+    "images": ("--max-images", "pictures of a job (16)"),
+    "pixels": ("--max-pixels", "pixels of a picture (4194304)"),
+    "batch": ("--max-batch", "pictures that are drawn together (4); larger jobs are split"),
+    "queue": ("--queue", "jobs that may wait (16)"),
+    "body": ("--max-body", "bytes of a request (64 MiB)"),
 }
 
 

@@ -81,7 +81,7 @@ def create_app(service: Service, access: Access = Access()) -> FastAPI:  # noqa:
 
 async def _answer(request: Request, error: Exception) -> JSONResponse:
     """An error in the shape that the clients of this route read."""
-    path = request.url.path
+    path = request.scope["path"]  # its address may have a host that cannot be
     if isinstance(error, HTTPException):
         refused = Refused(error.status_code, str(error.detail), "not_found" if error.status_code == 404 else "http")
     elif isinstance(error, RequestValidationError):
