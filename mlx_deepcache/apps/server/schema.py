@@ -47,7 +47,7 @@ Steering = create_model(
 class NamedLora(BaseModel):
     """A LoRA by its name in the list."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     name: str
     scale: float = 1.0
 
@@ -72,7 +72,7 @@ def _taken(o: Option, value: Any) -> Any:
     if o.kind is KINDS["Picture"]:
         value = pictures.read(pictures.unpacked(value, o.name), o.name) if isinstance(value, str) else value
     elif o.name == "controls":
-        value = [_control(one) for one in value]
+        value = [_control(one) for one in ([value] if isinstance(value, dict) else value)]
     return o.take(value)
 
 
