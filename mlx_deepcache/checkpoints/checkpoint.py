@@ -252,6 +252,12 @@ class Checkpoint:
 
     def module(self, name: str) -> nn.Module:
         """A component with weights yet to be loaded."""
+        module = self._module(name)
+        # Its random weights are never computed, but MLX would remember for ever how their keys came about
+        mx.eval(mx.random.state[0])
+        return module
+
+    def _module(self, name: str) -> nn.Module:
         if name == "unet":
             return UNet2DConditionModel(self.unet_config)
         if name == "vae":

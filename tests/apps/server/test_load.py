@@ -7,24 +7,23 @@ from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import psutil
-
-from mlx_deepcache.apps.server.service import Limits
+from serving import Limits, Offers
 
 JOBS = 200
 
 
-def test_200_jobs_with_cancels_among_them(serve):
+def test_200_jobs_with_cancels_among_them(serve, checkpoint):
     """Two clients; every fourth job is cancelled, wherever it is then."""
-    with serve(limits=Limits(queue=JOBS), keep=0.5) as server:
+    with serve(Offers([f"tiny={checkpoint('sd15')}"]), Limits(queue=JOBS), keep=0.5) as server:
 
         def ask(number):
-            job = server.job(prompt="a dog", steps=2, seed=number, previews=False)
+            job = server.job(prompt="a dog", steps=1, height=64, width=64, seed=number, previews=False)
             if number % 4 == 0:
                 threading.Event().wait(random.Random(number).random() / 20)
                 server.post(f"/api/v1/jobs/{job['id']}/cancel")
             return job["id"], number
 
-        server.ended(server.job(prompt="a dog", steps=2, seed=1))
+        server.ended(server.job(prompt="a dog", steps=1, height=64, width=64, seed=1))
         gc.collect()
         before = psutil.Process().memory_info().rss, mx.get_active_memory()
         ended = {}
@@ -39,7 +38,7 @@ def test_200_jobs_with_cancels_among_them(serve):
         service.submit = counted
         with ThreadPoolExecutor(2) as pool:
             asked = dict(pool.map(ask, range(JOBS)))
-        server.until(server.job(prompt="a dog", steps=2), "completed")
+        server.until(server.job(prompt="a dog", steps=1, height=64, width=64), "completed")
         assert set(ended) >= set(asked) and len(asked) == JOBS
         kinds = [ended[name] for name, number in asked.items() if number % 4]
         assert kinds == ["completed"] * len(kinds)
