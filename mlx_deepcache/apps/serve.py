@@ -54,7 +54,7 @@ def _parser() -> Parser:
         metavar="[ID=]M",
         help="a model, as generate.py knows it; repeatable, the first is the default; default: the bundled one",
     )
-    for kind in ("model", "lora", "embedding", "controlnet"):
+    for kind in ("model", "lora", "embedding", "controlnet", "upscaler"):
         what.add_argument(
             f"--{kind}-dir", action="append", type=Path, default=[], metavar="DIR", help=f"a folder of {kind}s"
         )
@@ -161,6 +161,7 @@ def service_of(args: argparse.Namespace, say: Callable[[str], None]) -> Service:
         args.lora_dir,
         args.embedding_dir,
         args.controlnet_dir,
+        args.upscaler_dir,
         args.vae,
         args.refiner,
     )

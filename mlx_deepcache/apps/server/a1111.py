@@ -36,7 +36,7 @@ def router(service: Service) -> APIRouter:
     _add(sd, service)
     a1111_state.add(sd, service)
     a1111_lists.add(sd, service.offers)
-    a1111_extras.add(sd)
+    a1111_extras.add(sd, service)
     routes.include_router(sd)
     routes.include_router(a1111_lists.controlnet(service.offers.controlnets))
     return routes
@@ -83,8 +83,8 @@ def _info(asked: Common, job: Job) -> dict:
         "subseed": -1,
         "all_subseeds": [-1] * n,
         "subseed_strength": 0,
-        "width": said["width"],
-        "height": said["height"],
+        "width": drawn[0].pixels.width,
+        "height": drawn[0].pixels.height,
         "sampler_name": A1111_SAMPLERS.get(said["scheduler"], said["scheduler"]),
         "cfg_scale": said["guidance_scale"],
         "steps": said["steps"],
@@ -97,13 +97,13 @@ def _info(asked: Common, job: Job) -> dict:
         "sd_vae_hash": None,
         "seed_resize_from_w": -1,
         "seed_resize_from_h": -1,
-        "denoising_strength": said.get("strength"),
+        "denoising_strength": said.get("strength") or said.get("hires_strength"),
         "extra_generation_params": {},
         "index_of_first_image": 0,
         "infotexts": [parameters_text(image.settings) for image in drawn],
         "styles": [],
         "job_timestamp": timestamp(job),
-        "clip_skip": 1,
+        "clip_skip": (said.get("clip_skip") or 0) + 1,
         "is_using_inpainting_conditioning": False,
         "version": f"mlx_deepcache {__version__}",
         "ignored": list(job.wanted.ignored),

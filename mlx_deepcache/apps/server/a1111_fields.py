@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ...fields import suggest
-from ...generation.options import A1111_RNGS, A1111_SAMPLERS
+from ...fields import suggest, valued
+from ...generation.options import A1111_RNGS, A1111_SAMPLERS, A1111_SKIPS
 from .offers import stem
 from .refused import Refused
 from .schema import CACHING, SERVED, body, options_from
@@ -77,6 +77,16 @@ class Common(BaseModel):
 
 class TextToImageBase(Common):
     enable_hr: bool | None = False
+    hr_scale: float = 2.0
+    hr_upscaler: str | None = None
+    hr_second_pass_steps: int | None = 0
+    hr_resize_x: int | None = 0
+    hr_resize_y: int | None = 0
+    hr_checkpoint_name: str | None = None
+    hr_sampler_name: str | None = None
+    hr_scheduler: str | None = None
+    hr_prompt: str | None = ""
+    hr_negative_prompt: str | None = ""
 
 
 class ImageToImageBase(Common):
@@ -101,6 +111,19 @@ ImageToImage = body("ImageToImage", ImageToImageBase, _CACHES)
 
 def refuse(what: str, param: str) -> Refused:
     return Refused(422, f"{what} is not supported here", "unsupported", param)
+
+
+def skipped(layers: Any, param: str) -> int | None:
+    """A1111's clip skip, which counts the last layer too, as ours; None where it leaves none out.
+
+    Raises:
+        Refused: it is no such number.
+    """
+    found = {theirs: ours for ours, theirs in A1111_SKIPS.items()} | {"0": 0}
+    if isinstance(layers, bool) or str(layers) not in found:
+        told = f"clip skip is a whole number from 1 to {len(A1111_SKIPS)}, got {valued(layers)}"
+        raise Refused(422, told, "invalid_value", param)
+    return found[str(layers)] or None
 
 
 def scheduler_of(asked: Common) -> str | None:
@@ -151,8 +174,8 @@ def changed(service: Service, chosen: Chosen, settings: dict[str, Any]) -> tuple
             if not automatic:
                 service.offers.vaes.path(value)
             chosen = replace(chosen, vae=None if automatic else value)
-        elif name == "CLIP_stop_at_last_layers" and value not in (None, 0, 1):
-            raise refuse("clip skip (CLIP_stop_at_last_layers above 1)", name)
+        elif name == "CLIP_stop_at_last_layers" and value is not None:
+            chosen = replace(chosen, clip_skip=skipped(value, name))
         elif name == "randn_source":
             rng = {theirs: ours for ours, theirs in A1111_RNGS.items()}.get(str(value).upper())
             ignored += [name] if rng is None and value is not None else []

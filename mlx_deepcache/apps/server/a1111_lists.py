@@ -12,13 +12,13 @@ from fastapi import APIRouter, Body
 
 from ...checkpoints.weights import read_header
 from ...errors import Failure
-from ...generation.options import A1111_SAMPLERS
+from ...generation.options import A1111_SAMPLERS, A1111_UPSCALERS
 from .a1111_fields import ALIASES, SPACINGS
 from .a1111_start import MOST_UNITS
 from .offers import Offers, Shelf
 from .refused import Refused
 
-EMPTY = ("latent-upscale-modes", "hypernetworks", "face-restorers", "realesrgan-models", "prompt-styles", "extensions")
+EMPTY = ("hypernetworks", "face-restorers", "realesrgan-models", "prompt-styles", "extensions")
 
 
 def add(routes: APIRouter, offers: Offers) -> None:
@@ -68,6 +68,10 @@ def add(routes: APIRouter, offers: Offers) -> None:
     @routes.get("/script-info")
     def script_info() -> list[dict]:
         return [{"name": "controlnet", "is_alwayson": True, "is_img2img": of, "args": []} for of in (False, True)]
+
+    @routes.get("/latent-upscale-modes")
+    def modes() -> list[dict]:
+        return [{"name": name} for our, name in A1111_UPSCALERS.items() if our.startswith("latent")]
 
     for name in EMPTY:
         routes.add_api_route(f"/{name}", lambda: [], methods=["GET"])

@@ -11,11 +11,11 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from ...generation.options import Control
+from ...generation.options import A1111_UPSCALERS, Control
 from ...media.pictures import FITS
 from . import pictures
-from .a1111_fields import Common, ImageToImageBase, refuse
-from .offers import stem
+from .a1111_fields import Common, ImageToImageBase, TextToImageBase, refuse
+from .offers import Shelf, stem
 from .refused import Refused
 
 NO_CONTROL_MODE = (0, "0", "Balanced", None)
@@ -49,11 +49,48 @@ def start(asked: ImageToImageBase, ignored: list[str]) -> dict[str, Any]:
     if asked.inpainting_fill not in (0, 1):
         raise refuse("inpainting_fill 2 or 3 (latent noise, latent nothing)", "inpainting_fill")
     ignored += ["inpainting_fill"] if asked.inpainting_fill == 0 else []
-    ignored += ["inpaint_full_res"] if asked.inpaint_full_res else []
     mask = mask_of(pictures.unpacked(asked.mask, "mask")).resize(picture.size)
     said["mask"] = ImageOps.invert(mask) if asked.inpainting_mask_invert else mask
     said["mask_blur"] = 4.0 if asked.mask_blur is None else asked.mask_blur
+    if asked.inpaint_full_res:
+        del said["fit"]  # as what is drawn is cut out in its proportions
+        said["mask_padding"] = asked.inpaint_full_res_padding
     return said
+
+
+def enlarged(asked: TextToImageBase, upscalers: Shelf) -> dict[str, Any]:
+    """Hires fix."""
+    for name in ("checkpoint_name", "sampler_name", "scheduler", "prompt", "negative_prompt"):
+        own = getattr(asked, f"hr_{name}")
+        if own and not own.startswith("Use same") and own != getattr(asked, name, None):
+            raise refuse(f"hires fix with another {name}", f"hr_{name}")
+    strength = 0.75 if asked.denoising_strength is None else asked.denoising_strength
+    said = {"hires_scale": _scale(asked), "hires_strength": strength}
+    said |= {"hires_steps": asked.hr_second_pass_steps} if asked.hr_second_pass_steps else {}
+    named = {theirs.lower(): ours for ours, theirs in A1111_UPSCALERS.items()} | {"none": "lanczos"}
+    if (upscaler := asked.hr_upscaler) is None:
+        return said
+    if upscaler.lower() in named:
+        return said | {"hires_upscaler": named[upscaler.lower()]}
+    if stem(upscaler) not in upscalers.found:
+        there = ", ".join([*A1111_UPSCALERS.values(), *upscalers.names()])
+        raise Refused(
+            422, f"there is no upscaler {upscaler[:60]!r} here; there are {there}", "unsupported", "hr_upscaler"
+        )
+    return said | {"hires_net": stem(upscaler)}
+
+
+def _scale(asked: TextToImageBase) -> float:
+    """How many times as long the sides become."""
+    wanted = [(new, side) for new, side in ((asked.hr_resize_x, asked.width), (asked.hr_resize_y, asked.height)) if new]
+    if not wanted:
+        return asked.hr_scale
+    if any(not side for _, side in wanted):
+        raise Refused(422, "hr_resize needs the width and height to start from", "invalid_value", "hr_resize_x")
+    scales = [new / (side // 8 * 8) for new, side in wanted]
+    if max(scales) - min(scales) > 0.01 * max(scales):
+        raise Refused(422, "hr_resize_x and hr_resize_y should keep the proportions", "unsupported", "hr_resize_x")
+    return scales[0]
 
 
 def mask_of(data: bytes) -> Image.Image:

@@ -114,7 +114,7 @@ def _add_settings(routes: APIRouter, service: Service) -> None:
             "sd_model_checkpoint": chosen.model,
             "sd_checkpoint_hash": None,
             "sd_vae": chosen.vae or "Automatic",
-            "CLIP_stop_at_last_layers": 1,
+            "CLIP_stop_at_last_layers": (chosen.clip_skip or 0) + 1,
             "samples_format": "png",
             "samples_save": service.outputs is not None,
             "randn_source": A1111_RNGS.get(chosen.rng or "torch"),

@@ -10,8 +10,8 @@ from typing import Any
 from ...errors import Failure
 from ...generation.options import Options, options_of
 from ...generation.record import from_a1111
-from .a1111_fields import Common, ImageToImageBase, changed, refuse, scheduler_of
-from .a1111_start import start, units
+from .a1111_fields import Common, ImageToImageBase, changed, refuse, scheduler_of, skipped
+from .a1111_start import enlarged, start, units
 from .jobs import Wanted
 from .offers import stem
 from .refused import Refused
@@ -34,9 +34,12 @@ def wanted(service: Service, asked: Common) -> Wanted:
     said = {"steps": asked.steps, "guidance_scale": asked.cfg_scale, "negative_prompt": asked.negative_prompt or None}
     options |= {name: value for name, value in said.items() if value is not None}
     options |= {name: value // 8 * 8 for name in ("width", "height") if (value := getattr(asked, name)) is not None}
+    options |= {} if asked.clip_skip is None else {"clip_skip": skipped(asked.clip_skip, "clip_skip")}
     options |= options_from(asked.model_dump(include=set(CACHING)))
     if isinstance(asked, ImageToImageBase):
         options |= start(asked, ignored)
+    elif asked.enable_hr:
+        options |= enlarged(asked, service.offers.upscalers)
     nets = units(asked, options.get("image"))
     if nets:
         controls, fit = nets
@@ -79,13 +82,11 @@ def _refuse_what_lacks(asked: Common, ignored: list[str]) -> None:
         raise refuse("styles", "styles")
     if asked.subseed_strength or (asked.seed_resize_from_w or 0) > 0 or (asked.seed_resize_from_h or 0) > 0:
         raise refuse("a variation of a seed (subseed_strength, seed_resize_from)", "subseed_strength")
-    for name in ("restore_faces", "tiling", "enable_hr"):
-        if getattr(asked, name, None):
+    for name in ("restore_faces", "tiling"):
+        if getattr(asked, name):
             raise refuse(name, name)
     if asked.script_name and asked.script_name != "None":
         raise Refused(422, "Script not found", "not_found", "script_name")
-    if (asked.clip_skip or 1) > 1:
-        raise refuse("clip skip above 1", "clip_skip")
     neutral = {"eta": (None, 0, 1), "s_noise": (None, 1)}
     for name in ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "s_min_uncond"):
         if getattr(asked, name) not in neutral.get(name, (None, 0)):

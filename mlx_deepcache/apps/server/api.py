@@ -95,10 +95,11 @@ def router(service: Service) -> APIRouter:
             "loras": offers.loras.names(),
             "embeddings": offers.embeddings.names(),
             "controlnets": offers.controlnets.names(),
+            "upscalers": offers.upscalers.names(),
             "limits": {"images": limits.images, "pixels": limits.pixels, "batch": limits.batch, "queue": limits.queue},
             "defaults": {"model": service.chosen.model, "vae": service.chosen.vae, **service.chosen.cache},
             "options": [{"name": o.name, "help": o.help, "group": o.group, "expects": o.words} for o in SERVED],
-            "features": {name: any(o.name == name for o in SERVED) for name in ("hires", "upscale", "clip_skip")},
+            "features": dict.fromkeys(("hires", "inpaint_only_masked", "outpaint", "upscale", "clip_skip"), True),
         }
 
     @routes.post("/jobs", status_code=202)

@@ -60,6 +60,7 @@ class Offers:
         lora_dirs: Iterable[Path] = (),
         embedding_dirs: Iterable[Path] = (),
         controlnet_dirs: Iterable[Path] = (),
+        upscaler_dirs: Iterable[Path] = (),
         vae: str | None = None,
         refiner: str | None = None,
     ):
@@ -77,7 +78,8 @@ class Offers:
         self.refiners = Shelf("refiner", {} if refiner is None else dict([_named(refiner)]))
         self.loras = Shelf("LoRA", {}, tuple(lora_dirs))
         self.embeddings = Shelf("embedding", {}, tuple(embedding_dirs))
-        self.controlnets = Shelf("ControlNet", {}, tuple(controlnet_dirs), folders=False)
+        self.controlnets = Shelf("ControlNet", {}, tuple(controlnet_dirs))
+        self.upscalers = Shelf("upscaler", {}, tuple(upscaler_dirs))
         if not self.models.found:
             raise UsageError("there is no model in the folders given: expected single files or folders with one")
 

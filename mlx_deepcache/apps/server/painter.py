@@ -15,6 +15,7 @@ from ...errors import UsageError
 from .jobs import Drawn, Job, Wanted
 from .offers import Offers
 from .plan import plan_of
+from .schema import NETS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -146,8 +147,9 @@ class Painter:
         return list(wanted.prompts) if any(wanted.prompts) or self._reads_text(wanted.model) else None
 
     def _paths(self, wanted: Wanted) -> dict[str, Any]:
-        """The options, with ControlNets by their files."""
+        """The options, with ControlNets and upscalers by their files."""
         options = dict(wanted.options)
+        options |= {name: self.offers.upscalers.path(options[name]) for name in NETS if options.get(name) is not None}
         if options.get("controls"):
             find = self.offers.controlnets.path
             options["controls"] = [replace(control, model=find(control.model)) for control in options["controls"]]
@@ -156,8 +158,9 @@ class Painter:
     def _checked(self, settings: Settings) -> Settings:
         if settings.frames is not None:
             raise UsageError("videos are not served; draw them with generate.py")
-        if settings.height * settings.width > self.most_pixels:
-            size = f"{settings.width} x {settings.height}"
+        height, width = settings.size(settings.legs[-1])
+        if height * width > self.most_pixels:
+            size = f"{width} x {height}"
             raise UsageError(f"pictures have up to {self.most_pixels:,} pixels here, got {size}; ask for a smaller one")
         return settings
 
@@ -260,11 +263,26 @@ class Painter:
             embeddings=(),
         )
         about = describe(settings, named, dtype_name(pipe.dtype), prompt, seed)
+        about |= {name: wanted.options.get(name) for name in NETS if name in about}
         if wanted.loras:
             about["lora_hashes"] = {name: lora_hash(Path(self.offers.loras.path(name))) for name, _ in wanted.loras}
         if other is None:
             return Drawn(seed, Image.fromarray(image), about)
         return Drawn(seed, Image.fromarray(image), about, psnr(image, other), Image.fromarray(other))
+
+    def enlarge(self, image: np.ndarray, upscaler: str) -> np.ndarray:
+        """(H, W, 3) uint8, enlarged by a net as often as it was made for."""
+        self._own()
+        import mlx.core as mx
+
+        from ...backend.ops import dtype_of
+        from ...checkpoints.part import load_upscaler
+        from ...nets.upscaler import upscaled
+
+        dtype = dtype_of(self.common.get("dtype", "auto"))
+        large = upscaled(load_upscaler(self.offers.upscalers.path(upscaler), dtype), image, dtype)
+        mx.clear_cache()
+        return large
 
     def plan(self, wanted: Wanted) -> dict:
         """What drawing it would do: its settings, which steps are full, and the U-Net's share of work."""

@@ -17,14 +17,15 @@ def plan_of(settings: Settings, checkpoint: Checkpoint) -> dict:
     beforehand, because a cache decides on the way or leaves out other work than DeepCache does."""
     from ...generation.options import Options, options_of
 
-    steps = "".join(letter for leg in settings.legs for letter in _letters(settings, leg))
+    letters = [_letters(settings, leg) for leg in settings.legs]
+    steps = "".join(letters)
     said = {o.key: o.record(settings.options) for o in options_of(Options) if o.recorded}
     return {
         "settings": {"prompt": settings.prompts[0], **said, "seed": list(settings.seeds)},
         "steps": steps,
         "full_steps": steps.count(FULL),
         "cached_steps": steps.count(CACHED),
-        "unet_macs_share": _share(settings, checkpoint, steps),
+        "unet_macs_share": _share(settings, checkpoint, letters),
         "cache_choice": settings.cache_choice,
     }
 
@@ -40,12 +41,20 @@ def _letters(settings: Settings, leg: Leg) -> str:
     return letters
 
 
-def _share(settings: Settings, checkpoint: Checkpoint, steps: str) -> float | None:
+def _share(settings: Settings, checkpoint: Checkpoint, letters: list[str]) -> float | None:
     from ...cache.macs import unet_macs
 
-    cache = settings.cache
-    if DECIDED in steps or cache.attention is not None or cache.guidance is not None or len(settings.legs) > 1:
+    cache, refined = settings.cache, any(leg.model for leg in settings.legs)
+    if (
+        any(DECIDED in steps for steps in letters)
+        or cache.attention is not None
+        or cache.guidance is not None
+        or refined
+    ):
         return None
-    unet, size = checkpoint.module("unet"), settings.latent_shape[:2]
-    full, cached = unet_macs(unet, size, cache.branch, TOKENS)
-    return (steps.count(FULL) * full + steps.count(CACHED) * cached) / (len(steps) * full)
+    unet, done, all_of_it = checkpoint.module("unet"), 0, 0
+    for leg, steps in zip(settings.legs, letters, strict=True):
+        full, cached = unet_macs(unet, settings.latent_size(leg), cache.branch, TOKENS)
+        done += steps.count(FULL) * full + steps.count(CACHED) * cached
+        all_of_it += len(steps) * full
+    return done / all_of_it

@@ -15,6 +15,7 @@ from . import pictures
 NOT_SERVED = {"latents"}  # a file
 APART = {"seeds"}  # which requests say in their own ways
 SERVED = tuple(o for o in options_of(Options) if o.group != VIDEO and o.name not in NOT_SERVED | APART)
+NETS = tuple(o.name for o in SERVED if o.kind is KINDS["Model"])  # by the name of an upscaler
 CACHING = tuple(o.name for o in SERVED if o.group == CACHE)
 _TYPES = {
     KINDS["str"]: str,

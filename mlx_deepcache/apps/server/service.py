@@ -20,7 +20,7 @@ from .jobs import Job, Jobs, Wanted
 from .offers import Offers
 from .painter import Painter
 from .refused import Refused
-from .schema import CACHING
+from .schema import CACHING, NETS
 from .worker import Worker
 
 
@@ -43,6 +43,7 @@ class Chosen:
     vae: str | None = None
     refiner: str | None = None
     rng: str | None = None
+    clip_skip: int | None = None
     cache: dict[str, Any] = field(default_factory=dict)
 
 
@@ -115,8 +116,8 @@ class Service:
         options = dict(options)
         if chosen.cache and not any(name in options for name in CACHING):
             options |= chosen.cache
-        if chosen.rng is not None:
-            options.setdefault("rng", chosen.rng)
+        own = {"rng": chosen.rng, "clip_skip": chosen.clip_skip}
+        options = {name: value for name, value in own.items() if value is not None} | options
         model = chosen.model if model is None else model
         vae, refiner = vae or chosen.vae, refiner or chosen.refiner
         self._check_names(model, vae, refiner, loras, options)
@@ -186,6 +187,9 @@ class Service:
             self.offers.refiners.path(refiner)
         for name, _ in loras:
             self.offers.loras.path(name)
+        for name in NETS:
+            if options.get(name) is not None:
+                self.offers.upscalers.path(options[name])
         for control in options.get("controls", ()):
             self.offers.controlnets.path(control.model)
 

@@ -50,10 +50,9 @@ def test_txt2img_draws_what_python_draws(api):
 
 
 def test_img2img_keeps_what_the_mask_leaves(api):
-    result = api.img2img(
-        [PICTURE], prompt="a red apple", mask_image=MASK, mask_blur=0, denoising_strength=0.8, seed=3, **SMALL
-    )
-    assert set(result.info["ignored"]) == {"inpainting_fill", "inpaint_full_res"}
+    asked = {"mask_image": MASK, "mask_blur": 0, "denoising_strength": 0.8, "inpaint_full_res": False}
+    result = api.img2img([PICTURE], prompt="a red apple", seed=3, **asked, **SMALL)
+    assert result.info["ignored"] == ["inpainting_fill"]
     given, grey = (image.resize((64, 64), Image.Resampling.LANCZOS) for image in (PICTURE, MASK))
     outside = np.asarray(grey) < 128
     assert np.array_equal(pixels(result.image)[outside], pixels(given)[outside])
@@ -61,10 +60,66 @@ def test_img2img_keeps_what_the_mask_leaves(api):
     assert result.parameters["init_images"] is None
 
 
+def test_only_masked_draws_around_the_mask_at_the_pictures_own_size(api):
+    asked = {"mask_image": MASK, "mask_blur": 4, "denoising_strength": 0.8, "inpaint_full_res_padding": 8}
+    result = api.img2img([PICTURE], prompt="a red apple", seed=3, **asked, **SMALL)
+    options = {"image": PICTURE, "mask": MASK, "mask_blur": 4, "mask_padding": 8, "strength": 0.8}
+    options |= {"guidance_scale": 7, "scheduler": "euler-a"}  # which webuiapi always sends
+    drawn = pipe()("a red apple", seeds=[3], **options, **SMALL).images[0]
+    assert result.image.size == PICTURE.size and np.array_equal(pixels(result.image), pixels(drawn))
+    assert "Masked area padding: 8" in result.info["infotexts"][0] and "inpaint_full_res" not in result.info["ignored"]
+
+
+FIX = {"enable_hr": True, "prompt": "a red apple", "seed": 3, **SMALL}
+
+
+@pytest.mark.parametrize(
+    "asked, options",
+    [
+        ({"hr_scale": 1.5}, {"hires_scale": 1.5, "hires_strength": 0.75}),
+        (
+            {"hr_resize_x": 128, "hr_resize_y": 128, "hr_upscaler": "Lanczos", "hr_second_pass_steps": 3}
+            | {"denoising_strength": 0.6, "hr_sampler_name": "Use same sampler", "hr_prompt": "a red apple"},
+            {"hires_scale": 2, "hires_upscaler": "lanczos", "hires_steps": 3, "hires_strength": 0.6},
+        ),
+    ],
+)
+def test_hires_fix(server, asked, options):
+    answer = server.post("/sdapi/v1/txt2img", json=FIX | asked).json()
+    drawn = pipe()("a red apple", seeds=[3], **options, **SMALL).images[0]
+    assert np.array_equal(pixels(decoded(answer["images"][0])), pixels(drawn))
+    info = json.loads(answer["info"])
+    assert (info["width"], info["denoising_strength"]) == (drawn.width, options["hires_strength"])
+    assert f"Hires upscale: {options['hires_scale']}" in info["infotexts"][0]
+
+
+def test_clip_skip_counts_as_upstream_does(api, server):
+    drawn = {skip: pipe()("a red apple", seeds=[3], clip_skip=skip, **SMALL).images[0] for skip in (0, 1)}
+    assert not np.array_equal(pixels(drawn[0]), pixels(drawn[1]))
+    asked = {"prompt": "a red apple", "seed": 3} | SMALL
+
+    def check(skip, **more):
+        answer = server.post("/sdapi/v1/txt2img", json=asked | more).json()
+        assert np.array_equal(pixels(decoded(answer["images"][0])), pixels(drawn[skip - 1]))
+        info = json.loads(answer["info"])
+        assert info["clip_skip"] == skip and ("Clip skip: 2" in info["infotexts"][0]) == (skip == 2)
+
+    for skip in (1, 2):
+        check(skip, override_settings={"CLIP_stop_at_last_layers": skip})
+    api.set_options({"CLIP_stop_at_last_layers": 2})
+    try:
+        assert api.get_options()["CLIP_stop_at_last_layers"] == 2
+        check(2)
+        check(1, clip_skip=1)
+    finally:
+        api.set_options({"CLIP_stop_at_last_layers": 1})
+
+
 def test_a_transparent_mask_is_its_alpha(server):
     mask = Image.new("RGBA", PICTURE.size, (255, 255, 255, 255))
     mask.paste((255, 255, 255, 0), (0, 0, 52, 72))
     asked = {"init_images": [webuiapi.b64_img(PICTURE)], "mask": webuiapi.b64_img(mask), "mask_blur": 0, "seed": 1}
+    asked |= {"inpaint_full_res": False}
     answer = server.post("/sdapi/v1/img2img", json=asked | {"prompt": "a dog", "denoising_strength": 0.6} | SMALL)
     drawn, given = (
         pixels(decoded(answer.json()["images"][0])),
@@ -212,7 +267,12 @@ def test_an_infotext_fills_what_is_not_said(server):
     "route, asked, status, words",
     [
         ("txt2img", {"sampler_name": "Eulr a"}, 400, "Sampler not found"),
-        ("txt2img", {"enable_hr": True}, 422, "enable_hr"),
+        ("txt2img", FIX | {"hr_upscaler": "4x-UltraSharp"}, 422, "no upscaler"),
+        ("txt2img", FIX | {"hr_prompt": "another"}, 422, "another prompt"),
+        ("txt2img", FIX | {"hr_resize_x": 128, "hr_resize_y": 96}, 422, "proportions"),
+        ("txt2img", {"enable_hr": True, "hr_resize_x": 128}, 422, "width and height"),
+        ("txt2img", FIX | {"hr_scale": 0.5}, 422, "above 1"),
+        ("txt2img", {"clip_skip": 99}, 422, "clip skip"),
         ("txt2img", {"styles": ["x"]}, 422, "styles"),
         ("txt2img", {"scheduler": "karras", "sampler_name": "Euler"}, 422, "DPM"),
         ("txt2img", {"alwayson_scripts": {"ADetailer": {"args": [True, {}]}}}, 422, "ADetailer"),

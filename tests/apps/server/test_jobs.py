@@ -79,7 +79,13 @@ def test_a_plan_says_what_would_be_drawn_while_another_job_is(server):
     assert server.look(running)["status"] == "generating"
     server.post(f"/api/v1/jobs/{running['id']}/cancel")
     assert plan["steps"] == "FccFccFccF" and (plan["full_steps"], plan["cached_steps"]) == (4, 6)
-    drawn = mlx_deepcache.StableDiffusion.from_pretrained(None, "float32")("a cat", steps=10, cache_interval=3).stats
+
+
+@pytest.mark.parametrize("more", [{}, {"width": 64, "height": 64, "hires_scale": 1.5, "hires_steps": 4}])
+def test_a_plan_is_what_is_drawn_then(server, more):
+    options = {"steps": 10, "cache_interval": 3} | more
+    plan = server.post("/api/v1/plan", json={"prompt": "a cat"} | options).json()
+    drawn = mlx_deepcache.StableDiffusion.from_pretrained(None, "float32")("a cat", **options).stats
     assert [step[0].upper() for step in drawn["steps"]] == list(plan["steps"].upper())
     assert plan["unet_macs_share"] == pytest.approx(drawn["unet_macs"] / drawn["unet_macs_uncached"])
 

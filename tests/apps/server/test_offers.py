@@ -3,16 +3,20 @@
 import shutil
 from io import BytesIO
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+import webuiapi
 from PIL import Image
 from safetensors.torch import save_file
 from serving import Offers
 
 from mlx_deepcache import StableDiffusion
+from mlx_deepcache.checkpoints.part import load_upscaler
 from mlx_deepcache.errors import UsageError
 from mlx_deepcache.fields import file_and_scale
+from mlx_deepcache.nets.upscaler import upscaled
 
 SMALL = {"steps": 2, "height": 64, "width": 64}
 LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -37,9 +41,9 @@ def drawn(server, **asked):
     return np.asarray(Image.open(BytesIO(server.get(job["images"][0]["url"]).content))), job["settings"]
 
 
-def python(checkpoint, prompt, **options):
+def python(checkpoint, prompt, drawing=None, **options):
     pipe = StableDiffusion.from_pretrained(str(checkpoint("sd15")), "float32", **options)
-    return np.asarray(pipe(prompt, seeds=[1], **SMALL).images[0])
+    return np.asarray(pipe(prompt, seeds=[1], **SMALL, **(drawing or {})).images[0])
 
 
 def test_a_lora_is_its_own_requests_only(serve, checkpoint, folders):
@@ -73,6 +77,31 @@ def test_an_embedding_where_a_prompt_has_its_word(serve, checkpoint, folders):
         drawn(server, prompt="a cat")
         assert server.service.painter.loaded.embeddings == ()
         assert list(server.get("/sdapi/v1/embeddings").json()["loaded"]) == ["wild-style"]
+
+
+def test_an_upscaler_enlarges_by_its_name_only(serve, checkpoint, tmp_path):
+    torch.manual_seed(0)
+    (tmp_path / "nets").mkdir()
+    sizes = {"0": (8, 3), "2": (12, 8)}  # of a compact net that makes pictures twice as large
+    tensors = {f"body.{i}.weight": torch.randn(*size, 3, 3) * 0.2 for i, size in sizes.items()}
+    tensors |= {f"body.{i}.bias": torch.randn(size[0]) * 0.1 for i, size in sizes.items()}
+    file = tmp_path / "nets/sharp.safetensors"
+    save_file(tensors | {"body.1.weight": torch.rand(8)}, file)
+    offers = Offers([str(checkpoint("sd15"))], upscaler_dirs=[tmp_path / "nets"])
+    with serve(offers) as server:
+        for names in ({"upscale": "sharp"}, {"hires_scale": 1.5, "hires_net": "sharp"}):
+            image, settings = drawn(server, prompt="a cat", **names)
+            files = {name: file if value == "sharp" else value for name, value in names.items()}
+            assert np.array_equal(image, python(checkpoint, "a cat", drawing=files))
+            assert "sharp" in settings.values() and str(tmp_path) not in str(settings), "no path is told"
+        assert server.post("/api/v1/jobs", json={"prompt": "a", "upscale": str(file)}).status_code == 404
+        api = webuiapi.WebUIApi(host="127.0.0.1", port=server.port)
+        assert [net["scale"] for net in api.get_upscalers() if net["name"] == "sharp"] == [2]
+        picture = Image.fromarray(image[:24, :40])
+        large = api.extra_single_image(picture, upscaler_1="sharp", upscaling_resize=2).image
+        net = load_upscaler(str(file), mx.float32)
+        assert np.array_equal(np.asarray(large), upscaled(net, np.asarray(picture), mx.float32))
+        assert api.extra_single_image(picture, upscaler_1="sharp", upscaling_resize=3).image.size == (120, 72)
 
 
 def test_folders_are_looked_into_again(serve, checkpoint, tmp_path):
