@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, ClassVar
 
 import mlx.core as mx
 import numpy as np
 
 from ..cache.deepcache import DeepCache
-from ..cache.forecast import Forecast, Kept, TaylorSeer
+from ..cache.forecast import Forecast, Kept, Spectrum, TaylorSeer
 from ..cache.text import write
 from ..diffusion.schedule import Plan
 from ..nets.blocks import Features
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 COPY = TaylorSeer(0)
 TRACED = 2**16  # values of the features, spread evenly, that stand for all of them
 FORECASTS = ((), ("taylorseer",), ("taylorseer:order=2",), ("spectrum",))
+TUNED = tuple(
+    (write(Spectrum(weight, ridge=ridge, history=history)),)
+    for weight, ridge, history in product((0.2, 0.4), (0.01, 0.001), (4, 6))
+)
 
 Score = Callable[[tuple[str, ...]], float]  # of policies as text; higher is better
 
@@ -167,7 +172,7 @@ def found(
                 moved = (*steps[:at], steps[at] + by, *steps[at + 1 :])
                 if len({*moved}) == full and moved[-1] < n and (come := score(policies(moved, forecast))) > value:
                     value, steps = come, moved
-        value, forecast = max((score(policies(steps, forecast)), forecast) for forecast in FORECASTS)
+        value, forecast = max((score(policies(steps, forecast)), forecast) for forecast in {*FORECASTS, *TUNED})
         say(f"{full} full steps: {value:.2f} with {' '.join(policies(steps, forecast))}")
     return policies(steps, forecast)
 
