@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx_deepcache
 
 FLOORS = (
-    "apps | generation | sampler | cache, checkpoints | unet | nets | diffusion, media, backend | "
+    "apps, diffusers | generation | sampler | cache, checkpoints | unet | nets | diffusion, media, backend | "
     "errors, fields, _version"
 )
 HOUSE = Path(mlx_deepcache.__file__).parent

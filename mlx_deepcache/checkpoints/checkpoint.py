@@ -51,6 +51,7 @@ class Checkpoint:
     vae_config: VAEConfig | TinyVAEConfig | PixelConfig
     name_or_path: str | None = None  # what the U-Net's config says that it was loaded from
     other_vae: Part | None = None  # in place of the source's own
+    other_scheduler: dict | None = None  # a config in place of the source's own, taken as it is
 
     @classmethod
     def open(
@@ -240,6 +241,8 @@ class Checkpoint:
 
         The family's corrections are made in what its config says.
         """
+        if self.other_scheduler is not None:
+            return schedule(self.other_scheduler, name, **asked)
         config = self.source.scheduler()
         config |= {key: value for key, value in self.family.corrections.items() if name is None or key in config}
         return schedule(config, name, **asked)

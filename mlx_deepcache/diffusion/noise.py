@@ -119,3 +119,7 @@ class BatchNoise:
     def normal(self, shape: tuple[int, int, int]) -> np.ndarray:
         """(N, C, h, w) float32 for N seeds and a picture's latent shape (C, h, w)."""
         return np.concatenate([g.normal((1, *shape)) for g in self.generators])
+
+    def spread(self, shape: tuple[int, int, int]) -> np.ndarray:
+        """The same for what a VAE's encoder leaves to chance in the picture that all start from."""
+        return self.normal(shape)

@@ -321,6 +321,11 @@ SCHEDULERS = {
 }
 
 
+def defaults_of(name: str) -> dict[str, Any]:
+    """What the config of one of `SCHEDULERS` is where it does not say."""
+    return {**_COMMON, **SCHEDULERS[name].defaults}
+
+
 def _by_class(diffusers_class: str | None) -> str:
     for name, row in SCHEDULERS.items():
         if row.diffusers_class and row.diffusers_class == diffusers_class:
@@ -353,7 +358,7 @@ def schedule(config: dict, name: str | None = None, **asked: Any) -> NoiseSchedu
     kind = SCHEDULERS[name]
     if config.get("timestep_type") == "continuous" and "timestep_type" not in kind.defaults:
         raise UsageError(f"this model's timesteps are continuous: its scheduler can be euler only, got {name}")
-    c = {**_COMMON, **kind.defaults}
+    c = defaults_of(name)
     c.update({k: v for k, v in config.items() if k in c})
     c.update(kind.overrides)
     for key in _NUMBERS & c.keys():

@@ -138,6 +138,10 @@ class StableDiffusion:
             self.models[:1] = [Components(checkpoint, self.dtype, addons=addons, **self._held_as)]
             self._named = named
 
+    def use_scheduler(self, config: dict | None) -> None:
+        """Draw by this scheduler_config.json of diffusers in place of the model's own; None: by the model's own."""
+        self.models[0].checkpoint = replace(self.checkpoint, other_scheduler=config)
+
     @property
     def checkpoint(self) -> Checkpoint:
         return self.models[0].checkpoint
@@ -202,11 +206,13 @@ class StableDiffusion:
         models = [model.frugal() for model in self.models] if frugal else self.models
         return max(estimate(settings, models, **given).values())
 
-    def denoise(self, settings: Settings, latents: mx.array | None = None) -> Generation:
+    def denoise(
+        self, settings: Settings, latents: mx.array | None = None, noise: BatchNoise | None = None
+    ) -> Generation:
         """Draw, up to the latents: iterate for its steps; stop iterating to cancel.
 
         latents: (N, h, w, C), or (N, F, h, w, C), standard normal, to start from in place of the seeds' own noise, also
-        in a picture.
+        in a picture; noise: draws in place of the seeds' generators, with the methods of `BatchNoise`.
 
         Raises:
             UsageError: `latents` have another shape, or it cannot be done in the memory there is.
@@ -214,7 +220,7 @@ class StableDiffusion:
         """
         settings = settings if latents is None else replace(settings, noise=take_latents(latents))
         check_fits(settings, self._peak, partial(self._peak, frugal=True), self.budget)
-        return Generation(self, settings)
+        return Generation(self, settings, noise)
 
     def decode(
         self,
@@ -303,7 +309,7 @@ class Generation(Iterator[Progress]):
     `prepare_latents`, `sample` and `decode`; iterating calls the first three for each leg.
     """
 
-    def __init__(self, pipe: StableDiffusion, settings: Settings):
+    def __init__(self, pipe: StableDiffusion, settings: Settings, noise: BatchNoise | None = None):
         prompts, self._loras = take_loras(settings.prompts, pipe.options.lora_dir)
         told = (*dict.fromkeys(prompts), settings.prompt_2, settings.negative_prompt, settings.negative_prompt_2)
         note_unknown(list(dict.fromkeys(prompts)), read_prompts(pipe.checkpoint.source.path))
@@ -311,7 +317,7 @@ class Generation(Iterator[Progress]):
         self.pipe, self.settings, self.clock = pipe, replace(settings, prompts=prompts), Clock()
         self.steps: list[Progress] = []
         self.control_macs = 0
-        self._noise = BatchNoise(settings.rng, list(settings.seeds))
+        self._noise = BatchNoise(settings.rng, list(settings.seeds)) if noise is None else noise
         self._legs = self._run()
 
     def __next__(self) -> Progress:
@@ -331,14 +337,22 @@ class Generation(Iterator[Progress]):
     def noise(self, shape: tuple[int, ...] | None = None) -> mx.array:
         """The batch's next noise, (N, h, w, C) or of another shape, from one generator a picture; drawn channels
         first."""
-        *frames, h, w, channels = self.settings.shape[1:] if shape is None else shape
-        return mx.moveaxis(mx.array(self._noise.normal((*frames, channels, h, w))), -3, -1)
+        return self._drawn(self._noise.normal, self.settings.shape[1:] if shape is None else shape)
+
+    def _spread(self) -> mx.array:
+        """The same for a VAE's encoder."""
+        return self._drawn(self._noise.spread, self.settings.shape[1:])
+
+    @staticmethod
+    def _drawn(draw: Callable[[tuple[int, ...]], np.ndarray], shape: tuple[int, ...]) -> mx.array:
+        *frames, h, w, channels = shape
+        return mx.moveaxis(mx.array(draw((*frames, channels, h, w))), -3, -1)
 
     def prepare_latents(self) -> Started:
         """What the loop starts from."""
         settings = self.settings
         plan, spreads = settings.legs[0].plan, self.pipe.models[0].checkpoint.vae_config.spreads
-        spread = self.noise if spreads else lambda: None
+        spread = self._spread if spreads else lambda: None
         started = settings.start.latents(plan, self.noise, spread, settings.noise, self._encode_picture)
         self.pipe.models[0].release("vae")
         return started
