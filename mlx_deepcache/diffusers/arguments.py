@@ -24,6 +24,7 @@ NEUTRAL: Arguments = {
     "ip_adapter_image": None,
     "ip_adapter_image_embeds": None,
     "masked_image_latents": None,
+    "latents": None,  # of pipelines from a picture
     "guidance_rescale": 0.0,
     "guess_mode": False,
     "crops_coords_top_left": (0, 0),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import operator
 import secrets
 import sys
 from typing import Any
@@ -65,8 +65,6 @@ def _source(given: Any, dtype: str) -> Any:
     if given is None:
         return TorchCPU(secrets.randbelow(2**32))
     try:
-        if isinstance(given, bool) or not math.isfinite(given):
-            raise TypeError
-        return TorchCPU(int(given))
+        return TorchCPU(operator.index(given))
     except TypeError:
         raise UsageError(f"generator should be a torch.Generator or a seed, got {valued(given)}") from None

@@ -161,8 +161,8 @@ class DiffusionPipeline:
         self._scheduler = schedulers.taken(scheduler)
 
     @property
-    def vae(self) -> DiffusionPipeline:
-        """What has a VAE's enable_tiling and enable_slicing."""
+    def vae(self) -> _VAE:
+        """What has enable_tiling and enable_slicing."""
         return _VAE(self)
 
     @vae.setter
@@ -297,7 +297,11 @@ class DiffusionPipeline:
         drawing = core.denoise(ready, None if latents is None else latents_in(latents), noise)
         self._run(drawing, asked["callback_on_step_end"])
         made = self._out(core, drawing, asked)
-        return made.to_tuple() if not asked["return_dict"] else made
+        if asked["return_dict"]:
+            return made
+        if self.video:
+            return made.frames
+        return made.to_tuple()[: 1 if self.xl else 2]  # as diffusers has it
 
     def _run(self, drawing: Generation, callback: Callable | None) -> None:
         """All steps, or those until a callback asks for no more."""

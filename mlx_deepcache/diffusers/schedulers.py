@@ -154,9 +154,12 @@ _CLASSES = {cls.__name__: cls for cls in Scheduler.__subclasses__() if cls.row i
 
 
 def own(config: dict[str, Any]) -> Scheduler:
-    """A model's own scheduler."""
+    """A model's own scheduler; one that cannot be honoured says so when it is drawn with."""
     cls = _CLASSES.get(config.get("_class_name"))
-    return OwnScheduler(config) if cls is None else cls.from_config(config)
+    try:
+        return OwnScheduler(config) if cls is None else cls.from_config(config)
+    except NotImplementedError:
+        return OwnScheduler(config)
 
 
 def taken(scheduler: Any) -> Scheduler:

@@ -9,6 +9,8 @@ import torch
 from helpers import error
 
 IMPORTS = (("from diffusers", "from mlx_deepcache.diffusers"), ("from DeepCache", "from mlx_deepcache.diffusers"))
+
+
 def changed(script: str) -> str:
     """The script for this package: its imports name another module."""
     lines = []
