@@ -2,13 +2,13 @@
 imports name this module. Neither they nor PyTorch are imported, but where a script hands in or asks for PyTorch's own.
 """
 
+from .base import DiffusionPipeline
 from .helper import DeepCacheSDHelper
 from .parts import AutoencoderKL, AutoencoderTiny, ControlNetModel
 from .pipelines import (
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
     AutoPipelineForText2Image,
-    DiffusionPipeline,
     StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionControlNetInpaintPipeline,
     StableDiffusionControlNetPipeline,

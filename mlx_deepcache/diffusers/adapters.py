@@ -1,12 +1,18 @@
-"""LoRAs as diffusers' pipelines have them: by name, each with a weight, some active, some fused."""
+"""LoRAs and embeddings as diffusers' pipelines have them: LoRAs by name, with weights, some active, some fused."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from ..fields import suggest
+from ..fields import suggest, valued
+from .notes import note_all
+from .parts import weights
+
+if TYPE_CHECKING:
+    from .model import Model
 
 Loras = tuple[tuple[str, float], ...]
 """Files and scales."""
@@ -68,3 +74,79 @@ class Adapters:
         for name in names:
             if name not in self.files:
                 raise UsageError(f"there is no LoRA {name!r}{suggest(name, self.files)}; load_lora_weights loads one")
+
+
+class Adaptable:
+    """A pipeline's methods for these."""
+
+    model: Model
+
+    def load_lora_weights(
+        self,
+        lora: str,
+        adapter_name: str | None = None,
+        *,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        **ignored: Any,
+    ) -> None:
+        """From a file, a folder or a hub id; it alone is active then."""
+        note_all("load_lora_weights", ignored)
+        self.model.adapters.add(weights(lora, weight_name, subfolder), adapter_name)
+        self.model.check()
+
+    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Any = None) -> None:
+        self.model.adapters.use(adapter_names, adapter_weights)
+
+    def get_active_adapters(self) -> list[str]:
+        return list(self.model.adapters.weights)
+
+    def enable_lora(self) -> None:
+        self.model.adapters.on = True
+
+    def disable_lora(self) -> None:
+        self.model.adapters.on = False
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        self.model.adapters.delete(adapter_names)
+
+    def unload_lora_weights(self) -> None:
+        self.model.adapters.unload()
+
+    def fuse_lora(
+        self,
+        components: Sequence[str] | None = None,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: Sequence[str] | None = None,
+    ) -> None:
+        """components: all that LoRAs change, or none named."""
+        if components is not None and not {"unet", "text_encoder"} <= {*components}:
+            raise TypeError(f"fuse_lora: components={valued(components)} cannot be honoured here, only all of them")
+        self.model.adapters.fuse(lora_scale, adapter_names)
+
+    def unfuse_lora(self, **ignored: Any) -> None:
+        self.model.adapters.fused = {}
+
+    def load_textual_inversion(
+        self,
+        embedding: str | Sequence[str],
+        token: str | Sequence[str] | None = None,
+        *,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        **ignored: Any,
+    ) -> None:
+        """From a file, a folder or a hub id, called by a word, or by the file's own."""
+        note_all("load_textual_inversion", ignored)
+        several = isinstance(embedding, (list, tuple))
+        files = list(embedding) if several else [embedding]
+        words = list(token) if isinstance(token, (list, tuple)) else [token] * len(files)
+        pairs = [(weights(file, weight_name, subfolder), word) for file, word in zip(files, words, strict=True)]
+        self.model.embeddings = [*self.model.embeddings, *pairs]
+        self.model.check()
+
+    def unload_textual_inversion(self, tokens: None = None, **ignored: Any) -> None:
+        if tokens is not None:
+            raise TypeError("unload_textual_inversion: tokens cannot be honoured here, only all of them")
+        self.model.embeddings = []

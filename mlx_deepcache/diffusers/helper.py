@@ -11,13 +11,13 @@ from ..errors import UsageError
 from ..fields import valued
 
 if TYPE_CHECKING:
-    from .pipelines import Pipeline
+    from .base import DiffusionPipeline
 
 
 class DeepCacheSDHelper:
     """Says when a pipeline, and every other over the same model, caches: set_params, enable, disable."""
 
-    def __init__(self, pipe: Pipeline | None = None):
+    def __init__(self, pipe: DiffusionPipeline | None = None):
         self.pipe = pipe
         self.set_params()
 
@@ -35,7 +35,7 @@ class DeepCacheSDHelper:
             )
         self.cache = DeepCache(cache_interval, cache_branch_id)
 
-    def enable(self, pipe: Pipeline | None = None) -> None:
+    def enable(self, pipe: DiffusionPipeline | None = None) -> None:
         """Cache from now on. pipe: the pipeline, if it was not given before."""
         self.pipe = self.pipe if pipe is None else pipe
         if self.pipe is None:

@@ -3,7 +3,6 @@ with the LoRAs and the cache in them."""
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from .. import StableDiffusion
@@ -57,13 +56,3 @@ def dtype_named(dtype: Any) -> str:
     if name != "auto" and name not in DTYPES:
         raise UsageError(f"dtype should be one of {', '.join(DTYPES)}, got {valued(dtype)}")
     return name if name != "auto" else str(dtype_of("auto")).rpartition(".")[2]
-
-
-_noted: set[str] = set()
-
-
-def note(what: str, words: str) -> None:
-    """Warn once of something that has no effect here."""
-    if what not in _noted:
-        _noted.add(what)
-        warnings.warn(f"{what} {words}", stacklevel=3)

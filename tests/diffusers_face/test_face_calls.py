@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from twice import compare
 
 import mlx_deepcache.diffusers as face
-from mlx_deepcache.diffusers.arguments import NEUTRAL, PROMPTED, VIDEO
+from mlx_deepcache.diffusers.arguments import NEUTRAL, PROMPTED, SIZES, VIDEO
 from mlx_deepcache.diffusers.helper import older
 from mlx_deepcache.errors import CheckpointError, UsageError
 
@@ -170,6 +170,19 @@ pipe = opened(StableDiffusionControlNetPipeline, safety_checker=None, controlnet
 results += [draw(pipe, "a cat", [EDGES, PICTURE], controlnet_conditioning_scale=[0.5, 1.0])]
 """,
     ),
+    "SDXL's ControlNets": (
+        "sdxl",
+        """
+net = ControlNetModel.from_pretrained(NET_XL)
+pipe = opened(AutoPipelineForText2Image, controlnet=net)
+results += [draw(pipe, "a cat", image=EDGES, num_inference_steps=3)]
+pipe = StableDiffusionXLControlNetImg2ImgPipeline(**pipe.components)
+helper = cached(pipe, 2)
+results += [draw(pipe, "a cat", image=PICTURE, control_image=EDGES, strength=0.9)]
+pipe = opened(StableDiffusionXLControlNetInpaintPipeline, controlnet=net)
+results += [draw(pipe, "a cat", image=PICTURE, mask_image=MASK, control_image=EDGES, num_inference_steps=3)]
+""",
+    ),
     "a callback that sees each step and stops": (
         "sd15",
         """
@@ -205,8 +218,9 @@ def beside(checkpoint, tmp_path_factory):
         save_file(made, folder / f"{name}.safetensors")
     save_file({"emb_params": torch.randn(2, 32, generator=g)}, folder / "toy.safetensors")
     net = tiny.write_controlnet("sd15", folder / "net")
+    net_xl = tiny.write_controlnet("sdxl", folder / "net-xl")
     edges = smooth(72, 104, seed=3)
-    files = {"LORAS": folder, "EMBEDDING": folder / "toy.safetensors", "NET": net}
+    files = {"LORAS": folder, "EMBEDDING": folder / "toy.safetensors", "NET": net, "NET_XL": net_xl}
     return files | {"PICTURE": PICTURE, "MASK": MASK, "EDGES": edges}
 
 
@@ -318,7 +332,7 @@ def test_everything_that_diffusers_takes_is_known():
             assert known[argument] == default, (name, argument)
         last = list(takes).index("num_inference_steps")
         assert list(takes)[: last + 1] == [name for name in theirs if name in takes][: last + 1]
-        assert set(takes) - set(theirs) <= {*older_arguments, "cache_branch"}
+        assert set(takes) - set(theirs) <= {*older_arguments, "cache_branch", *SIZES}
 
 
 older_arguments = ("cache_interval", "cache_layer_id", "cache_block_id", "uniform", "pow", "center")
@@ -382,6 +396,8 @@ def test_the_call_arguments_are_the_helpers_branches(checkpoint, pipe):
             "no setting 'steps_of'; did you",
         ),
         (lambda pipe: pipe.load_lora_weights({}), "not as a dict of tensors"),
+        (lambda pipe: pipe.fuse_lora(components=["unet"]), "fuse_lora: components="),
+        (lambda pipe: pipe.unload_textual_inversion("<toy>"), "tokens cannot be honoured"),
         (lambda pipe: pipe.set_adapters("ink"), "there is no LoRA 'ink'"),
         (lambda pipe: pipe.enable_freeu(), "StableDiffusionPipeline here has no 'enable_freeu'"),
         (lambda pipe: face.StableDiffusionXLPipeline(**pipe.components), "which is Stable Diffusion 1.x"),
