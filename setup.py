@@ -15,7 +15,10 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["mlx_deepcache", "mlx_deepcache.*"]),
-    package_data={"mlx_deepcache": ["checkpoints/bundled/**/*", "apps/*.txt", "generation/*.txt"]},
+    package_data={
+        "mlx_deepcache": ["checkpoints/bundled/**/*", "apps/*.txt", "generation/*.txt"],
+        "mlx_deepcache.apps.comfyui": ["pyproject.toml", "example_workflows/*.json"],
+    },
     install_requires=[
         # Before 0.32.2 a large convolution could come out as zeros on Metal; see mlx_deepcache/backend/ops.py
         "mlx>=0.32.2; sys_platform == 'darwin'",
@@ -36,6 +39,7 @@ setup(
             "mlx-deepcache-convert = mlx_deepcache.apps.convert:main_convert",
             "mlx-deepcache-calibrate = mlx_deepcache.apps.calibrate:main_calibrate",
             "mlx-deepcache-serve = mlx_deepcache.apps.serve:main_serve",
+            "mlx-deepcache-comfyui = mlx_deepcache.apps.link:main_link",
         ]
     },
     extras_require={

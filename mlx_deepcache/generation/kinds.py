@@ -17,20 +17,23 @@ from ..media.pictures import are_pictures, is_picture
 
 @dataclass(frozen=True)
 class Check:
-    """What a value should be, in words, and whether one is."""
+    """What a value should be, in words, and whether one is; least, most: between which numbers it lies, where there is
+    such an end, which itself need not hold."""
 
     words: str
     holds: Callable[[Any], bool]
+    least: float | None = None
+    most: float | None = None
 
 
 def at_least(least: int) -> Check:
-    return Check(f"a whole number, {least} or more", lambda value: value >= least)
+    return Check(f"a whole number, {least} or more", lambda value: value >= least, least)
 
 
-SHARE = Check("above 0 and at most 1", lambda value: 0 < value <= 1)
-PART = Check("a share of the steps, from 0 to 1", lambda value: 0 <= value <= 1)
-BETWEEN = Check("between 0 and 1", lambda value: 0 < value < 1)
-DECIBELS = Check("a number of dB above 0, such as 30", lambda value: value > 0)
+SHARE = Check("above 0 and at most 1", lambda value: 0 < value <= 1, 0, 1)
+PART = Check("a share of the steps, from 0 to 1", lambda value: 0 <= value <= 1, 0, 1)
+BETWEEN = Check("between 0 and 1", lambda value: 0 < value < 1, 0, 1)
+DECIBELS = Check("a number of dB above 0, such as 30", lambda value: value > 0, 0)
 
 
 @dataclass(frozen=True)

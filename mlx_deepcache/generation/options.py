@@ -371,7 +371,7 @@ class Options:
         0.0,
         "with ddim (then the default): the share of DDPM's noise that is added in each step, from 0 (none) to 1",
         HOW,
-        check=Check("a number from 0 to 1", lambda value: 0 <= value <= 1),
+        check=Check("a number from 0 to 1", lambda value: 0 <= value <= 1, 0, 1),
     )
     clip: str = option(
         "auto",
@@ -416,7 +416,9 @@ class Options:
         "leave out the text encoder's last N layers, counted as diffusers does: A1111's 'Clip skip: 2' is 1 here. "
         "Default 0",
         PICTURE,
-        check=Check(f"a whole number from 0 to {MOST_LAYERS - 1}", lambda value: 0 <= value < MOST_LAYERS),
+        check=Check(
+            f"a whole number from 0 to {MOST_LAYERS - 1}", lambda value: 0 <= value < MOST_LAYERS, 0, MOST_LAYERS - 1
+        ),
         only=(PICTURES, CLIPS),
         a1111="Clip skip",
         a1111_values=A1111_SKIPS,
@@ -432,7 +434,9 @@ class Options:
     height: int | None = option(
         None, "default: the model's native size", PICTURE, metavar="PX", check=at_least(1), model="native_height"
     )
-    width: int | None = option(None, "likewise", PICTURE, metavar="PX", check=at_least(1), model="native_width")
+    width: int | None = option(
+        None, "default: the model's native size", PICTURE, metavar="PX", check=at_least(1), model="native_width"
+    )
     image: Picture | None = option(
         None, "start from this picture, drawn in its proportions; of a video the first frame", START
     )
@@ -451,7 +455,7 @@ class Options:
         "soften the mask's edge over about so many pixels (0)",
         START,
         metavar="PX",
-        check=Check("a number of pixels from 0 to 256", lambda value: 0 <= value <= 256),
+        check=Check("a number of pixels from 0 to 256", lambda value: 0 <= value <= 256, 0, 256),
         only=(PICTURES, LABELLED, FREE),
         needs=("mask", "outpaint"),
         a1111="Mask blur",
@@ -487,7 +491,7 @@ class Options:
         None,
         "draw at --height and --width, make that so many times larger, such as 2, and draw over it",
         HIRES,
-        check=Check("a number above 1", lambda value: value > 1),
+        check=Check("a number above 1", lambda value: value > 1, 1),
         only=(PICTURES,),
         a1111="Hires upscale",
     )
@@ -556,7 +560,7 @@ class Options:
         None,
         "deviation of the noise that is added to the picture: more of it lets more move away from it; default 0.02",
         VIDEO,
-        check=Check("a number, 0 or more", lambda value: value >= 0),
+        check=Check("a number, 0 or more", lambda value: value >= 0, 0),
         model="noise_aug",
         only=(VIDEOS,),
     )
@@ -657,7 +661,7 @@ class Options:
         None,
         "with --cache auto: the nearest pictures within this share of the multiply-adds, such as 0.4",
         CACHE,
-        check=Check("a share of the multiply-adds, above 0 and at most 1", SHARE.holds),
+        check=Check("a share of the multiply-adds, above 0 and at most 1", SHARE.holds, 0, 1),
         recorded=False,
     )
     latents: Latents | None = option(None, "start from this noise: safetensors, `latents`", FILES)
