@@ -10,10 +10,10 @@ from ..errors import Failure, UsageError
 from .command import run
 from .flags import Parser
 
-PACK = Path(__file__).parent / "comfyui"
+PACK = Path(__file__).resolve().parent / "comfyui"
 NAME = "mlx-deepcache-nodes"  # as in the pack's pyproject.toml
-# A checkout has the first, and the folder that its desktop application keeps beside itself the second
-MARKS = ("main.py", "comfy/"), ("models/", "input/", "output/")
+# Beside custom_nodes, a checkout has the first, and the folder of the desktop application the second
+MARKS = ("main.py", "comfy"), ("models", "input", "output")
 
 
 def main_link(argv: list[str] | None = None) -> int:
@@ -33,31 +33,18 @@ def _flags(argv: list[str]) -> argparse.Namespace:
 
 
 def _link(args: argparse.Namespace) -> None:
-    folder = args.comfyui.expanduser()
-    has = {
-        mark: (folder / mark).is_dir() if mark.endswith("/") else (folder / mark).is_file() for mark in sum(MARKS, ())
-    }
-    if not (folder / "custom_nodes").is_dir() or not any(all(has[mark] for mark in marks) for marks in MARKS):
+    nodes = args.comfyui.expanduser().absolute() / "custom_nodes"
+    if not nodes.is_dir() or not any(all((nodes.parent / mark).exists() for mark in marks) for marks in MARKS):
         raise UsageError(
-            f"{str(args.comfyui)!r} is no ComfyUI: expected its folder, with custom_nodes/, {' and '.join(MARKS[0])} in it"
+            f"{str(args.comfyui)!r} is no ComfyUI: expected its folder, with custom_nodes, main.py and comfy in it"
         )
-    link = folder.resolve() / "custom_nodes" / NAME
-    if link.is_symlink():
-        if link.resolve() == PACK.resolve():
-            print(f"linked already: {link}")
-            return
-        link_before = os.readlink(link)
-        _make(link)
-        print(f"linked: {link} -> {PACK}, instead of {link_before}; start ComfyUI again")
-        return
-    if link.exists():
+    link = nodes / NAME
+    before = os.readlink(link) if link.is_symlink() else None
+    if before is None and link.exists():
         raise Failure(f"{link} is in the way, and is no link; move it away")
-    _make(link)
-    print(f"linked: {link} -> {PACK}; start ComfyUI again")
-
-
-def _make(link: Path) -> None:
-    """At once, also in place of another link."""
+    if before == str(PACK):
+        print(f"linked already: {link}")
+        return
     new = link.with_name(f".{NAME}-{os.getpid()}")
     try:
         new.symlink_to(PACK, target_is_directory=True)
@@ -65,3 +52,4 @@ def _make(link: Path) -> None:
     except OSError as error:
         new.unlink(missing_ok=True)
         raise Failure(f"{link} cannot be made: {error.strerror}") from None
+    print(f"linked: {link} -> {PACK}{'' if before is None else f', instead of {before}'}; start ComfyUI again")

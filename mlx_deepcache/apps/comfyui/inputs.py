@@ -55,8 +55,10 @@ class Asked:
 
     @property
     def tooltip(self) -> str:
-        about = told(self.option) + (f"; {self.also}" if self.also else "")
-        return f"{about}; {self.open} leaves it open" if self._may_be_open and self.option.kind in NUMBERS else about
+        notes = [self.also] if self.also else []
+        if self._may_be_open and isinstance(self.open, int):
+            notes.append(f"{self.open} leaves it open")
+        return "; ".join([told(self.option), *notes])
 
     @property
     def _may_be_open(self) -> bool:
@@ -99,7 +101,7 @@ class Asked:
             if given not in known:
                 raise UsageError(f"{self.id} should be {o.words}, got {given!r}{suggest(given, known)}")
             return known[given]
-        return o.take(given.splitlines() if self.lines and o.many else given)
+        return o.take([line for line in given.splitlines() if line.strip()] if o.many else given)
 
 
 def values(asked: Iterable[Asked], given: dict[str, Any]) -> dict[str, Any]:
