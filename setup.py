@@ -17,7 +17,7 @@ setup(
     packages=find_packages(include=["mlx_deepcache", "mlx_deepcache.*"]),
     package_data={
         "mlx_deepcache": ["checkpoints/bundled/**/*", "apps/*.txt", "generation/*.txt"],
-        "mlx_deepcache.apps.comfyui": ["pyproject.toml", "example_workflows/*.json"],
+        "mlx_deepcache.apps.comfyui": ["pyproject.toml", "example_workflows/*"],
     },
     install_requires=[
         # Before 0.32.2 a large convolution could come out as zeros on Metal; see mlx_deepcache/backend/ops.py

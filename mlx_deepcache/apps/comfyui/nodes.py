@@ -81,7 +81,7 @@ NAMES = {one.option.name: one.id for one in (*LOAD, *POLICIES, *DRAW, NEGATIVE, 
     "prompt": "positive",
     "seeds": "seed",
     "controls": "control",
-    "loras": "a MLXDeepCacheLora node's scale",
+    "loras": "MLXDeepCacheLora",
     "compare": "this node",
 }
 
@@ -124,6 +124,8 @@ class Load(io.ComfyNode):
 
 
 class Lora(io.ComfyNode):
+    """The same description with one LoRA more."""
+
     @classmethod
     def define_schema(cls):
         about = _help(ModelOptions, "loras")
@@ -261,6 +263,8 @@ def _costs(batches):
 
 
 class Draw(io.ComfyNode):
+    """Pictures, and what they cost."""
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -276,10 +280,12 @@ class Draw(io.ComfyNode):
     def execute(cls, pipe, positive, seed, batch, keep_loaded=True, **given):
         with running(NAMES), LOADED.kept(keep_loaded):
             drawn = _drawn(pipe, positive, seed, batch, given)
-            return io.NodeOutput(tensor(_pictures(drawn)), json.dumps(_costs(drawn)))
+            return io.NodeOutput(tensor(_pictures(drawn)), json.dumps(_costs(drawn), indent=2))
 
 
 class Compare(io.ComfyNode):
+    """Pictures with and without the cache, and how near they are."""
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -306,7 +312,7 @@ class Compare(io.ComfyNode):
             seconds = {name: sum(cost["seconds"]["denoise"] for _, cost in drawn) for name, drawn in both.items()}
             stats = {"psnr": [round(db, 2) if math.isfinite(db) else None for db in near], "seconds": seconds}
             stats |= {name: _costs(drawn) for name, drawn in both.items()}
-            return io.NodeOutput(*(tensor(_pictures(drawn)) for drawn in both.values()), json.dumps(stats))
+            return io.NodeOutput(*(tensor(_pictures(drawn)) for drawn in both.values()), json.dumps(stats, indent=2))
 
 
 class Pack(ComfyExtension):
