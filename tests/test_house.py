@@ -31,7 +31,9 @@ def test_imports_run_downhill():
 
 
 def test_no_torch_diffusers_or_transformers_at_run_time():
-    for path in [*HOUSE.rglob("*.py"), HOUSE.parent / "generate.py", HOUSE.parent / "convert.py"]:
+    """But in ComfyUI's nodes, whose pictures are torch's tensors."""
+    files = [path for path in HOUSE.rglob("*.py") if path.parent != HOUSE / "apps" / "comfyui"]
+    for path in [*files, HOUSE.parent / "generate.py", HOUSE.parent / "convert.py"]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
