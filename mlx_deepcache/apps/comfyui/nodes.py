@@ -233,7 +233,7 @@ def _drawing_inputs() -> list[io.Input]:
 
 
 def _drawn(pipe, positive, seed, batch, given, compare=False):
-    """Batches of pictures and what each cost, drawn as asked; to compare, the same again without a cache."""
+    """Batches of pictures and what each cost, drawn as asked; and, to compare, again without a cache, or else none."""
     options = values((NEGATIVE, *DRAW, *MORE), given) | (given.get("cache") or {})
     if given.get("control"):
         options["controls"] = given["control"]
@@ -248,8 +248,9 @@ def _drawn(pipe, positive, seed, batch, given, compare=False):
             check_comparable(settings)
         asked += [replace(settings, cache=no_cache()) for settings in asked]
     bar = Bar(sum(steps_of(loaded, settings) for settings in asked))
-    drawn = [batch for settings in asked for batch in draw(loaded, settings, bar)]
-    return (drawn[: len(drawn) // 2], drawn[len(drawn) // 2 :]) if compare else drawn
+    drawn = [list(draw(loaded, settings, bar)) for settings in asked]
+    half = len(drawn) // 2 if compare else len(drawn)
+    return [sum(batches, []) for batches in (drawn[:half], drawn[half:])]
 
 
 def _pictures(batches):
@@ -279,7 +280,7 @@ class Draw(io.ComfyNode):
     @classmethod
     def execute(cls, pipe, positive, seed, batch, keep_loaded=True, **given):
         with running(NAMES), LOADED.kept(keep_loaded):
-            drawn = _drawn(pipe, positive, seed, batch, given)
+            drawn, _ = _drawn(pipe, positive, seed, batch, given)
             return io.NodeOutput(tensor(_pictures(drawn)), json.dumps(_costs(drawn), indent=2))
 
 

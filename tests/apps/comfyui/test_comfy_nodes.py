@@ -20,6 +20,7 @@ from tiny import write_controlnet
 import mlx_deepcache
 from mlx_deepcache import Control, StableDiffusion
 from mlx_deepcache.apps import link
+from mlx_deepcache.apps.compare import no_cache
 from mlx_deepcache.apps.generate import main_generate
 from mlx_deepcache.cache.text import write
 from mlx_deepcache.errors import Failure, UsageError
@@ -100,9 +101,9 @@ def test_inputs_are_the_options(nodes):
     module = sys.modules[nodes["MLXDeepCacheDraw"].__module__]
     for asked in (*module.LOAD, *module.POLICIES, *module.STEERING, *module.DRAW, module.NEGATIVE, *module.MORE):
         o, about = asked.option, asked.input().as_dict()
-        assert about["tooltip"].startswith(o.help.replace("--", "")[:12]), asked.id
-        begun = asked.value(about["default"])
-        assert begun == (asked.default or o.default or None) or begun == o.default, asked.id
+        assert about["tooltip"].startswith(module.told(o)) and "--" not in about["tooltip"], asked.id
+        left_open = asked.default is None and (o.optional or o.many)
+        assert asked.value(about["default"]) == (None if left_open else asked.default or o.default), asked.id
         if o.choices is not None:
             assert [asked.value(one) for one in about["options"] if one != asked.none] == list(o.choices)
         for end in (about[end] for end in ("min", "max") if end in about):
@@ -340,6 +341,21 @@ def test_with_and_without(run, emoji):
         run("MLXDeepCacheCompare", **asked, **SMALL)
 
 
+def test_batches_of_other_sizes(run, monkeypatch, told):
+    """As many together as fit, which without a cache may be more: the pictures and the bar stay the same."""
+    (pipe,), (cache,) = run("MLXDeepCacheLoad"), run("MLXDeepCacheCache", interval=3)
+    asked = {"pipe": pipe, "positive": "a red apple", "seed": 3, "batch": 3, "cache": cache, **SMALL}
+    whole = run("MLXDeepCacheCompare", **asked)
+    told.clear()
+    monkeypatch.setattr(StableDiffusion, "together", lambda pipe, asked: 3 if asked.cache == no_cache() else 2)
+    parts = run("MLXDeepCacheCompare", **asked)
+    assert [(done, total) for done, total, _ in told] == [(done, 9) for done in range(1, 10)]
+    stats = json.loads(parts[2])
+    assert [one["seeds"] for one in stats["cached"]] == [[3, 4], [5]] and stats["uncached"]["seeds"] == [3, 4, 5]
+    for ours, theirs in zip(parts[:2], whole[:2], strict=True):
+        assert psnr(saved(ours)[2], saved(theirs)[2]) > 40  # sums of another order
+
+
 def test_errors_name_the_inputs(run, tiny, shelf, video_checkpoint):
     (shelf("loras") / "ink.safetensors").touch()
     with pytest.raises(UsageError, match="there is no LoRA 'inc.safetensors' in ComfyUI's loras; did you mean ink"):
@@ -359,7 +375,7 @@ def test_errors_name_the_inputs(run, tiny, shelf, video_checkpoint):
         drawn(run, pipe, positive="", image=image_of(PICTURES[0]), width=64, height=64)
 
 
-def test_names_of_what_comfyui_has(run, nodes, shelf):
+def test_names_of_what_comfyui_has(run, nodes, shelf, tmp_path):
     """Single files and whole folders, in folders too; their parts are none, and pickles are not offered."""
     for name in ("a.safetensors", "b.ckpt", "kind/c.safetensors", "d/unet/x.safetensors", "d/model_index.json"):
         file = shelf("checkpoints") / name
@@ -368,8 +384,10 @@ def test_names_of_what_comfyui_has(run, nodes, shelf):
     offered = comfy_host.inputs(nodes["MLXDeepCacheLoad"])["model"][1]
     assert offered["options"] == ["emoji", "a.safetensors", "d", str(Path("kind/c.safetensors"))]
     assert offered["default"] == "emoji"
-    (pipe,) = run("MLXDeepCacheLoad", model="d", quantize="8", vae="the model's own")
-    assert pipe == ModelOptions(model=str(shelf("checkpoints") / "d"), quantize=8)
+    (shelf("vae") / "v.safetensors").touch()
+    (pipe,) = run("MLXDeepCacheLoad", model="d", quantize="8", vae="v.safetensors", refiner="a.safetensors")
+    files = {"model": "checkpoints/d", "vae": "vae/v.safetensors", "refiner": "checkpoints/a.safetensors"}
+    assert pipe == ModelOptions(quantize=8, **{name: str(tmp_path / file) for name, file in files.items()})
     (pipe,) = run("MLXDeepCacheLoad", model="gone", model_id=" sdxl ")
     assert pipe.model == "sdxl"
 
