@@ -184,9 +184,11 @@ def test_it_knows_the_nodes(comfyui, nodes):
         assert info["category"] == "MLX DeepCache" and info["python_module"] == f"custom_nodes.{NAME}"
         found = [id for part in ("required", "optional") for id in info["input"].get(part, {})]
         assert found == list(comfy_host.inputs(cls))
-    assert sorted(comfyui.json("/workflow_templates")[NAME]) == sorted(
-        file.stem for file in (comfy_host.PACK / "example_workflows").glob("*.json")
-    )
+    files = sorted((comfy_host.PACK / "example_workflows").glob("*.json"))
+    assert sorted(comfyui.json("/workflow_templates")[NAME]) == [file.stem for file in files]
+    for file in files:
+        status, picture = comfyui.get(f"/workflow_templates/{NAME}/{file.stem}.jpg")
+        assert status == 200 and picture == file.with_suffix(".jpg").read_bytes()
 
 
 def test_draws_with_a_bar_and_previews(comfyui, expected):
