@@ -187,7 +187,7 @@ def test_it_knows_the_nodes(comfyui, nodes):
     files = sorted((comfy_host.PACK / "example_workflows").glob("*.json"))
     assert sorted(comfyui.json("/workflow_templates")[NAME]) == [file.stem for file in files]
     for file in files:
-        status, picture = comfyui.get(f"/workflow_templates/{NAME}/{file.stem}.jpg")
+        status, picture = comfyui.get(f"/api/workflow_templates/{NAME}/{file.stem}.jpg")
         assert status == 200 and picture == file.with_suffix(".jpg").read_bytes()
 
 
