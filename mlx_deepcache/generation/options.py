@@ -86,7 +86,8 @@ A1111_SKIPS = {layers: str(layers + 1) for layers in range(MOST_LAYERS)}  # coun
 class Option:
     """One option. alone: what its flag means without a value, if it may be given so; needs: others of which it needs at
     least one; model: the attribute of a `Checkpoint` that gives the default; only: what is drawn for which it has a
-    meaning, if not for all; recorded: whether a picture carries it; many: whether it is a sequence."""
+    meaning, if not for all; recorded: whether a picture carries it; many: whether it is a sequence; span: what a slider
+    goes from, to and by."""
 
     name: str
     kind: Kind
@@ -107,6 +108,7 @@ class Option:
     a1111: str | None = None
     a1111_values: dict | None = None
     recorded: bool = True
+    span: tuple[float, float, float] | None = None
 
     @property
     def key(self) -> str:
@@ -259,11 +261,18 @@ class Control:
         CONTROL,
         flag="--control-image",
     )
-    scale: float = option(1.0, "how strictly it is followed (1)", CONTROL, flag="--control-scale")
+    scale: float = option(1.0, "how strictly it is followed (1)", CONTROL, flag="--control-scale", span=(0, 2, 0.05))
     start: float = option(
-        0.0, "the share of the steps before it starts (0)", CONTROL, flag="--control-start", check=PART
+        0.0,
+        "the share of the steps before it starts (0)",
+        CONTROL,
+        flag="--control-start",
+        check=PART,
+        span=(0, 1, 0.05),
     )
-    end: float = option(1.0, "the share after which it stops (1)", CONTROL, flag="--control-end", check=PART)
+    end: float = option(
+        1.0, "the share after which it stops (1)", CONTROL, flag="--control-end", check=PART, span=(0, 1, 0.05)
+    )
 
     def __post_init__(self):
         for o in options_of(Control):
@@ -350,6 +359,7 @@ class Options:
         check=at_least(1),
         model="steps",
         a1111="Steps",
+        span=(1, 100, 1),
     )
     scheduler: str | None = option(
         None,
@@ -372,6 +382,7 @@ class Options:
         "with ddim (then the default): the share of DDPM's noise that is added in each step, from 0 (none) to 1",
         HOW,
         check=Check("a number from 0 to 1", lambda value: 0 <= value <= 1, 0, 1),
+        span=(0, 1, 0.05),
     )
     clip: str = option(
         "auto",
@@ -390,6 +401,7 @@ class Options:
         model="guidance_scale",
         only=(PICTURES, VIDEOS, CLIPS, LABELLED),
         a1111="CFG scale",
+        span=(1, 20, 0.5),
     )
     rng: str = option(
         "torch",
@@ -459,6 +471,7 @@ class Options:
         only=(PICTURES, LABELLED, FREE),
         needs=("mask", "outpaint"),
         a1111="Mask blur",
+        span=(0, 64, 1),
     )
     mask_padding: int | None = option(
         None,
@@ -479,6 +492,7 @@ class Options:
         needs=("image",),
         only=(PICTURES, LABELLED, FREE),
         a1111="Denoising strength",
+        span=(0.05, 1, 0.05),
     )
     fit: str | None = option(
         None,
@@ -512,6 +526,7 @@ class Options:
         needs=("hires_scale",),
         only=(PICTURES,),
         a1111="Denoising strength",
+        span=(0.05, 1, 0.05),
     )
     hires_upscaler: str | None = option(
         None,
@@ -614,6 +629,7 @@ class Options:
         check=BETWEEN,
         needs=("refiner",),
         only=(PICTURES,),
+        span=(0.05, 0.95, 0.05),
     )
     upscale: Model | None = option(
         None,
@@ -634,6 +650,7 @@ class Options:
         CACHE,
         check=at_least(1),
         a1111="DeepCache interval",
+        span=(1, 20, 1),
     )
     cache_branch: int = option(
         0,
@@ -641,6 +658,7 @@ class Options:
         CACHE,
         check=at_least(0),
         a1111="DeepCache branch",
+        span=(0, 11, 1),
     )
     cache: tuple[Policy, ...] | None = option(
         None,
@@ -656,6 +674,7 @@ class Options:
         metavar="DB",
         check=DECIBELS,
         recorded=False,
+        span=(15, 60, 1),
     )
     max_macs: float | None = option(
         None,
@@ -663,5 +682,6 @@ class Options:
         CACHE,
         check=Check("a share of the multiply-adds, above 0 and at most 1", SHARE.holds, 0, 1),
         recorded=False,
+        span=(0.1, 1, 0.05),
     )
     latents: Latents | None = option(None, "start from this noise: safetensors, `latents`", FILES)

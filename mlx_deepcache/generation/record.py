@@ -117,11 +117,11 @@ def save_video(
     write_video(file, frames, fps, texts, replace=replace)
 
 
-def read(file: Path, loras: str | None = None) -> tuple[dict, list[str]]:
+def read(file: Path, loras: str | None = None, *, networks: bool = True) -> tuple[dict, list[str]]:
     """The settings in a picture, by the names of `describe`, and the names of those that mean nothing here.
 
     Read is what this package writes, or else the `parameters` text of AUTOMATIC1111's web UI and its like, see
-    `from_a1111`.
+    `from_a1111`, where `networks` is told of.
 
     Raises:
         Failure: it is missing, no PNG, or carries no settings that can be read.
@@ -149,7 +149,7 @@ def read(file: Path, loras: str | None = None) -> tuple[dict, list[str]]:
         known = {"prompt", "version", "lora_hashes", *(o.key for o in recorded())}
         return {k: v for k, v in settings.items() if k in known}, sorted(settings.keys() - known)
     if "parameters" in texts:
-        return from_a1111(texts["parameters"], file, loras)
+        return from_a1111(texts["parameters"], file, loras, networks=networks)
     raise Failure(f"{file} carries no settings: neither {JSON_KEY}'s nor a `parameters` text")
 
 

@@ -20,7 +20,9 @@ from .schema import NETS
 if TYPE_CHECKING:
     import numpy as np
 
+    from ...cache.prices import Front
     from ...checkpoints.checkpoint import Checkpoint
+    from ...checkpoints.tokenizer import CLIPTokenizer
     from ...generation.pipeline import StableDiffusion
     from ...generation.settings import Settings
 
@@ -53,6 +55,7 @@ class Painter:
         self.loaded: Held | None = None
         self._pipe: StableDiffusion | None = None
         self._described: dict[str, Checkpoint] = {}
+        self._tokenizers: dict[str, CLIPTokenizer] = {}
         self._thread: int | None = None
 
     def _own(self) -> None:
@@ -198,7 +201,9 @@ class Painter:
         others = [None] * len(images)
         if job.wanted.compare and stats is not None:
             again, complete = self._pictures(job, pipe, replace(settings, cache=no_cache()), errands)
-            others = others if complete is None else again
+            if complete is not None:
+                others = again
+                _add_seconds(job.stats, "seconds_uncached", complete)
         for image, other, prompt, seed in zip(images, others, settings.prompts, settings.seeds, strict=True):
             job.images.append(self._drawn(job.wanted, pipe, settings, image, other, prompt, seed))
         job.settings = job.images[0].settings
@@ -289,6 +294,33 @@ class Painter:
         settings = self.settings(wanted)
         return plan_of(settings, self.checkpoint(wanted.model))
 
+    def tokens(self, model: str, text: str, weighted: bool) -> tuple[int, int] | None:
+        """How many tokens a prompt has, and how many are read of one that is not long; None if the model reads none.
+        weighted: see `prompts.parse`."""
+        from ...generation.prompts import parse
+
+        checkpoint = self.checkpoint(model)
+        names = list(checkpoint.family.encoders.values())
+        if not names:
+            return None
+        if model not in self._tokenizers:
+            self._tokenizers[model] = checkpoint.source.tokenizer(names[0])
+        tokenizer = self._tokenizers[model]
+        pieces = parse(text) if weighted else [(text, 1.0)]
+        return sum(len(tokenizer.encode(piece)) for piece, _ in pieces), tokenizer.length - 2
+
+    def front(self, model: str) -> Front | None:
+        """What caches cost this model in picture, if that was measured.
+
+        Raises:
+            Failure: the file with it is damaged.
+        """
+        from ...cache.prices import read
+        from ...checkpoints.folder import find_prices
+
+        file = find_prices(self.checkpoint(model).source.path)
+        return None if file is None else read(file)
+
     def memory(self) -> dict[str, int]:
         """Bytes: the machine's, the most that this process had, and MLX's."""
         self._own()
@@ -315,12 +347,20 @@ def _preview(image: np.ndarray) -> Any:
 
 
 def _add_stats(all_of_it: dict, stats: dict) -> None:
-    """Steps are the first batch's; work and seconds add up."""
+    """Steps are the first batch's; work and seconds add up, and of bytes the most counts."""
     for key in ("caches", "full_steps", "cached_steps", "steps", "device", "dtype"):
         if key in stats:
             all_of_it.setdefault(key, stats[key])
     for key in ("unet_macs", "unet_macs_uncached"):
         all_of_it[key] = all_of_it.get(key, 0) + stats.get(key, 0)
-    seconds = all_of_it.setdefault("seconds", {})
+    all_of_it["peak_memory_bytes"] = max(all_of_it.get("peak_memory_bytes", 0), stats.get("peak_memory_bytes", 0))
+    held = all_of_it.setdefault("cache_bytes", {})
+    for name, size in stats.get("cache_bytes", {}).items():
+        held[name] = max(held.get(name, 0), size)
+    _add_seconds(all_of_it, "seconds", stats)
+
+
+def _add_seconds(all_of_it: dict, name: str, stats: dict) -> None:
+    seconds = all_of_it.setdefault(name, {})
     for phase, value in stats.get("seconds", {}).items():
         seconds[phase] = round(seconds.get(phase, 0) + value, 4)

@@ -13,19 +13,21 @@ TOKENS = 77  # of a prompt that is not long
 
 
 def plan_of(settings: Settings, checkpoint: Checkpoint) -> dict:
-    """Settings, a letter a step, and the U-Net's share of the work of an uncached run: None where it is not known
-    beforehand, because a cache decides on the way or leaves out other work than DeepCache does."""
+    """Settings, a letter a step, the U-Net's multiply-adds, and their share of an uncached run's: None where it is not
+    known beforehand, because a cache decides on the way or leaves out other work than DeepCache does."""
     from ...generation.options import Options, options_of
 
     letters = [_letters(settings, leg) for leg in settings.legs]
     steps = "".join(letters)
+    macs = _macs(settings, checkpoint, letters)
     said = {o.key: o.record(settings.options) for o in options_of(Options) if o.recorded}
     return {
         "settings": {"prompt": settings.prompts[0], **said, "seed": list(settings.seeds)},
         "steps": steps,
         "full_steps": steps.count(FULL),
         "cached_steps": steps.count(CACHED),
-        "unet_macs_share": _share(settings, checkpoint, letters),
+        "unet_macs": None if macs is None else macs[0],
+        "unet_macs_share": None if macs is None else macs[0] / macs[1],
         "cache_choice": settings.cache_choice,
     }
 
@@ -41,7 +43,8 @@ def _letters(settings: Settings, leg: Leg) -> str:
     return letters
 
 
-def _share(settings: Settings, checkpoint: Checkpoint, letters: list[str]) -> float | None:
+def _macs(settings: Settings, checkpoint: Checkpoint, letters: list[str]) -> tuple[int, int] | None:
+    """The U-Net's multiply-adds, and those of an uncached run."""
     from ...cache.macs import unet_macs
 
     cache, refined = settings.cache, any(leg.model for leg in settings.legs)
@@ -52,9 +55,11 @@ def _share(settings: Settings, checkpoint: Checkpoint, letters: list[str]) -> fl
         or refined
     ):
         return None
-    unet, done, all_of_it = checkpoint.module("unet"), 0, 0
+    unet, done, uncached = checkpoint.module("unet"), 0, 0
     for leg, steps in zip(settings.legs, letters, strict=True):
-        full, cached = unet_macs(unet, settings.latent_size(leg), cache.branch, TOKENS)
+        batch = len(settings.seeds) * (1 if leg.guidance_scale is None else 2)
+        size = settings.latent_size(leg)
+        full, cached = (batch * macs for macs in unet_macs(unet, size, cache.branch, TOKENS))
         done += steps.count(FULL) * full + steps.count(CACHED) * cached
-        all_of_it += len(steps) * full
-    return done / all_of_it
+        uncached += len(steps) * full
+    return done, uncached
