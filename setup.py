@@ -5,6 +5,8 @@ from setuptools import find_packages, setup
 root = Path(__file__).parent
 version: dict = {}
 exec((root / "mlx_deepcache" / "_version.py").read_text(), version)
+# FastAPI needs this Python; the package itself does not
+SERVER = [f"{name}; python_version >= '3.11'" for name in ("fastapi>=0.165", "uvicorn", "python-multipart")]
 setup(
     name="mlx_deepcache",
     version=version["__version__"],
@@ -16,7 +18,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["mlx_deepcache", "mlx_deepcache.*"]),
     package_data={
-        "mlx_deepcache": ["checkpoints/bundled/**/*", "apps/*.txt", "generation/*.txt"],
+        "mlx_deepcache": ["checkpoints/bundled/**/*", "apps/*.txt", "apps/page/*.css", "generation/*.txt"],
         "mlx_deepcache.apps.comfyui": ["pyproject.toml", "example_workflows/*"],
     },
     install_requires=[
@@ -40,12 +42,14 @@ setup(
             "mlx-deepcache-calibrate = mlx_deepcache.apps.calibrate:main_calibrate",
             "mlx-deepcache-serve = mlx_deepcache.apps.serve:main_serve",
             "mlx-deepcache-comfyui = mlx_deepcache.apps.link:main_link",
+            "mlx-deepcache-ui = mlx_deepcache.apps.serve:main_ui",
         ]
     },
     extras_require={
         "completion": ["argcomplete"],
-        # FastAPI needs this Python; the package itself does not
-        "server": [f"{name}; python_version >= '3.11'" for name in ("fastapi>=0.165", "uvicorn", "python-multipart")],
+        "server": SERVER,
+        # Its minor releases have changed how masks are painted
+        "ui": [*SERVER, "gradio>=6.31,<6.32; python_version >= '3.11'"],
         "mkl": ["mkl"],
         "video": ["av"],
         "cuda": ["mlx[cuda]>=0.32.2; sys_platform == 'linux'"],
@@ -63,6 +67,8 @@ setup(
             "fastapi>=0.165; python_version >= '3.11'",
             "uvicorn",
             "python-multipart",
+            "gradio>=6.31,<6.32; python_version >= '3.11'",
+            "playwright",
             "webuiapi",
             "openai",
             "scikit-image",

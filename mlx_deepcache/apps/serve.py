@@ -1,12 +1,16 @@
-"""`serve.py` answers other programs: AUTOMATIC1111's API, OpenAI's, and one of its own."""
+"""`serve.py` answers other programs: AUTOMATIC1111's API, OpenAI's, and one of its own; and shows a page to people."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import socket
+import sys
+import webbrowser
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,11 +23,13 @@ from .flags import Parser, add_option, given, reader
 
 if TYPE_CHECKING:
     import uvicorn
+    from fastapi import FastAPI
 
     from .server.service import Service
 
 KEY = "MLX_DEEPCACHE_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PAGE_NEEDS = "the page needs Python 3.11 or newer and the extra `ui`: pip install 'mlx_deepcache[ui]'"
 NEEDS = "serving needs Python 3.11 or newer and the extra `server`: pip install 'mlx_deepcache[server]'"
 LIMITS = {
     "images": ("--max-images", "pictures of a job (16)"),
@@ -36,16 +42,28 @@ LIMITS = {
 
 def main_serve(argv: list[str] | None = None) -> int:
     """serve.py; returns its exit code."""
-    return run(_serve, _flags, argv, "stopped", "try a smaller --max-batch, --low-memory or --quantize 8")
+    return _run(_serve, _flags, argv)
 
 
-def _parser() -> Parser:
+def main_ui(argv: list[str] | None = None) -> int:
+    """The same, with the page for certain, which a browser opens where there is a terminal; returns its exit code."""
+    names = "python -m mlx_deepcache.apps.page", "mlx-deepcache-ui"
+    return _run(partial(_serve, page=True), partial(_flags, names=names), argv)
+
+
+def _run(command: Callable, flags: Callable, argv: list[str] | None) -> int:
+    return run(command, flags, argv, "stopped", "try a smaller --max-batch, --low-memory or --quantize 8")
+
+
+NAMES = "serve.py", "mlx-deepcache-serve"
+
+
+def _parser(names: tuple[str, str] = NAMES) -> Parser:
     parser = Parser(
-        "serve.py",
-        "mlx-deepcache-serve",
+        *names,
         usage="%(prog)s [--model [ID=]M ...] [--host H] [--port P] [more, all optional]",
         description="Draw for other programs, which speak AUTOMATIC1111's API (/sdapi/v1), OpenAI's (/v1) or this "
-        "server's own (/api/v1). /docs describes all of it.",
+        "server's own (/api/v1), which /docs describes; and for people, by a page on /.",
     )
     what = parser.add_argument_group("what is offered, by name: nothing else can be asked for")
     what.add_argument(
@@ -90,13 +108,15 @@ def _parser() -> Parser:
     limits.add_argument(
         "--keep-jobs", type=reader(seconds), default=600.0, metavar="S", help="how long a job can be fetched (600)"
     )
+    if names == NAMES:
+        parser.add_argument("--api-only", action="store_true", help="no page for people on /")
     parser.add_argument("--outputs", type=Path, metavar="DIR", help="keep pictures there; without it none is written")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     return parser
 
 
-def _flags(argv: list[str]) -> argparse.Namespace:
-    args = _parser().parse_args(argv)
+def _flags(argv: list[str], names: tuple[str, str] = NAMES) -> argparse.Namespace:
+    args = _parser(names).parse_args(argv)
     args.api_key = args.api_key or os.environ.get(KEY)
     if args.host not in LOOPBACK and not args.api_key and not args.no_key:
         raise UsageError(
@@ -109,7 +129,8 @@ def _flags(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def _serve(args: argparse.Namespace) -> None:
+def _serve(args: argparse.Namespace, page: bool = False) -> None:
+    """page: whether there has to be one."""
     try:
         import fastapi  # noqa: F401
         import python_multipart  # noqa: F401
@@ -125,12 +146,40 @@ def _serve(args: argparse.Namespace) -> None:
         service = service_of(args, say)
         try:
             service.worker.call(service.painter.fetch).result()
-            config = uvicorn.Config(create_app(service, access), log_level="warning", timeout_graceful_shutdown=10)
+            app = create_app(service, access)
+            shown = (page or not args.api_only) and _add_page(app, service, page, say)
+            config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10)
+            address = f"http://{'127.0.0.1' if args.host == '0.0.0.0' else args.host}:{args.port}/"
             say(f"models: {', '.join(service.offers.models.names())}")
-            say(f"http://{args.host}:{args.port}/docs; Ctrl-C ends it")
+            say(
+                f"{address} is the page, {address}docs the API; Ctrl-C ends it"
+                if shown
+                else f"{address}docs; Ctrl-C ends it"
+            )
+            if page and sys.stdout.isatty():
+                webbrowser.open(address)
             _server(config, service).run(sockets=[listening])
         finally:
             service.worker.close()
+
+
+def _add_page(app: FastAPI, service: Service, needed: bool, say: Callable[[str], None]) -> bool:
+    """Whether the page is there.
+
+    Raises:
+        Failure: it is needed and cannot be.
+    """
+    try:
+        from .page.mount import mount
+
+        mount(app, service)
+    except ImportError as error:
+        if needed:
+            raise Failure(f"{PAGE_NEEDS} ({error})") from None
+        if find_spec("gradio") is not None:
+            say(f"no page: {error}")
+        return False
+    return True
 
 
 def _listen(host: str, port: int) -> socket.socket:
