@@ -147,24 +147,21 @@ def _serve(args: argparse.Namespace, page: bool = False) -> None:
         try:
             service.worker.call(service.painter.fetch).result()
             app = create_app(service, access)
-            shown = (page or not args.api_only) and _add_page(app, service, page, say)
+            hang_up = _add_page(app, service, page, say) if page or not args.api_only else None
             config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10)
             address = f"http://{'127.0.0.1' if args.host == '0.0.0.0' else args.host}:{args.port}/"
             say(f"models: {', '.join(service.offers.models.names())}")
-            say(
-                f"{address} is the page, {address}docs the API; Ctrl-C ends it"
-                if shown
-                else f"{address}docs; Ctrl-C ends it"
-            )
+            say(f"the page: {address}" if hang_up is not None else "no page")
+            say(f"the API: {address}docs; Ctrl-C ends all of it")
             if page and sys.stdout.isatty():
                 webbrowser.open(address)
-            _server(config, service).run(sockets=[listening])
+            _server(config, service, hang_up).run(sockets=[listening])
         finally:
             service.worker.close()
 
 
-def _add_page(app: FastAPI, service: Service, needed: bool, say: Callable[[str], None]) -> bool:
-    """Whether the page is there.
+def _add_page(app: FastAPI, service: Service, needed: bool, say: Callable[[str], None]) -> Callable[[], None] | None:
+    """What ends the page's connections, or None if there is no page.
 
     Raises:
         Failure: it is needed and cannot be.
@@ -172,14 +169,13 @@ def _add_page(app: FastAPI, service: Service, needed: bool, say: Callable[[str],
     try:
         from .page.mount import mount
 
-        mount(app, service)
+        return mount(app, service)
     except ImportError as error:
         if needed:
             raise Failure(f"{PAGE_NEEDS} ({error})") from None
         if find_spec("gradio") is not None:
             say(f"no page: {error}")
-        return False
-    return True
+        return None
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -231,13 +227,15 @@ def service_of(args: argparse.Namespace, say: Callable[[str], None]) -> Service:
 _NAMED = ("model", "vae", "refiner", "lora_dir")  # which are offered
 
 
-def _server(config: uvicorn.Config, service: Service) -> uvicorn.Server:
-    """uvicorn's, which cancels what is drawn as soon as it is told to end."""
+def _server(config: uvicorn.Config, service: Service, hang_up: Callable[[], None] | None) -> uvicorn.Server:
+    """uvicorn's, which cancels what is drawn as soon as it is told to end, and hangs up."""
     import uvicorn
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig, frame):
             service.worker.stop()
+            if hang_up is not None:
+                hang_up()
             super().handle_exit(sig, frame)
 
     return Server(config)

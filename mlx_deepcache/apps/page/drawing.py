@@ -143,6 +143,8 @@ async def watched(service: Service, session: Session, job: Job) -> AsyncIterator
         await stream.aclose()
     if job.error is not None:
         raise job.error
+    if job.progress.steps:
+        yield {"strip": watch.strip()}
 
 
 def ended(session: Session, speeds: Speeds, job: Job) -> Shown:

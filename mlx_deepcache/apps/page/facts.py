@@ -23,8 +23,8 @@ COARSE = 64  # pixels that the sides of larger pictures are multiples of
 @dataclass(frozen=True)
 class Facts:
     """settings: what a request that says nothing comes to, with a picture to start from; options: the names of those
-    that have a meaning; sizes: (width, height) by their proportions; prompts: what it draws, if that is a list; front:
-    what caches cost it; problem: why it cannot draw."""
+    that have a meaning; sizes: (width, height) by their proportions; prompts: what it draws, if that is a list; most:
+    the largest values of options, where the model says; front: what caches cost it; problem: why it cannot draw."""
 
     family: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -32,6 +32,7 @@ class Facts:
     reads: bool = True
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     prompts: tuple[str, ...] = ()
+    most: dict[str, int] = field(default_factory=dict)
     front: Front | None = None
     problem: str | None = None
 
@@ -53,6 +54,7 @@ def facts_of(service: Service, model: str) -> Facts:
             bool(family.text),
             sizes_of(checkpoint.native_size, checkpoint.multiple),
             tuple(names[0] for names in read_prompts(checkpoint.source.path)),
+            {"cache_branch": checkpoint.unet_config.branches - 1},
             service.painter.front(model),
         )
     except (Failure, UsageError) as error:

@@ -179,6 +179,8 @@ def build(page: Page, facts: Facts) -> gr.Blocks:
         o = BY_NAME[name]
         if name in ("upscale", "hires_net"):
             own = {"names": tuple(offers.upscalers.names()), "visible": bool(offers.upscalers.names())} | own
+        if name in facts.most:
+            own["maximum"] = facts.most[name]
         visible = own.pop("visible", True) and (name in facts.options or facts.problem is not None)
         keep(name, widget(o, _value(o, facts), visible=visible, **own))
 
@@ -536,6 +538,8 @@ def build(page: Page, facts: Facts) -> gr.Blocks:
                     own["choices"] = choices(o, _value(o, facts))
                 elif o.model is not None or o.name in (*DIAL, "strength"):
                     own |= {k: v for k, v in filled(o, fields[o.name], _value(o, facts)).items() if k != "__type__"}
+                if o.name in facts.most:
+                    own["maximum"] = facts.most[o.name]
                 if own:
                     changed[o.name] = gr.update(**own)
             return updates(changed)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -18,11 +17,12 @@ from .facts import facts_of
 PREFIXES = ("/sdapi", "/controlnet", "/v1", "/api")  # below which the page is not
 
 
-def mount(app: FastAPI, service: Service) -> FastAPI:
-    """The app with the page on `/`, after all that it answers itself. Files of the page go with it."""
-    folder = Path(tempfile.mkdtemp(prefix="mlx_deepcache-"))
+def mount(app: FastAPI, service: Service) -> Callable[[], None]:
+    """Put the page on `/`, after all that the app answers itself. Files of the page go with the app. Returns what is
+    to be called once the server is told to end: browsers that are open keep a connection, for which it would wait."""
+    folder = tempfile.TemporaryDirectory(prefix="mlx_deepcache-", ignore_cleanup_errors=True)
     # Read as Gradio is imported, and as a page is made: it should ask nobody, and keep its files here
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder)}
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder.name}
     import gradio as gr
 
     from .layout import HERE, Page, build
@@ -31,17 +31,17 @@ def mount(app: FastAPI, service: Service) -> FastAPI:
     for prefix in PREFIXES:
         app.add_api_route(f"{prefix}/{{rest:path}}", _nothing, methods=["GET", "POST"], include_in_schema=False)
     facts = service.worker.call(lambda: facts_of(service, service.chosen.model)).result()
-    page = Page(service, folder)
+    page = Page(service, Path(folder.name))
     before = app.router.lifespan_context
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with before(app):
             yield
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.cleanup()
 
     app.router.lifespan_context = lifespan
-    return gr.mount_gradio_app(
+    gr.mount_gradio_app(
         app,
         build(page, facts),
         path="/",
@@ -55,6 +55,7 @@ def mount(app: FastAPI, service: Service) -> FastAPI:
         theme=theme(),
         css_paths=[HERE / "page.css"],
     )
+    return app.routes[-1].app.stop_event.set
 
 
 async def _nothing(rest: str) -> None:

@@ -44,7 +44,7 @@ def widget(o: Option, value: Any = None, names: tuple[str, ...] = (), **own: Any
     if o.kind is KINDS["bool"]:
         return gr.Checkbox(value=bool(value), **own)
     if o.span is not None and value is not None:
-        return gr.Slider(value=value, step=o.span[2], **_range(o, value), **own)
+        return gr.Slider(value=value, step=o.span[2], **(_range(o, value) | own))
     if o.kind in (KINDS["int"], KINDS["float"]) and not o.many:
         whole = {"precision": 0} if o.kind is KINDS["int"] else {}
         return gr.Number(value=value, placeholder="default" if o.optional else "", **whole, **own)

@@ -54,12 +54,17 @@ class Served(httpx.Client):
 
 
 @contextmanager
-def serve(offers=None, limits=None, access=None, **options):
+def serve(offers=None, limits=None, access=None, page=False, **options):
     service = Service(offers or Offers(), limits or Limits(), {"dtype": "float32"}, **options)
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     port = listening.getsockname()[1]
     app = create_app(service, access or Access(port=port))
+    hang_up = None
+    if page:
+        from mlx_deepcache.apps.page.mount import mount
+
+        hang_up = mount(app, service)
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=10))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
@@ -70,6 +75,8 @@ def serve(offers=None, limits=None, access=None, **options):
             yield client
     finally:
         service.worker.stop()
+        if hang_up is not None:
+            hang_up()
         server.should_exit = True
         thread.join(20)
         listening.close()
