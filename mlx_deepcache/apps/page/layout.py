@@ -41,6 +41,12 @@ USE_KEYS = """() => document.addEventListener("keydown", (event) => {
   }
 })"""
 
+# An editor that is given a picture before it is all there shows none, and fails from then on
+WHEN_IT_CAN_PAINT = """() => new Promise((ready) => {
+  const look = () => document.querySelector("#editor canvas") ? setTimeout(ready, 600) : setTimeout(look, 50);
+  look();
+})"""
+
 
 def tells(selector: str, attribute: str) -> str:
     """What makes HTML say which of its parts was clicked, or chosen by Enter."""
@@ -629,15 +635,17 @@ def build(page: Page, facts: Facts) -> gr.Blocks:
         async def same_seed(request: gr.Request) -> int:
             return _shown(page, request).settings["seed"]
 
-        async def as_start(request: gr.Request) -> tuple[dict, dict]:
+        async def as_start(request: gr.Request) -> dict:
             file = str(_shown(page, request).file)
-            return {"background": file, "layers": [], "composite": file}, gr.update(open=True)
+            return {"background": file, "layers": [], "composite": file}
 
         settable = [fields[name] for name in names if name not in ("editor", "mask", "control_image", "compare")]
         restore.change(told(run_restore), restore, [ui["lost"], *settable], api_name="restore", **quiet)
         use.click(told(use_these), None, settable, api_visibility="private", **quiet)
         same.click(told(same_seed), None, fields["seed"], api_visibility="private", **quiet)
-        start.click(told(as_start), None, [fields["editor"], from_picture], api_visibility="private", **quiet)
+        start.click(lambda: gr.update(open=True), None, from_picture, api_visibility="private", **quiet).then(
+            None, None, None, js=WHEN_IT_CAN_PAINT, api_visibility="private"
+        ).then(told(as_start), None, fields["editor"], api_visibility="private", **quiet)
         anew.click(lambda: None, None, fields["seed"], api_visibility="private", **quiet)
         again.click(lambda seed: seed, ui["last"], fields["seed"], api_visibility="private", **quiet)
         ui["ideas"].click(_idea, None, fields["prompt"], api_visibility="private", **quiet)
