@@ -23,6 +23,7 @@ from .widgets import OWN, label, read
 PIECES = ("image", "mask", "controls")  # options that several fields make up
 PLAIN = tuple(o for o in SERVED if o.name not in PIECES)  # those that are one field each
 DIAL = ("cache_interval", "cache_branch")
+CANVAS = (800, 800)  # pixels of an editor without a picture, which is white
 BY_PRICE = ("min_psnr", "max_macs")
 
 
@@ -73,12 +74,11 @@ def painted(
     """The picture to start from and its mask, white where it is to change: what was painted over it, or a file's.
 
     Raises:
-        UsageError: a mask of another size than its picture, or two masks.
+        UsageError: a mask without a picture, of another size than it, or two masks.
     """
-    image = (editor or {}).get("background")
+    image, mask = (editor or {}).get("background"), None
     if image is None or ("A" in image.getbands() and image.getchannel("A").getextrema()[1] == 0):
         return None, None
-    mask = None
     for layer in editor.get("layers") or ():
         if layer.size != image.size:
             sizes = f"{layer.width} x {layer.height}, and the picture {image.width} x {image.height}"
@@ -87,6 +87,12 @@ def painted(
         mask = alpha if mask is None else ImageChops.lighter(mask, alpha)
     if mask is not None and mask.getextrema()[1] == 0:
         mask = None
+    if image.size == CANVAS and all(low == 255 for low, _ in image.convert("RGB").getextrema()):  # nobody gave one
+        if mask is not None:
+            raise UsageError(
+                "a mask is painted, and there is no picture under it; upload one first, or clear the editor"
+            )
+        return None, None
     if file is not None:
         if mask is not None:
             raise UsageError("there are two masks: one is painted, and one is a file; take one away")

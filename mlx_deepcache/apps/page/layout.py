@@ -18,7 +18,7 @@ from ..server.refused import of_error
 from ..server.service import Service
 from . import drawing, form, show
 from .facts import Facts, facts_of
-from .form import BY_PRICE, DIAL, PLAIN
+from .form import BY_PRICE, CANVAS, DIAL, PLAIN
 from .session import Session
 from .widgets import OWN, choices, filled, label, widget
 
@@ -341,6 +341,7 @@ def build(page: Page, facts: Facts) -> gr.Blocks:
                             type="pil",
                             format="png",
                             layers=False,
+                            canvas_size=CANVAS,
                             transforms=(),
                             sources=("upload", "clipboard"),
                             brush=gr.Brush(default_size=20, colors=["#ffffff"], color_mode="fixed"),

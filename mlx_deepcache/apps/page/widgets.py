@@ -66,6 +66,8 @@ def filled(o: Option, kind: gr.components.Component, value: Any) -> dict:
             return gr.skip()
         return gr.update(value=value, **_range(o, value))
     if isinstance(kind, (gr.Dropdown, gr.Radio)):
+        if value is None and OWN not in (choice for _, choice in kind.choices):
+            return gr.skip() if o.default is None else gr.update(value=o.default)
         return gr.update(value=OWN if value is None else value)
     if isinstance(kind, gr.Checkbox):
         return gr.update(value=bool(value))

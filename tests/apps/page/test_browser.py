@@ -75,7 +75,8 @@ def settings(page, address):
     (folder := page.files).mkdir(exist_ok=True)
     file = folder / "shown.png"
     file.write_bytes(answer.body())
-    return json.loads(Image.open(file).info["mlx_deepcache"])
+    with Image.open(file) as image:
+        return json.loads(image.info["mlx_deepcache"])
 
 
 @pytest.fixture(autouse=True)
@@ -168,6 +169,7 @@ def test_restore_and_the_gallery(page, tmp_path):
     fold(page, "Restore from a picture")
     page.locator("#restore input[type=file]").set_input_files(tmp_path / "mine.png")
     page.wait_for_selector("text=the fields are as in the picture")
+    page.wait_for_selector("#plan [aria-label^='8 steps']")
     assert page.locator("#prompt textarea").input_value() == "a red apple"
     assert page.locator("#steps input[type=number]").input_value() == "8"
     assert page.locator("#seed input").input_value() == "3"
@@ -180,8 +182,7 @@ def test_restore_and_the_gallery(page, tmp_path):
     page.wait_for_function("document.querySelector('#seed input').value == '3'")
     page.locator("#start").click()
     page.wait_for_selector("#editor canvas")
-    page.wait_for_timeout(3000)
-    page.screenshot(path="/tmp/hp5/start.png", full_page=True)
+    page.wait_for_function("document.querySelector('#editor').innerText.includes('519%')")  # as 64 pixels fit in
     page.locator("#draw").click()
     page.wait_for_function("document.querySelectorAll('#gallery img').length == 2")
     assert settings(page, drawn(page))["strength"] == 0.8

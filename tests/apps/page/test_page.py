@@ -54,7 +54,8 @@ def value(shown):
 
 
 def settings(file):
-    return json.loads(Image.open(file).info["mlx_deepcache"])
+    with Image.open(file) as image:
+        return json.loads(image.info["mlx_deepcache"])
 
 
 def end_of(job):
@@ -192,16 +193,22 @@ def test_masks(tmp_path):
     assert form.painted({"background": picture, "layers": [layer]}, None, False) == (picture, None)
     assert form.painted({"background": Image.new("RGBA", (8, 8)), "layers": [layer]}, None, False) == (None, None)
     assert form.painted(None, Image.new("L", (8, 8)), False) == (None, None)
+    blank = {"background": Image.new("RGBA", (800, 800), "white")}
+    assert form.painted(blank | {"layers": [Image.new("RGBA", (800, 800))]}, None, False) == (None, None)
+    with pytest.raises(ValueError, match="there is no picture under it"):
+        form.painted(blank | {"layers": [Image.new("RGBA", (800, 800), "white")]}, None, False)
     layer.putpixel((2, 3), (255, 255, 255, 1))
     _, mask = form.painted({"background": picture, "layers": [layer]}, None, False)
     assert np.argwhere(np.asarray(mask)).tolist() == [[3, 2]] and mask.getpixel((2, 3)) == 255
     _, inverted = form.painted({"background": picture, "layers": [layer]}, None, True)
     assert (np.asarray(inverted) == 255 - np.asarray(mask)).all()
-    for wrong in ({"layers": [layer.resize((9, 8))]}, {"layers": []}, {"layers": [layer]}):
-        size = (9, 8) if wrong["layers"] == [] else (8, 8)
-        file = None if wrong["layers"] and wrong["layers"][0].size == (9, 8) else Image.new("L", size, 255)
+    for layers, file in (
+        ([layer.resize((9, 8))], None),
+        ([], Image.new("L", (9, 8))),
+        ([layer], Image.new("L", (8, 8))),
+    ):
         with pytest.raises(ValueError, match="mask"):
-            form.painted({"background": picture, **wrong}, file, False)
+            form.painted({"background": picture, "layers": layers}, file, False)
 
 
 def filled(client, shown):
