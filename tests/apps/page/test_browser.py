@@ -233,6 +233,8 @@ def test_the_browser_keeps_the_fields(page, server):
     page.locator("#prompt textarea").fill("a ghost")
     page.locator("#draw").click()
     drawn(page)
+    page.wait_for_function("localStorage.getItem('mlx_deepcache') != null")
+    page.wait_for_selector("#plan >> text=about")  # the last that a drawing brings; leaving before that is an error
     opened(page, f"http://127.0.0.1:{server.port}/?__theme=dark")
     page.wait_for_function("document.querySelector('#prompt textarea').value == 'a ghost'")
     page.wait_for_selector("#plan [aria-label^='8 steps']")
