@@ -474,9 +474,7 @@ def build(page: Page, facts: Facts) -> gr.Blocks:
             api_name="draw",
             trigger_mode="once",
             **quiet,
-        ).then(_described(page), None, [ui["settings"], about], api_visibility="private", **quiet).then(
-            live_plan, inputs, shown_plan, api_visibility="private", **quiet
-        )
+        ).then(_described(page), None, [ui["settings"], about], api_visibility="private", **quiet)
         tabulate.click(
             told(taking(run_grid, ["intervals", "seeds", *names])),
             [intervals, seeds, *inputs],
@@ -490,7 +488,7 @@ def build(page: Page, facts: Facts) -> gr.Blocks:
 
         planning = [fields[name] for name in form_matters(fields)]
         gr.on(
-            [c.change for c in planning],
+            [demo.load, ui["last"].change, *(field.change for field in planning)],
             live_plan,
             inputs,
             shown_plan,
@@ -511,7 +509,7 @@ def build(page: Page, facts: Facts) -> gr.Blocks:
             return show.tokens(counted), gr.update(visible=counted is not None and counted[0] > counted[1])
 
         gr.on(
-            [fields["prompt"].change, fields["plain_prompt"].change, fields["model"].change],
+            [demo.load, fields["prompt"].change, fields["plain_prompt"].change, fields["model"].change],
             told(count),
             [fields["prompt"], fields["plain_prompt"], fields["model"]],
             [ui["tokens"], fields["long_prompt"]],
@@ -662,22 +660,14 @@ def build(page: Page, facts: Facts) -> gr.Blocks:
             **quiet,
         )
 
-        async def welcome(values: Any, *now) -> list:
+        async def welcome(values: Any) -> list:
             """What the browser kept, where that is still possible; else the fields as they are."""
             found = form.kept(values, service) if isinstance(values, dict) else {}
             # Gradio's page shows 0 in a number that has no value, until it is told so
             empty = {name for name in kept if isinstance(fields[name], gr.Number) and fields[name].value is None}
             return [found.get(name, None if name in empty else gr.skip()) for name in kept]
 
-        demo.load(
-            told(welcome), [stored, *inputs], [fields[name] for name in kept], api_visibility="private", **quiet
-        ).then(live_plan, inputs, shown_plan, api_visibility="private", **quiet).then(
-            told(count),
-            [fields["prompt"], fields["plain_prompt"], fields["model"]],
-            [ui["tokens"], fields["long_prompt"]],
-            api_visibility="private",
-            **quiet,
-        )
+        demo.load(told(welcome), stored, [fields[name] for name in kept], api_visibility="private", **quiet)
         demo.load(None, None, None, js=USE_KEYS, api_visibility="private")
         demo.unload(page.leave)
     return demo
