@@ -130,3 +130,13 @@ def test_names(tmp_path):
         Offers(lora_dirs=[tmp_path / "none"])
     with pytest.raises(UsageError, match="no model in the folders"):
         Offers(model_dirs=[empty])
+
+
+def test_upscalers_are_named_too(serve, tmp_path):
+    """A path in their place is no name."""
+    (tmp_path / "net.safetensors").write_bytes(b"")
+    with serve(Offers(upscaler_dirs=[tmp_path])) as server:
+        assert server.get("/api/v1/capabilities").json()["upscalers"] == ["net"]
+        for asked in ({"upscale": str(tmp_path / "net.safetensors")}, {"hires_net": "other", "hires_scale": 2}):
+            answer = server.post("/api/v1/jobs", json={"prompt": "a red apple", "steps": 1} | asked)
+            assert answer.status_code == 404 and "there is no upscaler" in answer.text
