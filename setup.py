@@ -41,7 +41,7 @@ setup(
             "mlx-deepcache-convert = mlx_deepcache.apps.convert:main_convert",
             "mlx-deepcache-calibrate = mlx_deepcache.apps.calibrate:main_calibrate",
             "mlx-deepcache-serve = mlx_deepcache.apps.serve:main_serve",
-            "mlx-deepcache-comfyui = mlx_deepcache.apps.link:main_link",
+            "mlx-deepcache-comfyui = mlx_deepcache.apps.link:main_comfyui",
             "mlx-deepcache-ui = mlx_deepcache.apps.serve:main_ui",
         ]
     },

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """`mlx-deepcache-comfyui` has ComfyUI load our nodes: its `custom_nodes` links to them."""
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from ..errors import Failure, UsageError
 from .command import run
-from .flags import Parser
+from .flags import Parser, complete
 
 PACK = Path(__file__).resolve().parent / "comfyui"
 NAME = "mlx-deepcache-nodes"  # as in the pack's pyproject.toml
@@ -16,7 +17,7 @@ NAME = "mlx-deepcache-nodes"  # as in the pack's pyproject.toml
 MARKS = ("main.py", "comfy"), ("models", "input", "output")
 
 
-def main_link(argv: list[str] | None = None) -> int:
+def main_comfyui(argv: list[str] | None = None) -> int:
     """mlx-deepcache-comfyui; returns its exit code."""
     return run(_link, _flags, argv, "cancelled; nothing was linked", "nothing was linked")
 
@@ -29,6 +30,7 @@ def _flags(argv: list[str]) -> argparse.Namespace:
         "mlx_deepcache is installed.",
     )
     parser.add_argument("comfyui", type=Path, metavar="COMFYUI", help="ComfyUI's folder, which has custom_nodes in it")
+    complete(parser)
     return parser.parse_args(argv)
 
 

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """`serve.py` answers other programs: AUTOMATIC1111's API, OpenAI's, and one of its own; and shows a page to people."""
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..fields import positive
 from ..generation.kinds import KINDS
 from ..generation.options import CACHE, MACHINE, ModelOptions, Options, option_of, options_of
 from .command import run
-from .flags import Parser, add_option, given, reader
+from .flags import Parser, add_option, complete, given, reader
 
 if TYPE_CHECKING:
     import uvicorn
@@ -116,7 +117,9 @@ def _parser(names: tuple[str, str] = NAMES) -> Parser:
 
 
 def _flags(argv: list[str], names: tuple[str, str] = NAMES) -> argparse.Namespace:
-    args = _parser(names).parse_args(argv)
+    parser = _parser(names)
+    complete(parser)
+    args = parser.parse_args(argv)
     args.api_key = args.api_key or os.environ.get(KEY)
     if args.host not in LOOPBACK and not args.api_key and not args.no_key:
         raise UsageError(

@@ -12,6 +12,8 @@ from mlx_deepcache.apps.calibrate import calibrate_parser, main_calibrate
 from mlx_deepcache.apps.convert import convert_parser, main_convert
 from mlx_deepcache.apps.flags import generate_parser
 from mlx_deepcache.apps.generate import main_generate
+from mlx_deepcache.apps.link import main_comfyui
+from mlx_deepcache.apps.serve import main_serve, main_ui
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -91,8 +93,8 @@ def test_markers_and_entry_points():
     entries = dict(re.findall(r'"(mlx-deepcache-\w+) = ([\w.]+:\w+)"', (REPOSITORY / "setup.py").read_text()))
     assert entries == {
         f"mlx-deepcache-{main.__name__.removeprefix('main_')}": f"{main.__module__}:{main.__name__}"
-        for main in (main_generate, main_convert, main_calibrate)
+        for main in (main_generate, main_convert, main_calibrate, main_serve, main_ui, main_comfyui)
     }
     modules = [entry.partition(":")[0].replace(".", "/") + ".py" for entry in entries.values()]
-    for file in ("generate.py", "convert.py", *modules):
+    for file in ("generate.py", "convert.py", "serve.py", *modules):
         assert "PYTHON_ARGCOMPLETE_OK" in (REPOSITORY / file).read_text()[:1024]

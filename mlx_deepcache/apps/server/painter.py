@@ -269,6 +269,8 @@ class Painter:
         )
         about = describe(settings, named, dtype_name(pipe.dtype), prompt, seed)
         about |= {name: wanted.options.get(name) for name in NETS if name in about}
+        for said, control in zip(about.get("controls") or (), wanted.options.get("controls", ()), strict=True):
+            said["model"] = control.model
         if wanted.loras:
             about["lora_hashes"] = {name: lora_hash(Path(self.offers.loras.path(name))) for name, _ in wanted.loras}
         if other is None:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from mlx_deepcache.apps.link import NAME, PACK, main_link
+from mlx_deepcache.apps.link import NAME, PACK, main_comfyui
 
 
 @pytest.fixture(params=[("main.py", "comfy"), ("models", "input", "output")], ids=["checkout", "desktop"])
@@ -20,7 +20,7 @@ def test_links_once(comfyui, capfd, monkeypatch):
     monkeypatch.chdir(comfyui.parent)
     link = comfyui / "custom_nodes" / NAME
     for said in ("linked: ", "linked already: "):
-        assert main_link([comfyui.name]) == 0
+        assert main_comfyui([comfyui.name]) == 0
         assert os.readlink(link) == str(PACK) and (link / "__init__.py").is_file()
         assert capfd.readouterr().out.startswith(f"{said}{link}")
     assert os.listdir(link.parent) == [NAME]
@@ -29,12 +29,12 @@ def test_links_once(comfyui, capfd, monkeypatch):
 def test_links_anew_to_what_is_installed_now(comfyui, capfd):
     link = comfyui / "custom_nodes" / NAME
     link.symlink_to(comfyui / "gone")
-    assert main_link([str(comfyui)]) == 0
+    assert main_comfyui([str(comfyui)]) == 0
     assert os.readlink(link) == str(PACK) and f"instead of {comfyui / 'gone'}" in capfd.readouterr().out
 
 
 def failed(capfd, folder, code, words):
-    assert main_link([str(folder)]) == code
+    assert main_comfyui([str(folder)]) == code
     out, err = capfd.readouterr()
     assert out == "" and re.fullmatch(r"error: [^\n]+\n", err) and words in err
 
@@ -45,7 +45,7 @@ def test_refuses(comfyui, capfd, tmp_path):
     (comfyui / "custom_nodes" / NAME).mkdir()
     failed(capfd, comfyui, 1, "is in the way, and is no link")
     with pytest.raises(SystemExit) as stop:
-        main_link([])
+        main_comfyui([])
     assert stop.value.code == 2
 
 

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from mlx_deepcache import StableDiffusion
-from mlx_deepcache.apps.link import NAME, main_link
+from mlx_deepcache.apps.link import NAME, main_comfyui
 
 COMFYUI = os.environ.get("COMFYUI_PATH")
 if not COMFYUI:
@@ -140,7 +140,7 @@ def comfyui(tmp_path_factory):
         (base / name).mkdir()
     (base / "page" / "index.html").write_text("<title>none</title>")
     Image.new("RGB", (96, 64), "orange").save(base / "input" / "example.png")
-    assert main_link([str(base)]) == 0
+    assert main_comfyui([str(base)]) == 0
     python = os.environ.get("COMFYUI_PYTHON", sys.executable)
     flags = ["--cpu", "--disable-api-nodes", "--database-url", "sqlite:///:memory:", "--listen", "127.0.0.1"]
     folders = ["--front-end-root", str(base / "page"), "--base-directory", str(base), "--port", str(port)]

@@ -112,15 +112,15 @@ def test_two_clicks_compare(page):
 
 
 def test_stop(page):
-    few_steps(page, 100)
+    few_steps(page, 400)
     assert page.locator("#stop").is_disabled()
     page.locator("#draw").click()
     page.wait_for_selector("#state .busy >> text=step")
     page.locator("#stop").click()
     page.wait_for_selector("#state .stopped")
-    assert re.match(r"stopped at step \d+ of 100", page.locator("#state").inner_text())
+    assert re.match(r"stopped at step \d+ of 400", page.locator("#state").inner_text())
     assert page.locator("#preview img").get_attribute("src").endswith(".png")
-    assert 0 < page.locator("#strip .todo").count() < 100
+    assert 0 < page.locator("#strip .todo").count() < 400
     page.wait_for_function("document.querySelector('#stop').disabled")
 
 

@@ -141,6 +141,10 @@ def test_control_nets(serve, checkpoint, tmp_path):
         # unless it is given a dict, this client keeps a call's units in its default for all later ones
         result, plain = api.txt2img(**asked, controlnet_units=[unit], alwayson_scripts={}), api.txt2img(**asked)
         assert not np.array_equal(pixels(result.image), pixels(plain.image))
+        said = json.loads(result.image.text["mlx_deepcache"])
+        assert said["controls"][0]["model"] == "edges" and str(tmp_path) not in str(result.image.text), (
+            "no path is told"
+        )
         ours = mlx_deepcache.StableDiffusion.from_pretrained(str(checkpoint("sd15")), "float32")
         control = mlx_deepcache.Control(nets / "edges.safetensors", PICTURE, scale=0.7, end=0.9)
         options = {"steps": 6, "scheduler": "euler", "guidance_scale": 5.0, "height": 64, "width": 64, "fit": "pad"}
