@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from .backend.ops import at_once
 from .cache.composition import CacheRun, Caches
+from .cache.halves import Halves
 from .cache.policy import Call, Work
 from .diffusion.guidance import guide
 from .diffusion.levels import CLEAN, Level, Prediction, split
@@ -33,9 +34,10 @@ class Denoiser:
     What does not change from step to step is computed here, once: the prompt's keys and values, and the embeddings of
     all timesteps. guidance_scale: of a video perhaps one a frame. `beside`, (N, h, w, C'), is shown to the U-Net beside
     the latents: an inpainting net's mask and masked picture, a video's picture; (2N, ...) where guidance's halves are
-    shown other things. controls: ControlNets, (x, t, step, cut on a cached step or None) -> residuals, or None if those
-    of the last full step serve. inner: how attention layers are run, see `Attend`. in_turn: run guidance's halves one
-    after the other where no cache looks at both.
+    shown other things. controls: ControlNets, (x, t, step, cut on a cached step or None, guidance's half or None) ->
+    residuals, or None if those of the last full step serve. inner: how attention layers are run, see `Attend`. in_turn:
+    run guidance's halves one after the other where no cache looks at both. halves: who runs these, if not this machine
+    alone.
 
     The first axis of all that is held here and by the caches counts pictures, in guidance twice.
     """
@@ -48,14 +50,15 @@ class Denoiser:
         guidance_scale: float | Sequence[float] | None,
         *,
         beside: mx.array | None = None,
-        controls: Callable[[mx.array, float, int, int | None], list[mx.array] | None] | None = None,
+        controls: Callable[[mx.array, float, int, int | None, int | None], list[mx.array] | None] | None = None,
         inner: Callable[..., mx.array] = compute,
         in_turn: bool = False,
+        halves: Halves | None = None,
     ):
         self.unet, self.plan, self.guidance_scale = unet, plan, guidance_scale
         if isinstance(guidance_scale, Sequence):
             self.guidance_scale = mx.array(guidance_scale).reshape(-1, 1, 1, 1)
-        self.beside, self.controls, self.inner, self.in_turn = beside, controls, inner, in_turn
+        self.beside, self.controls, self.inner, self.in_turn, self.halves = beside, controls, inner, in_turn, halves
         self.cond = unet.prepare(cond)
         times = list(dict.fromkeys(step.here.t for step in plan.steps))
         self.temb = dict(zip(times, unet.time_embed(mx.array(times), self.cond), strict=True))
@@ -64,24 +67,11 @@ class Denoiser:
 
     def __call__(self, x: mx.array, index: int, level: Level, run: CacheRun) -> tuple[Prediction, Work]:
         """x: (N, h, w, C) float32, on step `index` of the plan, at this level."""
-        call, cut = run.call(index, level), self.unet.cut(run.branch)
-        batch = mx.concatenate([x, x]) if call.both else x
-        if self.beside is not None:
-            beside = self.beside if len(self.beside) >= len(batch) else mx.concatenate([self.beside, self.beside])
-            batch = mx.concatenate([batch, beside[-len(batch) :]], axis=-1)  # the last half is the conditional one
-        batch = batch.astype(self.dtype)
-        fresh = None  # residuals, if the ControlNets run in this call
-        if self.controls is not None:
-            cached = not call.full and call.decide is None  # if that is not known yet, all residuals may be needed
-            fresh = self.controls(batch[..., : x.shape[-1]], level.t, index, cut if cached else None)
-        residuals = call.residuals if fresh is None else fresh
-        if self.in_turn and call.both and call.separable:
-            output, features = self._in_turn(batch, level.t, cut, call, residuals)
-        else:
-            half = 1 if self.guidance_scale is not None and not call.both else None
-            output, features, call = self._predict(batch, level.t, cut, call, residuals, half)
-        output = output.astype(mx.float32)
-        run.keep(call, features, output, None if fresh is None else fresh[: cut + 1])  # what a cached step reads
+        call, output, features, fresh = run.call(index, level), None, None, None
+        if call.halves:
+            call, output, features, fresh = self._run(x, index, level.t, self.unet.cut(run.branch), call)
+        call, output = run.halves.complete(call, output, x.shape[1:])
+        run.keep(call, features, output, fresh)
         if call.both:
             output = guide(*mx.split(output, 2), self.guidance_scale)
         elif call.differences:
@@ -90,7 +80,29 @@ class Denoiser:
         if self.plan.clip is not None:
             x0 = mx.clip(x0, -self.plan.clip, self.plan.clip)
         attention = tuple(attend.do for attend in call.attend)
-        return Prediction(output, x0, eps, x), Work(call.full, len(batch), self.tokens, attention, call.change)
+        return Prediction(output, x0, eps, x), Work(call.full, call.pictures, self.tokens, attention, call.change)
+
+    def _run(
+        self, x: mx.array, index: int, t: float, cut: int, call: Call
+    ) -> tuple[Call, mx.array, Features, Residuals | None]:
+        """The call as it was decided, the output, float32, and the features of those halves that are run here, and what
+        a cached step reads of the ControlNets, if they ran."""
+        batch, first = mx.concatenate([x] * len(call.halves)), call.halves[0] * len(x)
+        if self.beside is not None:
+            beside = self.beside if len(self.beside) > len(x) else mx.concatenate([self.beside, self.beside])
+            batch = mx.concatenate([batch, beside[first : first + len(batch)]], axis=-1)
+        batch = batch.astype(self.dtype)
+        half = None if self.guidance_scale is None or len(call.halves) == 2 else call.halves[0]
+        fresh = None  # residuals, if the ControlNets run in this call
+        if self.controls is not None:
+            cached = not call.full and call.decide is None  # if that is not known yet, all residuals may be needed
+            fresh = self.controls(batch[..., : x.shape[-1]], t, index, cut if cached else None, half)
+        residuals = call.residuals if fresh is None else fresh
+        if self.in_turn and len(call.halves) == 2 and call.separable:
+            output, features = self._in_turn(batch, t, cut, call, residuals)
+        else:
+            output, features, call = self._predict(batch, t, cut, call, residuals, half)
+        return call, output.astype(mx.float32), features, None if fresh is None else fresh[: cut + 1]
 
     def _predict(
         self, x: mx.array, t: float, cut: int, call: Call, residuals: Residuals, half: int | None
@@ -173,7 +185,7 @@ def sample(
     `run`, all that the caches keep, lives and dies with this loop.
     """
     plan = denoiser.plan
-    run = CacheRun(cache, plan, len(x), denoiser.guidance_scale is not None, denoiser.inner)
+    run = CacheRun(cache, plan, len(x), denoiser.guidance_scale is not None, denoiser.inner, denoiser.halves)
 
     def denoise(x: mx.array, level: Level) -> Prediction:
         nonlocal denoised

@@ -57,8 +57,8 @@ class Trace(Forecast):
 
 
 class _Traced(Kept):
-    def keep(self, step: int, features: Features) -> None:
-        super().keep(step, features)
+    def keep(self, step: int, features: Features, pictures: int) -> None:
+        super().keep(step, features, pictures)
         self.forecast.seen.append(_values(features))
 
 

@@ -20,6 +20,7 @@ class AttentionMemory(Memory):
     def __init__(self):
         self.calls = [0 for _ in PARTS]
         self.kept: list[list[list[Entry]]] = [[[] for _ in Kind] for _ in PARTS]  # of each part's layers, by kind
+        self.pictures = [[0 for _ in Kind] for _ in PARTS]  # in the batch that this was kept of
 
     def wanted(self, kind: Kind, calls: int, index: int, t: float) -> Do:
         """What a kind of attention should do at a part's call number `calls`, from 0, on step `index`, timestep t."""
@@ -37,9 +38,9 @@ class AttentionMemory(Memory):
 
     def _attend(self, part: int, index: int, t: float, pictures: int) -> Attend:
         todo, given = [], []
-        for kind, kept in zip(Kind, self.kept[part], strict=True):
+        for kind, kept, there in zip(Kind, self.kept[part], self.pictures[part], strict=True):
             do = self.wanted(kind, self.calls[part], index, t)
-            if do is Do.REUSE and not (kept and len(kept[0][-1]) >= pictures):
+            if do is Do.REUSE and there < pictures:
                 do = Do.KEEP  # never run before, or without the half that is wanted now
             todo.append(do)
             given.append([self.recall(entry, index, pictures) for entry in kept] if do is Do.REUSE else [])
@@ -51,7 +52,9 @@ class AttentionMemory(Memory):
                 continue
             self.calls[part] += 1
             for kind, do in enumerate(attend.do):
-                if do is not Do.COMPUTE:
+                if do is Do.KEEP:
+                    self.pictures[part][kind] = call.pictures
+                if do is not Do.COMPUTE and call.halves:  # else another machine has the outputs
                     outputs = attend.given[kind] if do is Do.REUSE else attend.kept[kind]
                     entries = self.kept[part][kind] or [()] * len(outputs)
                     self.kept[part][kind] = [

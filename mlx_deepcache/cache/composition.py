@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import mlx.core as mx
 
@@ -17,6 +17,7 @@ from .deepcache import DeepCache
 from .fastercache import FasterCache
 from .forecast import Forecast, Spectrum, TaylorSeer
 from .guidance_interval import GuidanceInterval
+from .halves import Halves
 from .pab import PyramidAttentionBroadcast
 from .policy import Call, Memory, Policy, require
 from .tgate import TGate
@@ -87,10 +88,13 @@ class CacheRun:
         pictures: int,
         guided: bool,
         inner: Callable[..., mx.array] = compute,
+        halves: Halves | None = None,
     ):
-        """guided: whether the U-Net also runs without the prompt; inner: how attention layers are run, see `Attend`."""
+        """guided: whether the U-Net also runs without the prompt; inner: how attention layers are run, see `Attend`;
+        halves: who runs these, if not this machine alone. What is kept is of those halves that are run here, and what
+        is decided does not depend on who runs them."""
         self.caches, self.pictures, self.guided, self.branch = caches, pictures, guided, caches.branch
-        self.inner = inner
+        self.inner, self.halves = inner, halves or Halves()
         self.kept = (caches.forecast or TaylorSeer(0)).memory(plan, pictures, guided)  # which copies
         rest = [policy for policy in caches.policies if policy is not caches.forecast]
         self.memories: dict[Policy, Memory] = {policy: policy.memory(plan, pictures, guided) for policy in rest}
@@ -105,22 +109,29 @@ class CacheRun:
         both = self.guided and all(memory.both(index, level.t) for memory in memories)
         pictures = self.pictures * (1 + both)
         attends = (memory.attend(index, level.t, pictures) for memory in memories)
-        return Call(
+        call = Call(
             index,
             both,
-            pictures,
-            reused=None if self.full else self.kept.reuse(index, pictures),
+            apart=all(memory.splits(index) for memory in memories),
+            halves=(0, 1) if both else (1,),
+            pictures=pictures,
+            full=self.full or not self.kept.serves(pictures),
             residuals=[residual[-pictures:] for residual in self.residuals],
             attend=tuple(attend.around(self.inner) for attend in next(filter(None, attends), (PLAIN,) * 3)),
             differences=() if both else sum((memory.differences() for memory in memories), ()),
             decide=next((memory.decide for memory in memories if memory.decide is not None), None),
         )
+        call = self.halves.take(call)
+        if call.full or not call.halves:
+            return call
+        return replace(call, reused=self.kept.reuse(index, pictures))
 
-    def keep(self, call: Call, features: Features, output: mx.array, residuals: list[mx.array] | None) -> None:
-        """A call has been made: these are its features, its output, float32, and what ControlNets gave, if they ran."""
+    def keep(self, call: Call, features: Features | None, output: mx.array, residuals: list[mx.array] | None) -> None:
+        """A call has been made: these are the features of the halves that were run here, if any were, all halves'
+        output, float32, and what ControlNets gave, if they ran."""
         self.full = call.full
         if call.full:
-            self.kept.keep(call.index, features)
+            self.kept.keep(call.index, features, call.pictures)
         if residuals is not None:
             self.residuals = residuals
         for memory in self.memories.values():

@@ -95,26 +95,26 @@ class Extrapolated(AttentionMemory):
     def __init__(self, policy: FasterCache, n: int, pictures: int):
         """n: steps; pictures: how many are drawn, which a batch with guidance holds twice."""
         super().__init__()
-        self.policy, self.n, self.pictures = policy, n, pictures
-        self.asked = 0
+        self.policy, self.n, self.drawn = policy, n, pictures
+        self.asked, self.alone = 0, True  # whether the conditional half is
         self.apart: tuple[mx.array, ...] = ()  # unconditional less conditional output: low frequencies, high ones
 
     def wanted(self, kind: Kind, calls: int, index: int, t: float) -> Do:
         if kind is not Kind.SPATIAL:
             return Do.COMPUTE
-        return Do.REUSE if self.policy.skips_attention(calls, t) else Do.KEEP
+        return Do.REUSE if self.alone and self.policy.skips_attention(calls, t) else Do.KEEP
 
     def recall(self, entry: Entry, index: int, pictures: int) -> mx.array:
         before, last = entry
         return last + (last - before) * self.policy.weight(index, self.n)
 
     def entry(self, old: Entry, out: mx.array, do: Do, index: int) -> Entry:
-        latest = out[-self.pictures :]
+        latest = out[-self.drawn :]
         return (old[-1] if old else latest), latest
 
     def both(self, index: int, t: float) -> bool:
         both = not self.policy.skips_unconditional(self.asked, t)
-        self.asked += 1
+        self.asked, self.alone = self.asked + 1, not both
         if not both:
             self.apart = tuple(part * by for part, by in zip(self.apart, self.policy.growth(t), strict=True))
         return both

@@ -42,20 +42,26 @@ class Kept:
         self.forecast, self.n = forecast, n
         self.steps: list[int] = []
         self.features: list[Features] = []
+        self.pictures = 0  # in the batch of the last full call
 
-    def keep(self, step: int, features: Features) -> None:
-        """Of a full call; the last one of a step counts."""
-        if self.features and len(self.features[-1].shortcut) < len(features.shortcut):
-            self.steps, self.features = [], []  # the unconditional half of those was never computed
+    def keep(self, step: int, features: Features | None, pictures: int) -> None:
+        """Of a full call for so many pictures; the last one of a step counts. None where it was run elsewhere."""
+        if self.pictures < pictures or features is None:
+            self.steps, self.features = [], []  # a half of those was never computed
+        self.pictures = pictures
+        if features is None:
+            return
         if step in self.steps:
             self.steps.pop(), self.features.pop()
         room = self.forecast.history
         self.steps, self.features = [*self.steps, step][-room:], [*self.features, features][-room:]
 
-    def reuse(self, step: int, pictures: int) -> Features | None:
-        """For the last `pictures` of the batch, which the conditional half are; None if there are fewer."""
-        if not self.features or len(self.features[-1].shortcut) < pictures:
-            return None
+    def serves(self, pictures: int) -> bool:
+        """Whether there are features for so many."""
+        return self.pictures >= pictures
+
+    def reuse(self, step: int, pictures: int) -> Features:
+        """For the last `pictures` of the batch, which the conditional half are."""
         weights = self.forecast.weights(self.steps, step, self.n)
         if [w for w in weights if w] == [1.0]:
             return Features(*(part[-pictures:] for part in self.features[weights.index(1.0)]))

@@ -62,6 +62,10 @@ class Memory:
         """Whether a call at timestep t runs both halves of guidance; asked once a call, if there is guidance."""
         return True
 
+    def splits(self, index: int) -> bool:
+        """Whether the halves of a call that runs both may be run apart, on machines that remember one half each."""
+        return True
+
     def differences(self) -> tuple[mx.array, ...]:
         """What to add to the conditional half's output for the unconditional one's, where that is left out."""
         return ()
@@ -83,26 +87,26 @@ class Memory:
 class Call:
     """How one call of the U-Net is to be made, and how it was.
 
-    both: the batch holds both halves of guidance, first the unconditional one; pictures: in the batch; reused: stands
-    in for the deep part, None where that runs; residuals: the ControlNets' of the last call that ran them; attend: runs
-    the attention layers of each part; differences: see `Memory`. decide: whether it is full after all, see `Memory`;
-    skip, change: what that saw.
+    both: both halves of guidance are run, first the unconditional one, 0, then the conditional one, 1; apart: each may
+    be run without the other; halves: those that are run here, one after the other in the batch; pictures: in the batch
+    of all halves; full: whether the deep part runs; reused: stands in for it, None where it runs or nothing is run
+    here; residuals: the ControlNets' of the last call that ran them; attend: runs the attention layers of each part;
+    differences: see `Memory`. decide: whether it is full after all, see `Memory`; skip, change: what that saw.
     """
 
     index: int
     both: bool
+    apart: bool
+    halves: tuple[int, ...]
     pictures: int
-    reused: Features | None
+    full: bool
     residuals: list[mx.array]
     attend: tuple[Attend, ...]
     differences: tuple[mx.array, ...]
     decide: Callable[[int, mx.array], tuple[bool, float | None]] | None
     skip: mx.array | None = None
     change: float | None = None
-
-    @property
-    def full(self) -> bool:
-        return self.reused is None
+    reused: Features | None = None
 
     @property
     def separable(self) -> bool:
@@ -114,7 +118,7 @@ class Call:
         if self.decide is None:
             return self
         full, change = (True, None) if self.full else self.decide(self.index, skip)
-        return replace(self, reused=None if full else self.reused, skip=skip, change=change)
+        return replace(self, full=full, reused=None if full else self.reused, skip=skip, change=change)
 
 
 class Work(NamedTuple):

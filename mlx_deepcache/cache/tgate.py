@@ -79,6 +79,9 @@ class Gate(AttentionMemory):
     def both(self, index: int, t: float) -> bool:
         return index - self.repeated < self.policy.step
 
+    def splits(self, index: int) -> bool:
+        return not self.gate(index)
+
     def wanted(self, kind: Kind, calls: int, index: int, t: float) -> Do:
         return self.policy.action(kind is Kind.CROSS, index - self.repeated)
 

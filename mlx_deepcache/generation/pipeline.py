@@ -21,6 +21,7 @@ from PIL import Image
 
 from ..backend.memory import limit_memory
 from ..backend.ops import dtype_of
+from ..cache.halves import Halves
 from ..cache.macs import control_macs
 from ..checkpoints.adapters.applied import Addons
 from ..checkpoints.checkpoint import Checkpoint
@@ -207,12 +208,17 @@ class StableDiffusion:
         return max(estimate(settings, models, **given).values())
 
     def denoise(
-        self, settings: Settings, latents: mx.array | None = None, noise: BatchNoise | None = None
+        self,
+        settings: Settings,
+        latents: mx.array | None = None,
+        noise: BatchNoise | None = None,
+        halves: Halves | None = None,
     ) -> Generation:
         """Draw, up to the latents: iterate for its steps; stop iterating to cancel.
 
         latents: (N, h, w, C), or (N, F, h, w, C), standard normal, to start from in place of the seeds' own noise, also
-        in a picture; noise: draws in place of the seeds' generators, with the methods of `BatchNoise`.
+        in a picture; noise: draws in place of the seeds' generators, with the methods of `BatchNoise`; halves: who runs
+        guidance's, if not this machine alone.
 
         Raises:
             UsageError: `latents` have another shape, or it cannot be done in the memory there is.
@@ -220,7 +226,7 @@ class StableDiffusion:
         """
         settings = settings if latents is None else replace(settings, noise=take_latents(latents))
         check_fits(settings, self._peak, partial(self._peak, frugal=True), self.budget)
-        return Generation(self, settings, noise)
+        return Generation(self, settings, noise, halves)
 
     def decode(
         self,
@@ -309,7 +315,13 @@ class Generation(Iterator[Progress]):
     `prepare_latents`, `sample` and `decode`; iterating calls the first three for each leg.
     """
 
-    def __init__(self, pipe: StableDiffusion, settings: Settings, noise: BatchNoise | None = None):
+    def __init__(
+        self,
+        pipe: StableDiffusion,
+        settings: Settings,
+        noise: BatchNoise | None = None,
+        halves: Halves | None = None,
+    ):
         prompts, self._loras = take_loras(settings.prompts, pipe.options.lora_dir)
         told = (*dict.fromkeys(prompts), settings.prompt_2, settings.negative_prompt, settings.negative_prompt_2)
         note_unknown(list(dict.fromkeys(prompts)), read_prompts(pipe.checkpoint.source.path))
@@ -317,6 +329,7 @@ class Generation(Iterator[Progress]):
         self.pipe, self.settings, self.clock = pipe, replace(settings, prompts=prompts), Clock()
         self.steps: list[Progress] = []
         self.control_macs = 0
+        self._halves = halves or Halves()
         self._noise = BatchNoise(settings.rng, list(settings.seeds)) if noise is None else noise
         self._legs = self._run()
 
@@ -449,6 +462,7 @@ class Generation(Iterator[Progress]):
         self, leg: Leg, components: Components, cond: Conditioning, started: Started, draw: Draw | None = None
     ) -> Iterator[Progress]:
         """A leg's steps; draw: the noise that some solvers add."""
+        halves = self._halves if leg.guidance_scale is not None else Halves()
         with self.clock.phase("load"):
             unet, nets = components.to_run("unet"), [components.controlled(control) for control in leg.controls]
         with self.clock.phase("denoise"):
@@ -463,6 +477,7 @@ class Generation(Iterator[Progress]):
                 controls=controls,
                 inner=leg.attend,
                 in_turn=self.pipe.low_memory,
+                halves=halves,
             )
         with closing(sample(denoiser, started.x, self.settings.cache, draw or self.noise, started.keep)) as steps:
             while True:
@@ -471,8 +486,10 @@ class Generation(Iterator[Progress]):
                 if progress is None:
                     break
                 yield progress
-        for net, pictures, cut in controls.ran if controls is not None else ():
-            self.control_macs += pictures * control_macs(net, started.x.shape[1:-1], cut, denoiser.tokens)
+        if controls is not None:
+            size, tokens = started.x.shape[1:-1], denoiser.tokens
+            done = sum(pictures * control_macs(net, size, cut, tokens) for net, pictures, cut in controls.ran)
+            self.control_macs += halves.total(done)
 
     def pictures(self) -> Iterator[np.ndarray]:
         """Decode: each picture once it is there, (H, W, 3) in 0-255, or video, (F, H, W, 3); outside of a mask they are

@@ -139,7 +139,7 @@ class Controls:
         every_step: bool = False,
         inner: Callable[..., mx.array] = compute,
     ):
-        self.controlled, self.every_step, self.batch = controlled, every_step, len(cond.context)
+        self.controlled, self.every_step = controlled, every_step
         self.attend = Attend(inner=inner)
         self.ran: list[tuple[ControlNetModel, int, int | None]] = []
         self.steps, times = len(times), list(dict.fromkeys(times))
@@ -150,10 +150,10 @@ class Controls:
             for c, own in zip(controlled, self.conds, strict=True)
         ]
 
-    def __call__(self, x: mx.array, t: float, step: int, cut: int | None) -> Residuals | None:
+    def __call__(self, x: mx.array, t: float, step: int, cut: int | None, half: int | None) -> Residuals | None:
         """x: (B, h, w, 4), perhaps with frames, as the U-Net reads it; t: timestep; step: its number, for `start` and
-        `end`; cut: on a cached step, see `ControlNetModel` -> residuals, [] if no net takes part; None: the last full
-        step's serve."""
+        `end`; cut: on a cached step, see `ControlNetModel`; half: which of guidance's x is, None for all of the batch
+        -> residuals, [] if no net takes part; None: the last full step's serve."""
         if cut is not None and not self.every_step:
             return None
         total: Residuals = []
@@ -161,8 +161,9 @@ class Controls:
             if step / self.steps < c.start or (step + 1) / self.steps > c.end:
                 continue
             row = temb[t]
-            if len(x) < self.batch:  # the conditional half alone
-                cond, row = cond.rows(slice(-len(x), None)), row[-len(x) :]
+            if half is not None:
+                rows = slice(half * len(x), (half + 1) * len(x))
+                cond, row = cond.rows(rows), row[rows] if len(row) > 1 else row
             residuals = [c.scale * r for r in c.net(x, row, cond, picture, cut=cut, attend=self.attend)]
             self.ran.append((c.net, len(x), cut))
             total = [a + b for a, b in zip(total, residuals, strict=True)] if total else residuals
