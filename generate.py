@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 # PYTHON_ARGCOMPLETE_OK
 """Draw a picture: python generate.py --prompt "a red apple" --cache-interval 3"""
 

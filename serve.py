@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 # PYTHON_ARGCOMPLETE_OK
 """Draw for other programs: python serve.py, then http://127.0.0.1:7860/docs"""
 

@@ -6,13 +6,14 @@ import argparse
 import io
 import os
 import signal
+import socket
 import sys
 import threading
 import warnings
 from collections.abc import Callable
 
 from .. import SLOW
-from ..backend.host import hold_standard_streams
+from ..backend.host import follows, hold_standard_streams, told_rank
 from ..errors import Failure, UsageError, named_as
 from ..fields import shown
 from ..generation.options import ModelOptions, Options, options_of
@@ -35,6 +36,7 @@ def run(
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a file's name need not be text
     warnings.showwarning = lambda message, *rest, **kw: print(f"warning: {shown(message)}", file=sys.stderr)
+    who = f"rank {told_rank()} ({socket.gethostname()}): " if follows() else ""
     if SLOW is not None:
         print(f"note: {SLOW}", file=sys.stderr)
     before = _clean_up_when_told_to_end()
@@ -46,22 +48,22 @@ def run(
             command(flags(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except UsageError as error:
-        print(f"error: {shown(error)}", file=sys.stderr)
+        print(f"error: {who}{shown(error)}", file=sys.stderr)
         return 2
     except Failure as error:
-        print(f"error: {shown(error)}", file=sys.stderr)
+        print(f"error: {who}{shown(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         print(f"\n{cancelled}", file=sys.stderr)
         return 128 + (stop.args[0] if isinstance(stop, _Ended) else signal.SIGINT)
     except MemoryError:
-        print(f"error: there is not enough memory; {memory}", file=sys.stderr)
+        print(f"error: {who}there is not enough memory; {memory}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:  # what no one expected, such as a full disk behind stdout
-        print(f"error: {shown(error)}", file=sys.stderr)
+        print(f"error: {who}{shown(error)}", file=sys.stderr)
         return 1
     finally:
         for number, handler in before.items():

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..cache.composition import Caches
 from ..cache.deepcache import DeepCache
+from ..cache.halves import Halves
 from ..cache.text import write
 from ..errors import UsageError, called
 from ..generation.settings import Settings
@@ -17,6 +18,10 @@ from ..media.sheets import captioned, psnr, side_by_side, stacked
 
 if TYPE_CHECKING:
     from ..generation.pipeline import StableDiffusion
+
+
+Uncached = tuple[Sequence[np.ndarray], float]
+"""A batch drawn without a cache: the pictures, (H, W, 3) in 0-255, and the seconds of denoising."""
 
 
 def check_comparable(settings: Settings) -> None:
@@ -28,9 +33,9 @@ def check_comparable(settings: Settings) -> None:
         )
 
 
-def without_cache(pipe: StableDiffusion, settings: Settings) -> tuple[Sequence[np.ndarray], float]:
-    """Draw without a cache what was drawn with one: the pictures, (H, W, 3) in 0-255, and the seconds of denoising."""
-    drawn = pipe.denoise(replace(settings, cache=no_cache()))
+def without_cache(pipe: StableDiffusion, settings: Settings, halves: Halves | None = None) -> Uncached:
+    """Draw without a cache what was drawn with one; halves: see `StableDiffusion.denoise`."""
+    drawn = pipe.denoise(replace(settings, cache=no_cache()), halves=halves)
     for _ in drawn:
         pass
     return list(drawn.decode()), drawn.clock.seconds["denoise"]
@@ -40,7 +45,7 @@ def comparison(
     cache: Caches,
     images: Sequence[np.ndarray],
     seconds: float,
-    uncached: Sequence[tuple[Sequence[np.ndarray], float]],
+    uncached: Sequence[Uncached],
 ) -> np.ndarray:
     """Each picture drawn with a cache beside the one without, over their PSNR; last what was cached, and both times.
 
@@ -59,7 +64,7 @@ def comparisons(
     cache: Caches,
     videos: Sequence[np.ndarray],
     seconds: float,
-    uncached: Sequence[tuple[Sequence[np.ndarray], float]],
+    uncached: Sequence[Uncached],
 ) -> list[np.ndarray]:
     """The same of videos, (F, H, W, 3) each, frame by frame."""
     return [

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
+from ..backend.host import follows
 from ..fields import positive, shown, suggest, unicode_text
 from ..generation.kinds import KINDS
-from ..generation.options import FILES, GROUPS, PICTURE, Control, ModelOptions, Option, Options, options_of
+from ..generation.options import FILES, GROUPS, MACHINE, PICTURE, Control, ModelOptions, Option, Options, options_of
+
+IMAGES, GUIDANCE = SPLITS = "images", "guidance"  # what several machines share
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,6 +57,8 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"expected one of {known}, got {value!r}{suggest(value, choices)}")
 
     def error(self, message):
+        if follows():  # the first process says it
+            self.exit(0)
         said = message if self.origin is None else f"{self.origin}: {message}"
         self.exit(2, f"{self.prog}: error: {shown(said)}\n")
 
@@ -197,6 +202,13 @@ def generate_parser() -> Parser:
             for part in options_of(Control):  # given once a ControlNet
                 add_option(groups[part.group], replace(part, name=part.key, many=True))
 
+    groups[MACHINE].add_argument(
+        "--split",
+        choices=SPLITS,
+        help="what the machines share that mlx.launch starts: pictures, each drawn by one of them (the default), or "
+        "guidance's two halves, by pairs of them",
+    )
+
     picture, folder = Named(written=True, suffix=".png"), Named(written=True)
     watch = groups["see it happen"]
     watch.add_argument(
@@ -235,6 +247,11 @@ def generate_parser() -> Parser:
         "folder",
     )
     files.add_argument("--overwrite", action="store_true", help="replace pictures of the same name")
+    files.add_argument(
+        "--resume",
+        action="store_true",
+        help="draw only what is not there yet: no picture of the same name that says the same settings of itself",
+    )
     files.add_argument("--no-metadata", action="store_true", help="leave prompt and settings out of the PNG")
     files.add_argument(
         "--save-latents",

@@ -7,11 +7,14 @@ import argparse
 import json
 import sys
 import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
+from ..backend.host import follows
 from ..checkpoints.names import BUNDLED_NAME, BUNDLED_NAMES, OF_TEXT
 from ..errors import Failure, UsageError
 from ..fields import shown
@@ -19,7 +22,7 @@ from ..generation.options import MOST, Control, ModelOptions, Options, option_of
 from ..media.files import is_stream, read_text, write_text
 from ..media.video import SUFFIXES, check_format
 from .command import run
-from .flags import Parser, complete, generate_parser, given
+from .flags import GUIDANCE, Parser, complete, generate_parser, given
 from .outputs import Pictures, check, to_stdout
 
 if TYPE_CHECKING:
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
     from ..generation.pipeline import Generation, StableDiffusion
     from ..generation.settings import Settings
+    from .team import Drawn, Team
     from .watch import Watcher
 
 
@@ -46,11 +50,32 @@ def _flags(argv: list[str]) -> argparse.Namespace:
     elif args.prompt is None and args.prompt_file is None and not args.list_prompts and _reads_text(args):
         parser.error("expected --prompt TEXT, what to draw, or --prompt-file or --from-image")
     video = hasattr(args, "frames") or (not args.prompt and args.prompt_file is None)
+    if args.resume:
+        _check_resumable(args)
+    if follows():  # it draws for another process
+        args.quiet, args.say = True, lambda text: None
+        warnings.simplefilter("ignore")
+        return args
     named = check(parser, args, SUFFIXES if video else ())
     check_format(args.output)
     args.files = Pictures(args, named)
     args.say = (lambda text: None) if args.quiet else partial(print, file=sys.stderr if to_stdout(named) else None)
     return args
+
+
+def _check_resumable(args: argparse.Namespace) -> None:
+    """Raises UsageError where it cannot be told, or is of no use, what was drawn before."""
+    whole = ("grid", "compare", "save_latents")
+    if (flag := next((name for name in whole if getattr(args, name)), None)) is not None:
+        flag = "--" + flag.replace("_", "-")
+        raise UsageError(f"{flag} is for all pictures, and --resume draws those that lack; leave out one of the two")
+    if args.overwrite or args.no_metadata:
+        flag = "--overwrite" if args.overwrite else "--no-metadata"
+        raise UsageError(f"--resume goes by what pictures say of themselves; leave out {flag}")
+    if is_stream(args.output) or args.output.suffix.lower() in ("", ".gif"):
+        raise UsageError(f"--resume goes by what pictures say of themselves, and {args.output} has no place for that")
+    if "random" in getattr(args, "seeds", ()):
+        raise UsageError("--resume needs the same seeds as before, not --seed random")
 
 
 def _reads_text(args: argparse.Namespace) -> bool:
@@ -87,6 +112,31 @@ def _generate(args: argparse.Namespace) -> None:
         _draw_all(args)
 
 
+@dataclass
+class Job:
+    """What there is to draw: each prompt with each seed. Pictures are numbered prompt after prompt; together: how many
+    of one prompt's are drawn at once."""
+
+    pipe: StableDiffusion
+    settings: Settings
+    prompts: list[str | None]
+    together: int
+    model: ModelOptions
+
+    @property
+    def n(self) -> int:
+        """Pictures of a prompt."""
+        return len(self.settings.seeds)
+
+    def said(self, number: int) -> dict:
+        """What a picture says of itself."""
+        from ..generation.record import describe
+        from ..generation.report import dtype_name
+
+        prompt, seed = self.prompts[number // self.n] or "", self.settings.seeds[number % self.n]
+        return describe(self.settings, self.model, dtype_name(self.pipe.dtype), prompt, seed)
+
+
 def _draw_all(args: argparse.Namespace) -> None:
     """All prompts, in batches that fit; what one prompt fails for does not stop the others."""
     import mlx.core as mx
@@ -95,15 +145,91 @@ def _draw_all(args: argparse.Namespace) -> None:
     from ..media.png import write_image
     from ..media.sheets import grid, psnr
     from ..media.video import write_video
-    from .compare import check_comparable, comparison, comparisons, without_cache
+    from .compare import comparison, comparisons
+    from .team import Team, told_by
 
     if args.list_prompts:
         print("\n".join(_listed(getattr(args, "model", None))))
         return
-    say, files = args.say, args.files
+    team = Team(args.split)
+    _take_seeds(args, team)
+    job = team.prepared(partial(_job, args, team))
+    if not team.alone:
+        team.check_alike(told_by(job.settings, job.pipe.checkpoints, job.said(0), job.prompts))
+    say, n, video = args.say, job.n, job.settings.frames is not None
+    job.together = team.at_once(n, team.least(job.together))
+    if job.together < n and team.alone and not job.model.low_memory:
+        say(f"{n} pictures, {job.together} at a time, as that many fit into the memory")
+    batches = team.of_first(list(_batches(args, job)) if team.leads else None)
+    watch = team.prepared(partial(_watcher, args, job.pipe, team))
+
+    finals, stats, images, uncached, failed = [], [], [], [], {}
+    for first in range(0, len(batches), team.groups):
+        turn = batches[first : first + team.groups]
+        watch.begin(f"{first + 1}-" if len(batches) > 1 else "")
+        mine = turn[team.group] if team.group < len(turn) and turn[team.group][0] not in failed else None
+        drawn = _draw_and_write(args, job, team, mine, watch, len(turn))
+        for done in team.share(drawn):
+            if done.error is not None:
+                if len(job.prompts) == 1:
+                    team.tell(done.error, done.usage)
+                if done.place not in failed and team.leads:
+                    prompt = shorten(job.prompts[done.place], 60)
+                    print(f"error: prompt {done.place + 1}, {prompt!r}: {done.error}", file=sys.stderr)
+                failed[done.place] = done.error
+            elif team.leads:
+                if done is not drawn:
+                    done.written = [_write(args, job, *picture) for picture in done.pictures]
+                if args.compare:
+                    uncached.append(done.uncached)
+                    near = ", ".join(f"{psnr(*pair):.1f}" for pair in zip(done.images, done.uncached[0], strict=True))
+                    say(f"PSNR to the uncached {'video' if video else 'picture'}: {near} dB")
+                if args.grid or args.compare:  # else they need not be held
+                    images.extend(done.images)
+                if args.save_latents is not None:
+                    finals.append(mx.array(done.latents))
+                stats.append(done.stats | {"pictures": done.written})
+                say(_cost(stats[-1]))
+    if not team.leads:
+        return
+    if len(failed) == len(job.prompts):
+        raise Failure("none of the prompts could be drawn")
+    if args.grid:
+        shown = [frame for frames in images for frame in frames] if video else images
+        say(f"wrote {args.files.save_sheet('grid', partial(write_image, image=grid(shown)), '.png')}")
+    if args.compare:
+        seconds, cache = sum(report["seconds"]["denoise"] for report in stats), job.settings.cache
+        if video:
+            frames = comparisons(cache, images, seconds, uncached)
+            put = partial(write_video, frames=frames, fps=job.settings.fps)
+        else:
+            put = partial(write_image, image=comparison(cache, images, seconds, uncached))
+        say(f"wrote {args.files.save_sheet('compare', put)}")
+    if args.save_latents is not None:
+        write_latents(args.save_latents, mx.concatenate(finals))
+    if args.stats is not None:
+        write_text(args.stats, json.dumps(stats[0] if len(stats) == 1 else stats, indent=2) + "\n")
+    if failed:
+        raise Failure(f"{len(failed)} of {len(job.prompts)} prompts could not be drawn")
+
+
+def _take_seeds(args: argparse.Namespace, team: Team) -> None:
+    """Choose random ones, the same for all machines."""
+    seeds = getattr(args, "seeds", ())
+    if "random" in seeds:
+        args.seeds = team.of_first(option_of(Options, "seeds").take(seeds))
+        args.say(f"seed: {', '.join(map(str, args.seeds))}")
+
+
+def _job(args: argparse.Namespace, team: Team) -> Job:
+    """The model found, and all settings checked."""
+    from .compare import check_comparable
+
     model = ModelOptions(**given(args, ModelOptions))
     if model.model is None:
-        say("model: the bundled text-to-emoji model; --model sd15 or --model sdxl draws anything, after a download")
+        args.say(
+            "model: the bundled text-to-emoji model; --model sd15 or --model sdxl draws anything, after a download"
+        )
     prompts = _prompts(args)
     pipe = _pipeline(args, keep=False)
     # of several each may fail alone, unless none is read
@@ -112,90 +238,97 @@ def _draw_all(args: argparse.Namespace) -> None:
     video = settings.frames is not None
     if not video and args.output.suffix.lower() != ".png" and not is_stream(args.output):
         raise UsageError(f"--output of a model of pictures should end in .png, got {str(args.output)!r}")
+    if args.split == GUIDANCE and all(leg.guidance_scale is None for leg in settings.legs):
+        raise UsageError("--split guidance has no meaning where guidance is off (guidance scale 1 or less)")
     if (note := _about_cache(args, pipe, settings)) is not None:
-        say(note)
+        args.say(note)
     n = len(settings.seeds)
-    if len(prompts) > 1 or pipe.together(settings) < n:
-        pipe.hold(settings)
     together = pipe.together(settings)
-    batches = [
-        (place, prompt, slice(i, i + together)) for place, prompt in enumerate(prompts) for i in range(0, n, together)
-    ]
-    if together < n and not model.low_memory:
-        say(f"{n} pictures, {together} at a time, as that many fit into the memory")
-    files.number(n * len(prompts), frames=settings.frames or 1)
+    if len(prompts) > 1 or together < n:
+        pipe.hold(settings)
+        together = pipe.together(settings)
+    if team.leads:
+        args.files.number(n * len(prompts), frames=settings.frames or 1)
     if args.compare:
         check_comparable(settings)
     for checkpoint in pipe.checkpoints:
         checkpoint.check_files()
-    watch = _watcher(args, pipe)
+    if not team.alone and team.groups > n * len(prompts):
+        args.say(f"{n * len(prompts)} for {team.groups} machines to draw: some wait; see --split guidance")
+    return Job(pipe, settings, prompts, together, model)
 
-    finals, stats, images, uncached, failed = [], [], [], [], {}
-    for number, (place, prompt, rows) in enumerate(batches, 1):
-        if place in failed:
-            continue
-        batch = settings.batch(prompt or "", rows)
-        watch.begin(f"{number}-" if len(batches) > 1 else "")
-        try:
-            drawn, pictures, written = _draw_and_write(args, model, pipe, batch, watch, place * n + rows.start)
-            if args.compare:
-                uncached.append(without_cache(pipe, batch))
-                near = ", ".join(f"{psnr(*pair):.1f}" for pair in zip(pictures, uncached[-1][0], strict=True))
-                say(f"PSNR to the uncached {'video' if video else 'picture'}: {near} dB")
-        except (UsageError, Failure) as error:
-            if len(prompts) == 1:
-                raise
-            failed[place] = error
-            print(f"error: prompt {place + 1}, {shorten(prompt, 60)!r}: {error}", file=sys.stderr)
-            continue
-        if args.grid or args.compare:  # else they need not be held
-            images.extend(pictures)
-        if args.save_latents is not None:
-            finals.append(drawn.latents)
-        stats.append(drawn.stats() | {"pictures": written})
-        say(_cost(stats[-1]))
-    if len(failed) == len(prompts):
-        raise Failure("none of the prompts could be drawn")
-    if args.grid:
-        shown = [frame for frames in images for frame in frames] if video else images
-        say(f"wrote {files.save_sheet('grid', partial(write_image, image=grid(shown)), '.png')}")
-    if args.compare:
-        seconds = sum(report["seconds"]["denoise"] for report in stats)
-        if video:
-            frames = comparisons(settings.cache, images, seconds, uncached)
-            put = partial(write_video, frames=frames, fps=settings.fps)
-        else:
-            put = partial(write_image, image=comparison(settings.cache, images, seconds, uncached))
-        say(f"wrote {files.save_sheet('compare', put)}")
-    if args.save_latents is not None:
-        write_latents(args.save_latents, mx.concatenate(finals))
-    if args.stats is not None:
-        write_text(args.stats, json.dumps(stats[0] if len(stats) == 1 else stats, indent=2) + "\n")
-    if failed:
-        raise Failure(f"{len(failed)} of {len(prompts)} prompts could not be drawn")
+
+def _batches(args: argparse.Namespace, job: Job) -> Iterator[tuple[int, int, int]]:
+    """The number of a prompt, and of which of its pictures, from the first up to the last, to draw together."""
+    files, lacking = args.files, []
+    for number in range(job.n * len(job.prompts)):
+        if not args.resume or files.find(number, job.said(number)) is None:
+            lacking.append(number)
+    if args.resume:
+        args.say(f"{job.n * len(job.prompts) - len(lacking)} of {job.n * len(job.prompts)} are there already")
+    start = 0
+    for i, number in enumerate(lacking, 1):
+        place, row = divmod(number, job.n)
+        last = i == len(lacking) or lacking[i] != number + 1 or row + 1 == job.n
+        if last or i - start == job.together:
+            yield place, row + 1 - (i - start), row + 1
+            start = i
 
 
 def _draw_and_write(
-    args: argparse.Namespace, model: ModelOptions, pipe: StableDiffusion, batch: Settings, watch: Watcher, first: int
-) -> tuple[Generation, list[np.ndarray], list[str]]:
-    """Draw a batch, and write each picture once it is decoded; first: its number among all."""
-    from ..generation.record import describe, save_png, save_video
-    from ..generation.report import dtype_name
+    args: argparse.Namespace,
+    job: Job,
+    team: Team,
+    batch: tuple[int, int, int] | None,
+    watch: Watcher,
+    groups: int,
+) -> Drawn | None:
+    """Draw a batch, if there is one for this machine, and write each picture once it is decoded, or leave that to the
+    one that writes; groups: how many are drawn at the same time."""
+    import numpy as np
 
-    drawn, pictures, written = _draw(pipe, batch, watch, args.quiet), [], []
-    for number, (image, prompt, seed) in enumerate(
-        zip(drawn.pictures(), batch.prompts, batch.seeds, strict=True), first
-    ):
-        about = describe(batch, model, dtype_name(pipe.dtype), prompt, seed)
-        about_it = None if args.no_metadata else about
-        if batch.frames is not None:
-            put = partial(save_video, frames=image, fps=batch.fps, settings=about_it)
-        else:
-            put = partial(save_png, image=image, settings=about_it)
-        written.append(str(args.files.save(number, about, put)))
-        args.say(f"wrote {written[-1]}")
-        pictures.append(image)
-    return drawn, pictures, written
+    from .compare import without_cache
+    from .team import Drawn
+
+    place, start, stop = batch or (0, 0, 0)
+    drawn, begun = Drawn(place), False
+    try:
+        settings = job.settings.batch(job.prompts[place] or "", slice(start, stop))
+        begin = partial(job.pipe.denoise, settings, halves=team.halves)
+        run = team.begin(begin if batch is not None else lambda: None)
+        if batch is None:
+            return None
+        begun = True
+        _denoise(run, watch, args.quiet, groups)
+        for number, image in enumerate(run.pictures() if team.draws else (), place * job.n + start):
+            said = job.said(number)
+            drawn.pictures.append((number, said, image))
+            if team.leads:
+                drawn.written.append(_write(args, job, number, said, image))
+        if args.compare:
+            drawn.uncached = without_cache(job.pipe, settings, team.halves)
+        if args.save_latents is not None:
+            drawn.latents = np.array(run.latents)
+        drawn.stats = run.stats() if team.alone else run.stats() | {"machine": team.machines.name}
+    except (UsageError, Failure) as error:
+        if begun and team.paired:  # the other one may not have failed, and waits
+            raise
+        drawn.error, drawn.usage = str(error), isinstance(error, UsageError)
+    return drawn
+
+
+def _write(args: argparse.Namespace, job: Job, number: int, said: dict, image: np.ndarray) -> str:
+    """Write a picture, or video, and return where."""
+    from ..generation.record import save_png, save_video
+
+    settings = None if args.no_metadata else said
+    if job.settings.frames is not None:
+        put = partial(save_video, frames=image, fps=job.settings.fps, settings=settings)
+    else:
+        put = partial(save_png, image=image, settings=settings)
+    written = str(args.files.save(number, said, put))
+    args.say(f"wrote {written}")
+    return written
 
 
 def _pipeline(args: argparse.Namespace, *, keep: bool) -> StableDiffusion:
@@ -210,8 +343,6 @@ def _options(args: argparse.Namespace, pipe: StableDiffusion) -> dict:
 
     options = given(args, Options) | {"controls": _controls(args)}
     seeds, n = option_of(Options, "seeds").take(options.get("seeds", [0])), args.num_images
-    if "random" in options.get("seeds", ()):
-        args.say(f"seed: {', '.join(map(str, seeds))}")
     if n is not None and n > MOST:
         raise UsageError(f"--num-images should be at most {MOST:,}, got {n:,}; go on with another --seed")
     if len(seeds) > 1 and n is not None:
@@ -239,17 +370,16 @@ def _about_cache(args: argparse.Namespace, pipe: StableDiffusion, settings: Sett
     return f"cache: off below {FEWEST_STEPS_TO_CACHE} steps; --cache-interval turns it on"
 
 
-def _draw(pipe: StableDiffusion, settings: Settings, watch: Watcher, quiet: bool) -> Generation:
-    """Draw a batch up to the latents, with a bar."""
+def _denoise(run: Generation, watch: Watcher, quiet: bool, groups: int) -> None:
+    """Draw a batch up to the latents, with a bar, which counts those steps too that other machines take meanwhile."""
     from tqdm import tqdm
 
-    drawn = pipe.denoise(settings)
-    with tqdm(total=sum(len(leg.plan.steps) for leg in settings.legs), disable=quiet, unit="step") as bar:
-        for progress in drawn:
+    steps = sum(len(leg.plan.steps) for leg in run.settings.legs)
+    with tqdm(total=steps * groups, disable=quiet, unit="step") as bar:
+        for progress in run:
             watch(progress)
             bar.set_postfix_str("full" if progress.full else "cached", refresh=False)
-            bar.update()
-    return drawn
+            bar.update(groups)
 
 
 def _cost(stats: dict) -> str:
@@ -307,7 +437,7 @@ def _controls(args: argparse.Namespace) -> list[Control]:
     return [Control(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
 
-def _watcher(args: argparse.Namespace, pipe: StableDiffusion) -> Watcher:
+def _watcher(args: argparse.Namespace, pipe: StableDiffusion, team: Team) -> Watcher:
     """What shows each step, as the flags want it; makes the folder for the pictures of single steps."""
     from ..generation.preview import through
     from .watch import Watcher
@@ -315,6 +445,10 @@ def _watcher(args: argparse.Namespace, pipe: StableDiffusion) -> Watcher:
     if args.preview is None and args.save_steps is None:
         if args.preview_vae is not None:
             raise UsageError("--preview-vae is for --preview and --save-steps; --vae decodes the picture itself")
+        return Watcher(None)
+    if args.save_steps is not None and team.groups > 1:
+        raise UsageError("--save-steps is for the steps of one machine; leave it out, or --split guidance")
+    if not team.leads:
         return Watcher(None)
     decode = pipe.colours() if args.preview_vae is None else through(*pipe.other_vae(args.preview_vae))
     steps = None if args.save_steps is None else args.files.folder(args.save_steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import itertools
+import json
 import os
 import re
 import stat
@@ -16,7 +17,7 @@ from pathlib import Path
 from ..errors import Failure, UsageError
 from ..fields import suggest
 from ..generation.kinds import KINDS
-from ..generation.record import recorded
+from ..generation.record import read, recorded
 from ..media.files import check_writable, is_stream
 from .flags import Named
 
@@ -121,7 +122,7 @@ class Pictures:
         for kind in ("grid",) * self.args.grid + ("compare",) * self.args.compare:
             if self.pattern is None and not is_stream(self.output):
                 self._check(self.output.with_stem(f"{self.output.stem}-{kind}"))
-        if n == 1 or self.pattern is not None or is_stream(self.output):
+        if n == 1 or self.pattern is not None or is_stream(self.output) or self.args.resume:
             return
         name = re.compile(re.escape(self.output.stem) + r"-(\d{1,18})" + re.escape(self.output.suffix))
         there = {int(found[1]) for file in os.listdir(self.output.parent) if (found := name.fullmatch(file))}
@@ -140,13 +141,24 @@ class Pictures:
         Raises:
             Failure: it cannot be written.
         """
+        return self._write(self._names(number, settings), write)
+
+    def find(self, number: int, settings: dict) -> Path | None:
+        """The picture of this number if it was drawn before, as one of its names says that has these settings."""
+        settings = json.loads(json.dumps(settings))
+        for file in itertools.takewhile(os.path.lexists, self._names(number, settings)):
+            if file not in self.written and _said_by(file) == settings:
+                self.written.append(file)
+                return file
+        return None
+
+    def _names(self, number: int, settings: dict) -> Iterator[Path]:
+        """What a picture may be called, the best name first."""
         if self.pattern is None and self.n > 1:
             following = itertools.count(self.first + self.n)
-            names = (self._numbered(i) for i in itertools.chain([self.first + number], following))
-        else:
-            name = self.output.name if self.pattern is None else self.pattern.fill(settings, number + 1)
-            names = _free_names(self.output.with_name(name))
-        return self._write(names, write)
+            return (self._numbered(i) for i in itertools.chain([self.first + number], following))
+        name = self.output.name if self.pattern is None else self.pattern.fill(settings, number + 1)
+        return _free_names(self.output.with_name(name))
 
     def save_sheet(self, kind: str, write: Callable, suffix: str | None = None) -> Path:
         """The same for a picture that shows all of them; suffix: if another than theirs."""
@@ -204,6 +216,14 @@ class Pictures:
             self.written.append(file)
             return file
         raise AssertionError  # numbers do not end
+
+
+def _said_by(file: Path) -> dict | None:
+    """A picture's settings, or None if it has none that can be read."""
+    try:
+        return read(file)[0]
+    except Failure:
+        return None
 
 
 def _free_names(file: Path) -> Iterator[Path]:

@@ -20,6 +20,20 @@ NAP = {"OPENBLAS_THREAD_TIMEOUT": "20", "KMP_BLOCKTIME": "1"}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
+# What mlx.launch, Open MPI and MPICH tell each process of its number among those that were started together
+_RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+
+
+def told_rank() -> int | None:
+    """This process's number among those that were started together; None if it was started alone."""
+    return next((int(os.environ[name]) for name in _RANKS if os.environ.get(name, "").isdigit()), None)
+
+
+def follows() -> bool:
+    """Whether another process leads, which speaks for all and writes the files."""
+    return told_rank() not in (None, 0)
+
+
 def prepare() -> str | None:
     """Before MLX is first imported: make its CPU backend fast, on Linux without a GPU; and keep GPUs from rounding
     float32 to TF32 for their matrix units (Apple's from M5 on, and NVIDIA's), unless the environment says otherwise.

@@ -395,3 +395,73 @@ def test_latents_and_previews_are_whole(draw):
     assert load_file("l.safetensors")["latents"].shape == (1, 4, 4, 4)
     save_file({"latents": np.zeros((1, 4, 4, 4), "f")}, "n.safetensors")
     assert draw("--latents", "n.safetensors", "--save-latents", "n.safetensors") == 2
+
+
+# ----------------------------------------------------------------------------------------------- what is there already
+
+
+def test_resume_draws_what_lacks_and_leaves_what_is_there(draw, capfd):
+    how = ["--num-images", 4, "--seed", 3]
+    assert draw(*how) == 0
+    before = content()
+    Path("out-2.png").unlink()
+    Path("out-4.png").unlink()
+    times = {file: os.stat(file).st_mtime_ns for file in content()}
+    assert draw(*how, "--resume", "--stats", "stats.json") == 0
+    assert {file: os.stat(file).st_mtime_ns for file in times} == times
+    drawn = json.loads(Path("stats.json").read_text())
+    assert [batch["seeds"] for batch in drawn] == [[4], [6]]
+    Path("stats.json").unlink()
+    assert content().keys() == before.keys()
+    for name in before:
+        assert settings(name) == dict(settings("out-1.png"), seed=settings(name)["seed"])
+    assert draw(*how, "--resume", "--stats", "stats.json") == 0
+    assert json.loads(Path("stats.json").read_text()) == []
+
+
+def test_resume_takes_no_other_picture_for_its_own(draw):
+    """One of other settings keeps its name, as does what is no picture of ours; and is found there the next time."""
+    assert draw("--num-images", 3, "--guidance-scale", 2) == 0
+    Path("out-2.png").write_bytes(b"not a picture")
+    before = content()
+    for _ in range(2):
+        assert draw("--num-images", 3, "--resume") == 0
+        assert {name: content()[name] for name in before} == before
+        assert sorted(content()) == [f"out-{i}.png" for i in range(1, 7)]
+    assert [settings(f"out-{i}.png")["seed"] for i in (4, 5, 6)] == [0, 1, 2]
+
+
+def test_resume_by_pattern_and_prompts(draw):
+    """Where several have one name, each is found once."""
+    Path("prompts.txt").write_text("a dog\na dog\na cat\n")
+    how = ["--prompt-file", "prompts.txt", "--output", "{prompt}.png"]
+
+    def run(*more):
+        flags = ["--model", "emoji", "--steps", 1, "--height", 32, "--width", 32, "--quiet", *how, *more]
+        return main_generate([str(flag) for flag in flags])
+
+    assert run() == 0
+    assert sorted(content()) == ["a cat.png", "a dog-2.png", "a dog.png", "prompts.txt"]
+    Path("a dog-2.png").unlink()
+    assert run("--resume", "--stats", "stats.json") == 0
+    assert json.loads(Path("stats.json").read_text())["pictures"] == ["a dog-2.png"]
+    assert sorted(content()) == ["a cat.png", "a dog-2.png", "a dog.png", "prompts.txt", "stats.json"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--grid"], "--grid is for all pictures"),
+        (["--compare"], "--compare is for all pictures"),
+        (["--save-latents", "x.safetensors"], "--save-latents is for all pictures"),
+        (["--overwrite"], "leave out --overwrite"),
+        (["--no-metadata"], "leave out --no-metadata"),
+        (["--seed", "random"], "not --seed random"),
+        (["--output", "/dev/null"], "/dev/null has no place for that"),
+        (["--output", "out.gif"], "out.gif has no place for that"),
+    ],
+)
+def test_resume_where_it_cannot_be_told_what_was_drawn(draw, capfd, flags, words):
+    assert draw("--resume", *flags) == 2
+    assert words in capfd.readouterr().err
+    assert content() == {}

@@ -1,0 +1,279 @@
+"""Several machines, here processes that `mlx.launch` starts on this one, against one alone."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers import error
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from mlx_deepcache.apps.generate import main_generate
+from mlx_deepcache.apps.team import Drawn
+from mlx_deepcache.backend.distributed import _Seal
+
+GENERATE = Path(__file__).parents[2] / "generate.py"
+LAUNCH = Path(sys.executable).with_name("mlx.launch")
+CACHED = ["--cache-interval", 2]
+PORT = 20_000 + os.getpid() % 20_000  # not MLX's own, where another test may be listening
+
+
+def exit_code(flags):
+    try:
+        return main_generate([str(flag) for flag in flags])
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.fixture
+def flags(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["--dtype", "float32", "--steps", 4, "--height", 64, "--width", 64]
+    return ["--model", checkpoint("sd15"), "--prompt", "a cat", *small, "--scheduler", "ddim"]
+
+
+@pytest.fixture
+def alone(flags, capfd):
+    """alone(*flags): what generate.py prints, drawing in this process."""
+
+    def run(*more):
+        capfd.readouterr()
+        assert exit_code([*flags, *more]) == 0
+        return capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def launch(flags):
+    """launch(n, *flags): what generate.py prints, drawn by so many processes; script: run in its place."""
+
+    def run(n, *more, script=GENERATE):
+        command = [LAUNCH, "-n", n, "--starting-port", PORT, "--python", sys.executable, script, *flags, *more]
+        threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(GENERATE.parent)}
+        stdin, hold = os.pipe()  # it reads to the end of its own over and over
+        try:
+            done = subprocess.run(
+                list(map(str, command)),
+                stdin=stdin,
+                capture_output=True,
+                text=True,
+                env=os.environ | threads,
+                timeout=120,
+            )
+        finally:
+            os.close(stdin)
+            os.close(hold)
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    return run
+
+
+def script(tmp_path, text):
+    """A generate.py with something done before it draws, which knows its `rank`."""
+    file = tmp_path / "changed.py"
+    start = "import os, sys\nimport mlx_deepcache\nrank = int(os.environ['MLX_RANK'])\n"
+    end = "from mlx_deepcache.apps.generate import main_generate\nsys.exit(main_generate())\n"
+    file.write_text(start + textwrap.dedent(text) + end)
+    return file
+
+
+def errors(done):
+    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
+def same(one, other):
+    return Path(one).read_bytes() == Path(other).read_bytes()
+
+
+def values(file):
+    return np.asarray(Image.open(file)).astype(int)
+
+
+def test_pictures_are_dealt_out_and_are_those_of_one_machine(launch, alone):
+    """To the byte those that one machine draws as many at a time; with others at a time sums may be rounded otherwise,
+    and a value of a pixel with them."""
+    wanted = ["--num-images", 4, "--grid", "--compare", "--save-latents", "two.safetensors", "--stats", "two.json"]
+    said = launch(2, *CACHED, *wanted, "--output", "two.png")
+    assert re.findall("wrote (.*)", said.stdout) == [
+        *(f"two-{i}.png" for i in (1, 2, 3, 4)),
+        "two-grid.png",
+        "two-compare.png",
+    ]
+    assert said.stdout.count("full and") == said.stdout.count("PSNR to the uncached") == 2
+    alone(*CACHED, "--num-images", 2, "--output", "first.png", "--save-latents", "first.safetensors")
+    alone(*CACHED, "--num-images", 2, "--seed", 2, "--output", "second.png", "--save-latents", "second.safetensors")
+    alone(*CACHED, "--num-images", 4, "--output", "all.png", "--grid")
+    for number, name in enumerate(["first-1", "first-2", "second-1", "second-2"], 1):
+        assert same(f"two-{number}.png", f"{name}.png")
+        assert np.abs(values(f"two-{number}.png") - values(f"all-{number}.png")).max() <= 1
+    latents = [mx.load(f"{name}.safetensors")["latents"] for name in ("first", "second")]
+    assert mx.array_equal(mx.load("two.safetensors")["latents"], mx.concatenate(latents))
+    assert values("two-grid.png").shape == values("all-grid.png").shape
+    assert np.abs(values("two-grid.png") - values("all-grid.png")).max() <= 1
+    first, second = json.loads(Path("two.json").read_text())
+    assert [first["pictures"], second["pictures"]] == [["two-1.png", "two-2.png"], ["two-3.png", "two-4.png"]]
+    assert first["machine"].startswith("rank 0 (") and second["machine"].startswith("rank 1 (")
+
+
+def test_prompts_are_dealt_out_and_one_that_fails_stops_no_other(launch, alone, tmp_path):
+    Path("prompts.txt").write_text("a cat\na <lora:none:1> dog\na small tree\n")
+    (tmp_path / "loras").mkdir()
+    lines = ["--prompt-file", "prompts.txt", "--lora-dir", "loras", "--output", "{prompt}.png"]
+    done = launch(2, *lines, script=_without_prompt(tmp_path))
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["a cat.png", "a small tree.png"]
+    failed, all_of_it = errors(done)
+    assert re.match(r"error: prompt 2, 'a <lora:none:1> dog': rank 1 \(.*\): ", failed)
+    assert all_of_it == "error: 1 of 3 prompts could not be drawn"
+    alone("--output", "cat.png")
+    assert np.array_equal(values("a cat.png"), values("cat.png"))
+
+
+def _without_prompt(tmp_path):
+    return script(tmp_path, "i = sys.argv.index('--prompt')\ndel sys.argv[i : i + 2]\n")
+
+
+def test_random_seeds_are_chosen_once(launch):
+    done = launch(2, "--seed", "random", "random", "--output", "{seed}.png")
+    seeds = re.search(r"seed: (\d+), (\d+)", done.stdout).groups()
+    assert re.findall("wrote (.*)", done.stdout) == [f"{seed}.png" for seed in seeds]
+
+
+def test_guidance_is_split(launch, alone):
+    """To the bit what one machine draws that runs the halves in turn."""
+    launch(2, *CACHED, "--split", "guidance", "--output", "two.png", "--save-latents", "two.safetensors")
+    alone(*CACHED, "--low-memory", "--output", "one.png", "--save-latents", "one.safetensors")
+    assert same("two.png", "one.png") and same("two.safetensors", "one.safetensors")
+
+
+def test_guidance_is_split_and_pictures_dealt_out(launch, alone):
+    """Two pairs, with a cache that decides on the way: together, in each of them."""
+    how = ["--num-images", 3, "--seed", 5, "--cache", "adaptive:threshold=0.3", "--cache", "guidance:end=0.7"]
+    how += ["--steps", 8]
+    done = launch(4, *how, "--split", "guidance", "--output", "four.png", "--stats", "four.json")
+    assert re.findall("wrote (.*)", done.stdout) == ["four-1.png", "four-2.png", "four-3.png"]
+    assert done.stderr.count("one of two machines waits") == 1
+    first, second = json.loads(Path("four.json").read_text())
+    alone(*how[:1], 2, *how[2:], "--output", "pair.png", "--stats", "pair.json")
+    alone(*how[:1], 1, "--seed", 7, *how[4:], "--output", "last.png", "--stats", "last.json")
+    for ours, file in ((first, "pair.json"), (second, "last.json")):
+        expected = json.loads(Path(file).read_text())
+        assert [ours[key] for key in ("steps", "unet_macs")] == [expected[key] for key in ("steps", "unet_macs")]
+    for number, file in ((1, "pair-1.png"), (2, "pair-2.png"), (3, "last.png")):
+        assert error(values(f"four-{number}.png"), values(file)) < 0.01
+
+
+def test_what_was_finished_is_kept_when_a_machine_goes_and_resume_draws_the_rest(launch, alone, tmp_path):
+    goes = """
+        from mlx_deepcache.apps.team import Team
+        from mlx_deepcache.generation.pipeline import StableDiffusion
+
+        StableDiffusion.together = lambda self, settings: 1
+        share, turns = Team.share, []
+
+        def leave(self, drawn):
+            turns.append(drawn)
+            if rank == 1 and len(turns) == 2:
+                os._exit(7)
+            return share(self, drawn)
+
+        Team.share = leave
+    """
+    done = launch(2, "--num-images", 5, script=script(tmp_path, goes))
+    assert "rank 1 exited with code 7" in done.stderr
+    assert [line for line in errors(done) if "no connection to the other machines (rank 1 (" not in line] == []
+    kept = sorted(file.name for file in tmp_path.glob("*.png"))
+    assert kept in (["out-1.png", "out-2.png"], ["out-1.png", "out-2.png", "out-3.png"])  # rank 0's own may be there
+    before = [Path(name).stat().st_mtime_ns for name in kept]
+    done = launch(2, "--num-images", 5, "--resume")
+    assert f"{len(kept)} of 5 are there already" in done.stdout
+    assert re.findall("wrote (.*)", done.stdout) == ["out-3.png", "out-4.png", "out-5.png"][len(kept) - 2 :]
+    assert [Path(name).stat().st_mtime_ns for name in kept] == before
+    alone("--num-images", 5, "--output", "one.png")
+    for i in range(1, 6):
+        assert np.abs(values(f"out-{i}.png") - values(f"one-{i}.png")).max() <= 1
+    assert "5 of 5 are there already" in launch(2, "--num-images", 5, "--resume").stdout
+    assert len(list(tmp_path.glob("*.png"))) == 10
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("os.chdir('there' if rank else '.')", r"unet/diffusion_pytorch_model.safetensors \(\w{12} for \w{12}\)$"),
+        ("sys.argv += ['--steps', '5'] * rank", r"steps \(5 for 4\)$"),
+        ("mlx_deepcache._version.__version__ += '.1' * rank", r"mlx_deepcache \(.*\.1 for"),
+    ],
+)
+def test_a_machine_that_would_draw_something_else_is_named(launch, checkpoint, tmp_path, change, words):
+    for folder in (tmp_path, tmp_path / "there"):
+        folder.mkdir(exist_ok=True)
+        weights = shutil.copytree(checkpoint("sd15"), folder / "model") / "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file(tensors | {"conv_out.bias": tensors["conv_out.bias"] + 1}, weights)
+    done = launch(2, "--num-images", 2, "--model", "model", script=script(tmp_path, change + "\n"))
+    (said,) = errors(done)
+    assert re.match(rf"error: rank 1 \(.*\): it would draw something else: it differs from rank 0 in {words}", said), (
+        said
+    )
+    assert list(tmp_path.glob("*.png")) == []
+
+
+def test_a_machine_with_less_memory_decides_how_many_are_drawn_at_once(launch, tmp_path):
+    less = """
+        from mlx_deepcache.generation.pipeline import StableDiffusion
+
+        StableDiffusion.together = lambda self, settings: 9 - 8 * rank
+    """
+    launch(2, "--num-images", 4, "--stats", "s.json", script=script(tmp_path, less))
+    assert [len(batch["seeds"]) for batch in json.loads(Path("s.json").read_text())] == [1, 1, 1, 1]
+
+
+def test_what_cannot_be_split(launch, capfd, flags):
+    assert exit_code([*flags, "--split", "guidance"]) == 2
+    assert "--split guidance is for pairs of machines" in capfd.readouterr().err
+    (said,) = errors(launch(3, "--split", "guidance"))
+    assert said.startswith("error: --split guidance is for pairs of machines") and said.endswith("; got 3")
+    (said,) = errors(launch(2, "--split", "guidance", "--guidance-scale", 1))
+    assert said.startswith("error: --split guidance has no meaning where guidance is off")
+    (said,) = errors(launch(2, "--num-images", 2, "--save-steps", "steps"))
+    assert "--save-steps is for the steps of one machine" in said
+    assert list(Path().glob("*.png")) == []
+
+
+def test_what_goes_between_machines_arrives_as_it_was():
+    picture = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    drawn = Drawn(3, [(7, {"prompt": "a café"}, picture)], [], np.ones((1, 2, 2, 4), np.float32), {"seeds": [7]})
+    drawn.uncached = [picture + 1], 1.5
+    got = Drawn.unpack(drawn.pack())
+    assert (got.place, got.pictures[0][:2], got.stats) == (3, (7, {"prompt": "a café"}), {"seeds": [7]})
+    assert np.array_equal(got.images[0], picture) and np.array_equal(got.uncached[0][0], picture + 1)
+    assert np.array_equal(got.latents, drawn.latents) and got.uncached[1] == 1.5
+    assert str(Drawn.unpack(Drawn(0, error="no", usage=True).pack()).failure()) == "no"
+
+
+def test_what_arrives_is_what_was_sent_at_that_time():
+    here, there = _Seal(), _Seal()
+    first, second = here.close(b"one"), here.close(b"two")
+    there.count = 1
+    assert there.open(first[None]) == [b"one"]
+    there.count = 2
+    assert there.open(second[None]) == [b"two"]
+    for wrong in (first, np.zeros_like(second)):
+        with pytest.raises(RuntimeError, match="damaged"):
+            there.open(np.stack([second, wrong]))
+
+
+def test_it_can_be_launched_by_its_name():
+    """`mlx.launch generate.py` runs the file itself."""
+    for name in ("generate.py", "serve.py"):
+        file = GENERATE.with_name(name)
+        assert os.access(file, os.X_OK) and file.read_text().startswith("#!/usr/bin/env python3\n")
