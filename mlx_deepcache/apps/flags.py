@@ -208,6 +208,11 @@ def generate_parser() -> Parser:
         help="what the machines share that mlx.launch starts: pictures, each drawn by one of them (the default), or "
         "guidance's two halves, by pairs of them",
     )
+    groups[MACHINE].add_argument(
+        "--share-weights",
+        action="store_true",
+        help="send --model from the first machine to those that lack it; they keep it",
+    )
 
     picture, folder = Named(written=True, suffix=".png"), Named(written=True)
     watch = groups["see it happen"]

@@ -28,6 +28,7 @@ from .outputs import Pictures, check, to_stdout
 if TYPE_CHECKING:
     import numpy as np
 
+    from ..checkpoints.checkpoint import Checkpoint
     from ..generation.pipeline import Generation, StableDiffusion
     from ..generation.settings import Settings
     from .team import Drawn, Team
@@ -146,6 +147,7 @@ def _draw_all(args: argparse.Namespace) -> None:
     from ..media.sheets import grid, psnr
     from ..media.video import write_video
     from .compare import comparison, comparisons
+    from .shared_weights import share_model
     from .team import Team, told_by
 
     if args.list_prompts:
@@ -153,11 +155,14 @@ def _draw_all(args: argparse.Namespace) -> None:
         return
     team = Team(args.split)
     _take_seeds(args, team)
+    if args.share_weights and hasattr(args, "model") and not team.alone:
+        args.model = str(share_model(team, partial(_checkpoint, args)))
     job = team.prepared(partial(_job, args, team))
     if not team.alone:
-        team.check_alike(told_by(job.settings, job.pipe.checkpoints, job.said(0), job.prompts))
+        said = {name: value for name, value in job.said(0).items() if name != "model" or not args.share_weights}
+        team.check_alike(told_by(job.settings, job.pipe.checkpoints, said, job.prompts))
     say, n, video = args.say, job.n, job.settings.frames is not None
-    job.together = team.at_once(n, team.least(job.together))
+    job.together = team.at_once(n, min(team.gathered(job.together)))
     if job.together < n and team.alone and not job.model.low_memory:
         say(f"{n} pictures, {job.together} at a time, as that many fit into the memory")
     batches = team.of_first(list(_batches(args, job)) if team.leads else None)
@@ -179,7 +184,7 @@ def _draw_all(args: argparse.Namespace) -> None:
                 failed[done.place] = done.error
             elif team.leads:
                 if done is not drawn:
-                    done.written = [_write(args, job, *picture) for picture in done.pictures]
+                    done.written = [_write(args, job, i, image) for i, image in enumerate(done.images, done.first)]
                 if args.compare:
                     uncached.append(done.uncached)
                     near = ", ".join(f"{psnr(*pair):.1f}" for pair in zip(done.images, done.uncached[0], strict=True))
@@ -211,6 +216,16 @@ def _draw_all(args: argparse.Namespace) -> None:
         write_text(args.stats, json.dumps(stats[0] if len(stats) == 1 else stats, indent=2) + "\n")
     if failed:
         raise Failure(f"{len(failed)} of {len(job.prompts)} prompts could not be drawn")
+
+
+def _checkpoint(args: argparse.Namespace) -> Checkpoint:
+    """The model's description, with its files found, or fetched."""
+    import mlx.core as mx
+
+    from ..backend.ops import dtype_of
+    from ..checkpoints.checkpoint import Checkpoint
+
+    return Checkpoint.open(args.model, half=dtype_of(getattr(args, "dtype", "auto")) == mx.float16)
 
 
 def _take_seeds(args: argparse.Namespace, team: Team) -> None:
@@ -291,7 +306,7 @@ def _draw_and_write(
     from .team import Drawn
 
     place, start, stop = batch or (0, 0, 0)
-    drawn, begun = Drawn(place), False
+    drawn, begun = Drawn(place, place * job.n + start), False
     try:
         settings = job.settings.batch(job.prompts[place] or "", slice(start, stop))
         begin = partial(job.pipe.denoise, settings, halves=team.halves)
@@ -300,11 +315,10 @@ def _draw_and_write(
             return None
         begun = True
         _denoise(run, watch, args.quiet, groups)
-        for number, image in enumerate(run.pictures() if team.draws else (), place * job.n + start):
-            said = job.said(number)
-            drawn.pictures.append((number, said, image))
+        for number, image in enumerate(run.pictures() if team.draws else (), drawn.first):
+            drawn.images.append(image)
             if team.leads:
-                drawn.written.append(_write(args, job, number, said, image))
+                drawn.written.append(_write(args, job, number, image))
         if args.compare:
             drawn.uncached = without_cache(job.pipe, settings, team.halves)
         if args.save_latents is not None:
@@ -317,10 +331,11 @@ def _draw_and_write(
     return drawn
 
 
-def _write(args: argparse.Namespace, job: Job, number: int, said: dict, image: np.ndarray) -> str:
-    """Write a picture, or video, and return where."""
+def _write(args: argparse.Namespace, job: Job, number: int, image: np.ndarray) -> str:
+    """Write the picture, or video, of this number, and return where."""
     from ..generation.record import save_png, save_video
 
+    said = job.said(number)
     settings = None if args.no_metadata else said
     if job.settings.frames is not None:
         put = partial(save_video, frames=image, fps=job.settings.fps, settings=settings)

@@ -28,11 +28,12 @@ _BLOCKS, _BLOCK = 16, 1 << 16  # bytes that a file is told by: so many blocks, s
 
 @dataclass
 class Drawn:
-    """What came of one batch: its prompt's number, and its pictures, each with its number among all and what it says of
-    itself; or what it failed for, and whether that is a `UsageError`."""
+    """What came of one batch: its prompt's number, and its pictures (H, W, 3) or videos (F, H, W, 3), uint8, the first
+    of this number among all; or what it failed for, and whether that is a `UsageError`."""
 
     place: int
-    pictures: list[tuple[int, dict, np.ndarray]] = field(default_factory=list)
+    first: int
+    images: list[np.ndarray] = field(default_factory=list)
     written: list[str] = field(default_factory=list)
     latents: np.ndarray | None = None
     stats: dict = field(default_factory=dict)
@@ -40,18 +41,10 @@ class Drawn:
     error: str | None = None
     usage: bool = False
 
-    @property
-    def images(self) -> list[np.ndarray]:
-        return [image for _, _, image in self.pictures]
-
-    def failure(self) -> UsageError | Failure:
-        return (UsageError if self.usage else Failure)(self.error)
-
     def pack(self) -> bytes:
         """For another machine, which `unpack`s it."""
         arrays = {f"picture{i}": image for i, image in enumerate(self.images)}
-        told = {"place": self.place, "stats": self.stats, "error": self.error, "usage": self.usage}
-        told["pictures"] = [picture[:2] for picture in self.pictures]
+        told = {name: getattr(self, name) for name in ("place", "first", "stats", "error", "usage")}
         if self.latents is not None:
             arrays["latents"] = self.latents
         if self.uncached is not None:
@@ -65,11 +58,9 @@ class Drawn:
     def unpack(cls, packed: bytes) -> Drawn:
         with np.load(io.BytesIO(packed)) as arrays:
             told = json.loads(arrays["told"].tobytes())
-            pictures = [(*about, arrays[f"picture{i}"]) for i, about in enumerate(told.pop("pictures"))]
-            uncached = None
-            if "seconds" in told:
-                uncached = [arrays[f"uncached{i}"] for i in range(len(pictures))], told.pop("seconds")
-            return cls(**told, pictures=pictures, latents=arrays.get("latents"), uncached=uncached)
+            images, uncached = ([arrays[k] for k in arrays if k.startswith(kind)] for kind in ("picture", "uncached"))
+            both = (uncached, told.pop("seconds")) if "seconds" in told else None
+            return cls(**told, images=images, latents=arrays.get("latents"), uncached=both)
 
 
 class Team:
@@ -97,7 +88,7 @@ class Team:
         each = 2 if split == GUIDANCE else 1
         self.groups, self.group = size // each, rank // each
         self.draws = rank % each == 0
-        self.halves: Halves = Halves() if each == 1 else SharedHalves(rank % 2, Peer(self.machines))
+        self.halves: Halves = Halves() if each == 1 else SharedHalves(rank % 2, Peer(self.machines, rank ^ 1))
 
     @property
     def alone(self) -> bool:
@@ -108,13 +99,13 @@ class Team:
         """Whether two draw each batch."""
         return self.groups < self.machines.size
 
-    def of_first(self, value: Any) -> Any:
-        """Rank 0's value, as JSON has it, at every rank."""
-        return json.loads(self.machines.gather(json.dumps(value).encode())[0])
+    def gathered(self, value: Any) -> list:
+        """Every rank's value, as JSON has it, at every rank."""
+        return [json.loads(told) for told in self.machines.gather(json.dumps(value).encode())]
 
-    def least(self, value: int) -> int:
-        """The smallest of all ranks'."""
-        return min(map(json.loads, self.machines.gather(json.dumps(value).encode())))
+    def of_first(self, value: Any) -> Any:
+        """Rank 0's, as JSON has it, at every rank."""
+        return self.gathered(value)[0]
 
     def each(self, work: Callable[[], Any]) -> tuple[Any, list[tuple[str, bool] | None]]:
         """What this machine's work returns, None if it failed, and for each rank what it failed for, and whether that
@@ -124,7 +115,7 @@ class Team:
             result = work()
         except (UsageError, Failure) as error:
             failed = str(error), isinstance(error, UsageError)
-        return result, [json.loads(told) for told in self.machines.gather(json.dumps(failed).encode())]
+        return result, self.gathered(failed)
 
     def prepared(self, work: Callable[[], Any]) -> Any:
         """What this machine's work returns, if all ranks' did; else rank 0 tells why, and the others end.
@@ -151,7 +142,7 @@ class Team:
         Raises:
             Failure: one would not; says which, and what differs.
         """
-        ours, *others = map(json.loads, self.machines.gather(json.dumps(told).encode()))
+        ours, *others = self.gathered(told)
         for rank, theirs in enumerate(others, 1):
             if different := [name for name in ours | theirs if ours.get(name) != theirs.get(name)]:
                 name, more = different[0], f", and in {len(different) - 1} more" if len(different) > 1 else ""
@@ -197,15 +188,15 @@ def told_by(settings: Settings, checkpoints: list[Checkpoint], said: dict, promp
     """What a machine would draw, for `Team.check_alike`; said: what its pictures would say of themselves."""
     told = {"mlx_deepcache": __version__, "mlx": mx.__version__}
     told |= {name: json.dumps(value) for name, value in said.items() if name != "version"}
-    told |= {"prompts": _digest(prompts), "seeds": _digest(settings.seeds), "noise": _digest(settings.noise)}
-    told |= {"the picture to start from": _digest(settings.start)}
-    told |= {"ControlNets' pictures": _digest([control.image for leg in settings.legs for control in leg.controls])}
+    told |= {"prompts": digest(prompts), "seeds": digest(settings.seeds), "noise": digest(settings.noise)}
+    told |= {"the picture to start from": digest(settings.start)}
+    told |= {"ControlNets' pictures": digest([control.image for leg in settings.legs for control in leg.controls])}
     for number, checkpoint in enumerate(checkpoints):
-        told |= {"the refiner's " * number + name: _sampled(file) for name, file in _files(checkpoint)}
+        told |= {"the refiner's " * number + name: sampled(file) for name, file in weight_files(checkpoint)}
     return told
 
 
-def _files(checkpoint: Checkpoint) -> Iterator[tuple[str, Path]]:
+def weight_files(checkpoint: Checkpoint) -> Iterator[tuple[str, Path]]:
     """A model's files of weights, each with what to call it."""
     for name in checkpoint.components:
         place = Path(checkpoint.part(name).where)
@@ -217,7 +208,7 @@ def _files(checkpoint: Checkpoint) -> Iterator[tuple[str, Path]]:
         yield "the model's file", checkpoint.source.path
 
 
-def _sampled(file: Path) -> str:
+def sampled(file: Path) -> str:
     """A digest of a file's size, header and blocks from all over it: weights of a fine-tune differ in all of them."""
     digest, size = hashlib.sha256(), file.stat().st_size
     digest.update(str(size).encode())
@@ -228,10 +219,11 @@ def _sampled(file: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def _digest(value: object) -> str:
-    digest = hashlib.sha256()
-    _feed(digest, value)
-    return digest.hexdigest()[:12]
+def digest(value: object) -> str:
+    """What values are told by: arrays, dataclasses, and what JSON has."""
+    made = hashlib.sha256()
+    _feed(made, value)
+    return made.hexdigest()[:12]
 
 
 def _feed(digest: Any, value: object) -> None:

@@ -108,10 +108,10 @@ class _Seal:
 
 
 class Peer:
-    """The machine beside this one, ranks 2k and 2k + 1 being each other's; see `cache.halves.Peer`."""
+    """A machine beside this one in the ring, whose ends are beside each other; see `cache.halves.Peer`."""
 
-    def __init__(self, machines: Machines):
-        self._machines, self._rank = machines, machines.rank ^ 1
+    def __init__(self, machines: Machines, rank: int):
+        self._machines, self._rank = machines, rank
         self._sent, self._received = _Seal(), _Seal()
 
     def swap(self, x: mx.array) -> mx.array:

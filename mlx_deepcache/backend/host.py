@@ -26,6 +26,9 @@ _RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 def told_rank() -> int | None:
     """This process's number among those that were started together; None if it was started alone."""
+    hosts = os.environ.get("MLX_HOSTFILE", "")
+    if os.path.isfile(hosts) and os.path.getsize(hosts) <= 1:  # of `mlx.launch -n 1`, which MLX itself cannot read
+        return None
     return next((int(os.environ[name]) for name in _RANKS if os.environ.get(name, "").isdigit()), None)
 
 

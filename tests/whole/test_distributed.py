@@ -227,6 +227,31 @@ def test_a_machine_that_would_draw_something_else_is_named(launch, checkpoint, t
     assert list(tmp_path.glob("*.png")) == []
 
 
+def test_weights_are_sent_to_machines_that_lack_them(launch, checkpoint, tmp_path, monkeypatch):
+    """Where they are kept; and to three of them, one from the other. A picture says nothing of that."""
+    (tmp_path / "here").mkdir()
+    shutil.copytree(checkpoint("sd15"), tmp_path / "here/model")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    away = script(tmp_path, "os.environ['XDG_CACHE_HOME'] += str(rank)\nos.chdir('.' if rank else 'here')\n")
+    flags = ["--num-images", 2, "--model", "model", "--share-weights"]
+    done = launch(3, *flags, script=away)
+    assert re.findall("wrote (.*)", done.stdout) == ["out-1.png", "out-2.png"]
+    for rank in (1, 2):
+        (kept,) = (tmp_path / f"cache{rank}/mlx_deepcache/shared").iterdir()
+        copied = {str(file.relative_to(kept)): file.read_bytes() for file in kept.rglob("*") if file.is_file()}
+        for name in ("unet", "vae"):
+            file = f"{name}/diffusion_pytorch_model.safetensors"
+            assert copied[file] == (tmp_path / "here/model" / file).read_bytes()
+        times = {name: (kept / name).stat().st_mtime_ns for name in copied}
+    with Image.open("here/out-2.png") as image:
+        assert json.loads(image.text["mlx_deepcache"])["model"] == "./model"
+    (tmp_path / "here/out-2.png").unlink()
+    assert "wrote out-2.png" in launch(3, *flags, "--resume", script=away).stdout
+    assert {name: (kept / name).stat().st_mtime_ns for name in times} == times
+    (said,) = errors(launch(2, *flags[:2], "--model", "nowhere", "--share-weights", script=away))
+    assert "nowhere" in said
+
+
 def test_a_machine_with_less_memory_decides_how_many_are_drawn_at_once(launch, tmp_path):
     less = """
         from mlx_deepcache.generation.pipeline import StableDiffusion
@@ -251,13 +276,14 @@ def test_what_cannot_be_split(launch, capfd, flags):
 
 def test_what_goes_between_machines_arrives_as_it_was():
     picture = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
-    drawn = Drawn(3, [(7, {"prompt": "a café"}, picture)], [], np.ones((1, 2, 2, 4), np.float32), {"seeds": [7]})
+    drawn = Drawn(3, 7, [picture], latents=np.ones((1, 2, 2, 4), np.float32), stats={"caches": ["é"]})
     drawn.uncached = [picture + 1], 1.5
     got = Drawn.unpack(drawn.pack())
-    assert (got.place, got.pictures[0][:2], got.stats) == (3, (7, {"prompt": "a café"}), {"seeds": [7]})
+    assert (got.place, got.first, got.stats, got.error) == (3, 7, {"caches": ["é"]}, None)
     assert np.array_equal(got.images[0], picture) and np.array_equal(got.uncached[0][0], picture + 1)
     assert np.array_equal(got.latents, drawn.latents) and got.uncached[1] == 1.5
-    assert str(Drawn.unpack(Drawn(0, error="no", usage=True).pack()).failure()) == "no"
+    got = Drawn.unpack(Drawn(0, 0, error="no", usage=True).pack())
+    assert (got.error, got.usage, got.images, got.latents, got.uncached) == ("no", True, [], None, None)
 
 
 def test_what_arrives_is_what_was_sent_at_that_time():
