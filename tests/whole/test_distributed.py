@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from mlx_deepcache.apps.generate import main_generate
+from mlx_deepcache.apps.serve import main_serve
 from mlx_deepcache.apps.team import Drawn
 from mlx_deepcache.backend.distributed import _Seal
 
@@ -174,7 +175,8 @@ def test_guidance_is_split_and_pictures_dealt_out(launch, alone):
 
 def test_what_was_finished_is_kept_when_a_machine_goes_and_resume_draws_the_rest(launch, alone, tmp_path):
     goes = """
-        from mlx_deepcache.apps.team import Team
+        from mlx_deepcache.apps.serve import main_serve
+from mlx_deepcache.apps.team import Team
         from mlx_deepcache.generation.pipeline import StableDiffusion
 
         StableDiffusion.together = lambda self, settings: 1
@@ -272,6 +274,12 @@ def test_what_cannot_be_split(launch, capfd, flags):
     (said,) = errors(launch(2, "--num-images", 2, "--save-steps", "steps"))
     assert "--save-steps is for the steps of one machine" in said
     assert list(Path().glob("*.png")) == []
+
+
+def test_a_server_is_not_launched_on_several(monkeypatch, capfd):
+    monkeypatch.setenv("MLX_RANK", "0")
+    assert main_serve([]) == 2
+    assert capfd.readouterr().err.startswith("error: serve.py draws on one machine")
 
 
 def test_what_goes_between_machines_arrives_as_it_was():
