@@ -14,7 +14,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
-from ..backend.host import follows
+from ..backend.host import follows, told_rank
 from ..checkpoints.names import BUNDLED_NAME, BUNDLED_NAMES, OF_TEXT
 from ..errors import Failure, UsageError
 from ..fields import shown
@@ -51,6 +51,8 @@ def _flags(argv: list[str]) -> argparse.Namespace:
     elif args.prompt is None and args.prompt_file is None and not args.list_prompts and _reads_text(args):
         parser.error("expected --prompt TEXT, what to draw, or --prompt-file or --from-image")
     video = hasattr(args, "frames") or (not args.prompt and args.prompt_file is None)
+    if told_rank() is not None and args.prompt_file == "-":
+        raise UsageError("--prompt-file - never ends under mlx.launch; name a file that is on each machine")
     if args.resume:
         _check_resumable(args)
     if follows():  # it draws for another process

@@ -276,6 +276,13 @@ def test_what_cannot_be_split(launch, capfd, flags):
     assert list(Path().glob("*.png")) == []
 
 
+def test_prompts_are_not_read_from_standard_input(monkeypatch, capfd):
+    """Which mlx.launch holds open."""
+    monkeypatch.setenv("MLX_RANK", "0")
+    assert exit_code(["--prompt-file", "-"]) == 2
+    assert "--prompt-file - never ends under mlx.launch" in capfd.readouterr().err
+
+
 def test_a_server_is_not_launched_on_several(monkeypatch, capfd):
     monkeypatch.setenv("MLX_RANK", "0")
     assert main_serve([]) == 2
