@@ -37,7 +37,7 @@ def run(
         sys.stdout.reconfigure(errors="replace")  # a file's name need not be text
     warnings.showwarning = lambda message, *rest, **kw: print(f"warning: {shown(message)}", file=sys.stderr)
     who = f"rank {told_rank()} ({socket.gethostname()}): " if follows() else ""
-    if SLOW is not None:
+    if SLOW is not None and not follows():
         print(f"note: {SLOW}", file=sys.stderr)
     before = _clean_up_when_told_to_end()
     try:

@@ -161,7 +161,8 @@ class Team:
         for rank in (2 * self.group, 2 * self.group + 1):
             if failures[rank] is not None:
                 error, usage = failures[rank]
-                raise (UsageError if usage else Failure)(f"{self.machines.called(rank)}: {error}" if rank else error)
+                who = "" if rank == self.machines.rank else f"{self.machines.called(rank)}: "
+                raise (UsageError if usage else Failure)(who + error)
         return result
 
     def share(self, drawn: Drawn | None) -> list[Drawn]:
