@@ -33,6 +33,8 @@ def run(
     cancelled: what to say when it is told to end; memory: what to do if that is not enough."""
     hold_standard_streams()
     sys.stdout, sys.stderr = (stream or io.StringIO() for stream in (sys.stdout, sys.stderr))
+    if follows():  # the first process speaks for all
+        sys.stdout = io.StringIO()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a file's name need not be text
     warnings.showwarning = lambda message, *rest, **kw: print(f"warning: {shown(message)}", file=sys.stderr)

@@ -142,18 +142,12 @@ class Job:
 
 def _draw_all(args: argparse.Namespace) -> None:
     """All prompts, in batches that fit; what one prompt fails for does not stop the others."""
-    import mlx.core as mx
-
-    from ..media.latents import write_latents
-    from ..media.png import write_image
-    from ..media.sheets import grid, psnr
-    from ..media.video import write_video
-    from .compare import comparison, comparisons
     from .shared_weights import share_model
     from .team import Team, told_by
 
     if args.list_prompts:
-        print("\n".join(_listed(getattr(args, "model", None))))
+        if not follows():
+            print("\n".join(_listed(getattr(args, "model", None))))
         return
     team = Team(args.split)
     _take_seeds(args, team)
@@ -163,61 +157,79 @@ def _draw_all(args: argparse.Namespace) -> None:
     if not team.alone:
         said = {name: value for name, value in job.said(0).items() if name != "model" or not args.share_weights}
         team.check_alike(told_by(job.settings, job.pipe.checkpoints, said, job.prompts))
-    say, n, video = args.say, job.n, job.settings.frames is not None
-    job.together = team.at_once(n, min(team.gathered(job.together)))
-    if job.together < n and team.alone and not job.model.low_memory:
-        say(f"{n} pictures, {job.together} at a time, as that many fit into the memory")
+    job.together = team.at_once(job.n, min(team.gathered(job.together)))
+    if job.together < job.n and team.alone and not job.model.low_memory:
+        args.say(f"{job.n} pictures, {job.together} at a time, as that many fit into the memory")
     batches = team.of_first(list(_batches(args, job)) if team.leads else None)
     watch = team.prepared(partial(_watcher, args, job.pipe, team))
 
-    finals, stats, images, uncached, failed = [], [], [], [], {}
+    finished, failed = [], {}
     for first in range(0, len(batches), team.groups):
         turn = batches[first : first + team.groups]
         watch.begin(f"{first + 1}-" if len(batches) > 1 else "")
         mine = turn[team.group] if team.group < len(turn) and turn[team.group][0] not in failed else None
-        drawn = _draw_and_write(args, job, team, mine, watch, len(turn))
-        for done in team.share(drawn):
-            if done.error is not None:
-                if len(job.prompts) == 1:
-                    team.tell(done.error, done.usage)
-                if done.place not in failed and team.leads:
+        for done in team.share(_draw_and_write(args, job, team, mine, watch, len(turn))):
+            if done.error is None and team.leads:
+                finished.append(_finish(args, job, done))
+            elif done.error is not None and done.place not in failed:
+                failed[done.place] = done
+                if len(job.prompts) > 1 and team.leads:
                     prompt = shorten(job.prompts[done.place], 60)
                     print(f"error: prompt {done.place + 1}, {prompt!r}: {done.error}", file=sys.stderr)
-                failed[done.place] = done.error
-            elif team.leads:
-                if done is not drawn:
-                    done.written = [_write(args, job, i, image) for i, image in enumerate(done.images, done.first)]
-                if args.compare:
-                    uncached.append(done.uncached)
-                    near = ", ".join(f"{psnr(*pair):.1f}" for pair in zip(done.images, done.uncached[0], strict=True))
-                    say(f"PSNR to the uncached {'video' if video else 'picture'}: {near} dB")
-                if args.grid or args.compare:  # else they need not be held
-                    images.extend(done.images)
-                if args.save_latents is not None:
-                    finals.append(mx.array(done.latents))
-                stats.append(done.stats | {"pictures": done.written})
-                say(_cost(stats[-1]))
+        if failed and len(job.prompts) == 1:
+            team.tell(failed[0].error, failed[0].usage)
     if not team.leads:
         return
     if len(failed) == len(job.prompts):
         raise Failure("none of the prompts could be drawn")
-    if args.grid:
-        shown = [frame for frames in images for frame in frames] if video else images
-        say(f"wrote {args.files.save_sheet('grid', partial(write_image, image=grid(shown)), '.png')}")
-    if args.compare:
-        seconds, cache = sum(report["seconds"]["denoise"] for report in stats), job.settings.cache
-        if video:
-            frames = comparisons(cache, images, seconds, uncached)
-            put = partial(write_video, frames=frames, fps=job.settings.fps)
-        else:
-            put = partial(write_image, image=comparison(cache, images, seconds, uncached))
-        say(f"wrote {args.files.save_sheet('compare', put)}")
-    if args.save_latents is not None:
-        write_latents(args.save_latents, mx.concatenate(finals))
-    if args.stats is not None:
-        write_text(args.stats, json.dumps(stats[0] if len(stats) == 1 else stats, indent=2) + "\n")
+    _write_of_all(args, job, finished)
     if failed:
         raise Failure(f"{len(failed)} of {len(job.prompts)} prompts could not be drawn")
+
+
+def _finish(args: argparse.Namespace, job: Job, done: Drawn) -> Drawn:
+    """Write what another machine drew, and say what a batch cost; what is not needed any more goes."""
+    from ..media.sheets import psnr
+
+    if not done.written:
+        done.written = [_write(args, job, number, image) for number, image in enumerate(done.images, done.first)]
+    if args.compare:
+        near = ", ".join(f"{psnr(*pair):.1f}" for pair in zip(done.images, done.uncached[0], strict=True))
+        what = "picture" if job.settings.frames is None else "video"
+        args.say(f"PSNR to the uncached {what}: {near} dB")
+    elif not args.grid:
+        done.images = []
+    args.say(_cost(done.stats))
+    return done
+
+
+def _write_of_all(args: argparse.Namespace, job: Job, finished: list[Drawn]) -> None:
+    """What the flags want of all pictures together."""
+    import mlx.core as mx
+
+    from ..media.latents import write_latents
+    from ..media.png import write_image
+    from ..media.sheets import grid
+    from ..media.video import write_video
+    from .compare import comparison, comparisons
+
+    settings, images = job.settings, [image for done in finished for image in done.images]
+    if args.grid:
+        shown = images if settings.frames is None else [frame for frames in images for frame in frames]
+        args.say(f"wrote {args.files.save_sheet('grid', partial(write_image, image=grid(shown)), '.png')}")
+    if args.compare:
+        seconds = sum(done.stats["seconds"]["denoise"] for done in finished)
+        both = settings.cache, images, seconds, [done.uncached for done in finished]
+        if settings.frames is None:
+            put = partial(write_image, image=comparison(*both))
+        else:
+            put = partial(write_video, frames=comparisons(*both), fps=settings.fps)
+        args.say(f"wrote {args.files.save_sheet('compare', put)}")
+    if args.save_latents is not None:
+        write_latents(args.save_latents, mx.concatenate([mx.array(done.latents) for done in finished]))
+    if args.stats is not None:
+        stats = [done.stats | {"pictures": done.written} for done in finished]
+        write_text(args.stats, json.dumps(stats[0] if len(stats) == 1 else stats, indent=2) + "\n")
 
 
 def _checkpoint(args: argparse.Namespace) -> Checkpoint:
@@ -270,8 +282,9 @@ def _job(args: argparse.Namespace, team: Team) -> Job:
         check_comparable(settings)
     for checkpoint in pipe.checkpoints:
         checkpoint.check_files()
-    if not team.alone and team.groups > n * len(prompts):
-        args.say(f"{n * len(prompts)} for {team.groups} machines to draw: some wait; see --split guidance")
+    if team.groups > n * len(prompts):
+        cure = "" if team.paired else "; with --split guidance two draw one picture"
+        args.say(f"some machines wait, as there are {team.machines.size} and {n * len(prompts)} to draw{cure}")
     return Job(pipe, settings, prompts, together, model)
 
 

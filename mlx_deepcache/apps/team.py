@@ -23,7 +23,7 @@ from ..generation.settings import Settings
 from .compare import Uncached
 from .flags import GUIDANCE
 
-_BLOCKS, _BLOCK = 16, 1 << 16  # bytes that a file is told by: so many blocks, spread over it
+_BLOCKS, _BLOCK = 256, 1 << 12  # bytes that a file is told by: so many blocks, spread over it
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Team:
         rank, size = self.machines.rank, self.machines.size
         self.leads = rank == 0
         if split == GUIDANCE and size % 2:
-            start = "mlx.launch -n 2 generate.py ..."
+            start = "mlx.launch -n 2 ./generate.py ..."
             self.tell(
                 f"--split guidance is for pairs of machines, started by such as {start!r}; got {size}", usage=True
             )
@@ -210,7 +210,7 @@ def weight_files(checkpoint: Checkpoint) -> Iterator[tuple[str, Path]]:
 
 
 def sampled(file: Path) -> str:
-    """A digest of a file's size, header and blocks from all over it: weights of a fine-tune differ in all of them."""
+    """A digest of a file's size and of blocks from all over it: weights of a fine-tune differ in most of them."""
     digest, size = hashlib.sha256(), file.stat().st_size
     digest.update(str(size).encode())
     with file.open("rb") as opened:
