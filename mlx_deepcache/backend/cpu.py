@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import mlx.core as mx
 import numpy as np
@@ -150,6 +150,29 @@ def _layout(x: np.ndarray) -> tuple[int, int]:
     return _TRANSPOSED, max(x.strides[1] // 4, rows)
 
 
+# OpenBLAS takes other kernels for products of up to 100 x 100 x 100, which round otherwise with other rows beside them.
+# Above, a picture has the same bits whatever is drawn with it.
+SMALL = 100**3
+MANY = 64  # more are no pictures, but places in a video
+
+
+def linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
+    """x weight^T + bias; x: (B, ..., C), weight: (O, C)."""
+    run = partial(_linear, weight=weight.T, bias=bias)
+    return _each(run, x, x[:1].size * len(weight))
+
+
+def _linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
+    return x @ weight if bias is None else mx.addmm(bias, x, weight)
+
+
+def _each(run: Callable[[mx.array], mx.array], x: mx.array, products: int) -> mx.array:
+    """`run` of x, (B, ...), or of each of the B by itself where so few multiply-adds are one's."""
+    if not 1 < len(x) <= MANY or products > SMALL:
+        return run(x)
+    return mx.concatenate([run(x[i : i + 1]) for i in range(len(x))])
+
+
 # Activations: of x into `out`; room: as large as x
 
 
@@ -222,7 +245,7 @@ def layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.
 
     def job(start: int, stop: int) -> None:
         rows, here = given[start:stop], out[start:stop]
-        np.subtract(rows, (rows @ share)[:, None], out=here)
+        np.subtract(rows, np.vecdot(rows, share)[:, None], out=here)
         here *= 1 / np.sqrt(np.vecdot(here, here) / C + np.float32(eps))[:, None]
         here *= scale
         here += shift
@@ -361,7 +384,7 @@ def conv2d(x: mx.array, weight: mx.array, bias: mx.array | None, stride: int, pa
         return _by_tiles(x, weight, bias, height, width, TILE, BEFORE)
     if height * width * kh * kw * C >= LARGE:
         return _unfolded(x, weight, bias, height, width, stride, padding)
-    out = mx.conv2d(x, weight, stride=stride, padding=padding)
+    out = _each(lambda x: mx.conv2d(x, weight, stride=stride, padding=padding), x, height * width * weight.size)
     return out if bias is None else out + bias
 
 
@@ -385,7 +408,9 @@ def _by_tiles(
     """
     (B, _, _, C), c_out, n = x.shape, len(weight), len(FILTER)
     down, across, size = -(-height // TILE), -(-width // TILE), int(before.shape[1] ** 0.5)
-    block = max(min(TILES, B * down * across // cores()), 16)
+    block = max(min(TILES, down * across // cores()), 16)  # for each core one of each picture, or of all together
+    if block * C * c_out > SMALL:
+        block = max(min(TILES, B * down * across // cores()), 16)
     parts = [
         (b, *rows, *columns)
         for b in range(B)

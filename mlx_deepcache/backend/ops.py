@@ -136,10 +136,8 @@ def group_norm(
 
 def linear(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
     """x weight^T + bias; weight: (O, C)."""
-    return _in_float32(_linear, x, weight, bias) if at_once() else _linear(x, weight, bias)
-
-
-def _linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
+    if at_once():
+        return _in_float32(cpu.linear, x, weight, bias)
     return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
 
 

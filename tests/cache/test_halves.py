@@ -1,4 +1,4 @@
-"""Guidance's halves on two machines against both on one: two threads here, with a queue each way between them."""
+"""Guidance's halves on two machines against both on one, to the bit: two threads here, with queues between them."""
 
 import threading
 from queue import Queue
@@ -9,7 +9,7 @@ import pytest
 import tiny
 from helpers import MASK, PICTURE, error
 
-from mlx_deepcache import Control, StableDiffusion
+from mlx_deepcache import Control
 from mlx_deepcache.cache.adaptive import Adaptive
 from mlx_deepcache.cache.deepcache import DeepCache
 from mlx_deepcache.cache.fastercache import FasterCache
@@ -95,21 +95,12 @@ def test_two_machines_draw_what_one_does(pipeline, cache):
     (first, latents, its), (second, same, other) = drawn_by_two(pipe, cache=cache)
     steps, alone, stats = drawn_by_one(pipe, cache=cache)
     assert mx.array_equal(latents, same)
-    assert error(latents, alone) < 1e-4
+    assert mx.array_equal(latents, alone)
     assert [s.work for s in first] == [s.work for s in second]
     for ours, step in zip(first, steps, strict=True):
         assert [work[:-1] for work in ours.work] == [work[:-1] for work in step.work]
         assert ours.change == (None if step.change is None else pytest.approx(step.change, rel=1e-3))
     assert its["unet_macs"] == other["unet_macs"] == stats["unet_macs"] < stats["unet_macs_uncached"] + (len(cache) < 2)
-
-
-def test_to_the_bit_where_one_machine_runs_them_in_turn(pipeline):
-    """A matrix product of another number of rows may be rounded otherwise: so both at once are nearly the same."""
-    pipe = pipeline("sd15")
-    in_turn = StableDiffusion(pipe.checkpoint, "float32", low_memory=True)
-    cache = [DeepCache(3), TaylorSeer(1)]
-    (_, latents, _), _ = drawn_by_two(pipe, cache=cache)
-    assert mx.array_equal(latents, drawn_by_one(in_turn, cache=cache)[1])
 
 
 @pytest.mark.parametrize(
@@ -125,7 +116,7 @@ def test_other_starts(pipeline, options):
     pipe = pipeline("sd15")
     (_, latents, _), (_, same, _) = drawn_by_two(pipe, cache=[DeepCache(2)], **options)
     assert mx.array_equal(latents, same)
-    assert error(latents, drawn_by_one(pipe, cache=[DeepCache(2)], **options)[1]) < 1e-4
+    assert mx.array_equal(latents, drawn_by_one(pipe, cache=[DeepCache(2)], **options)[1])
 
 
 def test_inpainting_nets(pipeline):
@@ -133,7 +124,7 @@ def test_inpainting_nets(pipeline):
     pipe = pipeline("inpaint")
     (_, latents, _), _ = drawn_by_two(pipe, image=PICTURE, mask=MASK, cache=[DeepCache(2), GuidanceInterval(0, 0.5)])
     alone = drawn_by_one(pipe, image=PICTURE, mask=MASK, cache=[DeepCache(2), GuidanceInterval(0, 0.5)])
-    assert error(latents, alone[1]) < 1e-4
+    assert mx.array_equal(latents, alone[1])
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
@@ -144,7 +135,7 @@ def test_controlnets(pipeline, tmp_path, kind, every_step):
     options["cache"] = [DeepCache(3), GuidanceInterval(0.2, 0.7)]
     (_, latents, its), (_, _, other) = drawn_by_two(pipeline(kind), **options)
     _, alone, stats = drawn_by_one(pipeline(kind), **options)
-    assert error(latents, alone) < 1e-4
+    assert mx.array_equal(latents, alone)
     assert its["controlnet_macs"] == other["controlnet_macs"] == stats["controlnet_macs"] > 0
 
 
@@ -153,7 +144,7 @@ def test_videos(video_pipeline):
     options["cache"] = [DeepCache(2), GuidanceInterval(0, 0.8)]
     (_, latents, _), (_, same, _) = drawn_by_two(video_pipeline, None, **options)
     assert mx.array_equal(latents, same)
-    assert error(latents, drawn_by_one(video_pipeline, None, **options)[1]) < 1e-4
+    assert error(latents, drawn_by_one(video_pipeline, None, **options)[1]) < 1e-4  # layers over frames see all places
 
 
 def test_it_says_once_that_one_machine_waits(pipeline):

@@ -9,10 +9,8 @@ import sys
 import textwrap
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import error
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -101,26 +99,18 @@ def values(file):
 
 
 def test_pictures_are_dealt_out_and_are_those_of_one_machine(launch, alone):
-    """To the byte those that one machine draws as many at a time; with others at a time sums may be rounded otherwise,
-    and a value of a pixel with them."""
-    wanted = ["--num-images", 4, "--grid", "--compare", "--save-latents", "two.safetensors", "--stats", "two.json"]
-    said = launch(2, *CACHED, *wanted, "--output", "two.png")
+    wanted = ["--num-images", 4, "--grid", "--save-latents"]
+    said = launch(2, *CACHED, *wanted, "two.safetensors", "--compare", "--output", "two.png", "--stats", "two.json")
     assert re.findall("wrote (.*)", said.stdout) == [
         *(f"two-{i}.png" for i in (1, 2, 3, 4)),
         "two-grid.png",
         "two-compare.png",
     ]
     assert said.stdout.count("full and") == said.stdout.count("PSNR to the uncached") == 2
-    alone(*CACHED, "--num-images", 2, "--output", "first.png", "--save-latents", "first.safetensors")
-    alone(*CACHED, "--num-images", 2, "--seed", 2, "--output", "second.png", "--save-latents", "second.safetensors")
-    alone(*CACHED, "--num-images", 4, "--output", "all.png", "--grid")
-    for number, name in enumerate(["first-1", "first-2", "second-1", "second-2"], 1):
-        assert same(f"two-{number}.png", f"{name}.png")
-        assert np.abs(values(f"two-{number}.png") - values(f"all-{number}.png")).max() <= 1
-    latents = [mx.load(f"{name}.safetensors")["latents"] for name in ("first", "second")]
-    assert mx.array_equal(mx.load("two.safetensors")["latents"], mx.concatenate(latents))
-    assert values("two-grid.png").shape == values("all-grid.png").shape
-    assert np.abs(values("two-grid.png") - values("all-grid.png")).max() <= 1
+    alone(*CACHED, *wanted, "one.safetensors", "--output", "one.png")
+    for name in (1, 2, 3, 4, "grid"):
+        assert same(f"two-{name}.png", f"one-{name}.png")
+    assert same("two.safetensors", "one.safetensors")
     first, second = json.loads(Path("two.json").read_text())
     assert [first["pictures"], second["pictures"]] == [["two-1.png", "two-2.png"], ["two-3.png", "two-4.png"]]
     assert first["machine"].startswith("rank 0 (") and second["machine"].startswith("rank 1 (")
@@ -144,9 +134,8 @@ def _without_prompt(tmp_path):
 
 
 def test_guidance_is_split(launch, alone):
-    """To the bit what one machine draws that runs the halves in turn."""
     launch(2, *CACHED, "--split", "guidance", "--output", "two.png", "--save-latents", "two.safetensors")
-    alone(*CACHED, "--low-memory", "--output", "one.png", "--save-latents", "one.safetensors")
+    alone(*CACHED, "--output", "one.png", "--save-latents", "one.safetensors")
     assert same("two.png", "one.png") and same("two.safetensors", "one.safetensors")
 
 
@@ -164,7 +153,7 @@ def test_guidance_is_split_and_pictures_dealt_out(launch, alone):
         expected = json.loads(Path(file).read_text())
         assert [ours[key] for key in ("steps", "unet_macs")] == [expected[key] for key in ("steps", "unet_macs")]
     for number, file in ((1, "pair-1.png"), (2, "pair-2.png"), (3, "last.png")):
-        assert error(values(f"four-{number}.png"), values(file)) < 0.01
+        assert same(f"four-{number}.png", file)
 
 
 def test_what_was_finished_is_kept_when_a_machine_goes_and_resume_draws_the_rest(launch, alone, tmp_path):
@@ -195,7 +184,7 @@ def test_what_was_finished_is_kept_when_a_machine_goes_and_resume_draws_the_rest
     assert [Path(name).stat().st_mtime_ns for name in kept] == before
     alone("--num-images", 5, "--output", "one.png")
     for i in range(1, 6):
-        assert np.abs(values(f"out-{i}.png") - values(f"one-{i}.png")).max() <= 1
+        assert same(f"out-{i}.png", f"one-{i}.png")
     assert "5 of 5 are there already" in alone("--num-images", 5, "--resume").out
     assert len(list(tmp_path.glob("*.png"))) == 10
 
