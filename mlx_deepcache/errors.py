@@ -41,3 +41,7 @@ class Failure(RuntimeError):
 
 class CheckpointError(Failure):
     """A file or folder that is missing, damaged or not what it should be."""
+
+
+class Unreachable(Failure):
+    """Another machine that draws with this one cannot be reached, or no longer."""

@@ -161,6 +161,16 @@ class _Cache(argparse.Action):
         namespace.cache = [*getattr(namespace, "cache", ()), value]
 
 
+def add_split(group: argparse._ArgumentGroup) -> None:
+    """The flag for what several machines share."""
+    group.add_argument(
+        "--split",
+        choices=SPLITS,
+        help="what the machines share that mlx.launch starts: pictures, each drawn by one of them (the default), or "
+        "guidance's two halves, by pairs of them",
+    )
+
+
 def generate_parser() -> Parser:
     parser = Parser(
         "generate.py",
@@ -202,12 +212,7 @@ def generate_parser() -> Parser:
             for part in options_of(Control):  # given once a ControlNet
                 add_option(groups[part.group], replace(part, name=part.key, many=True))
 
-    groups[MACHINE].add_argument(
-        "--split",
-        choices=SPLITS,
-        help="what the machines share that mlx.launch starts: pictures, each drawn by one of them (the default), or "
-        "guidance's two halves, by pairs of them",
-    )
+    add_split(groups[MACHINE])
     groups[MACHINE].add_argument(
         "--share-weights",
         action="store_true",

@@ -143,7 +143,7 @@ class Job:
 def _draw_all(args: argparse.Namespace) -> None:
     """All prompts, in batches that fit; what one prompt fails for does not stop the others."""
     from .shared_weights import share_model
-    from .team import Team, told_by
+    from .team import Drawn, Team, told_by
 
     if args.list_prompts:
         if not follows():
@@ -168,7 +168,7 @@ def _draw_all(args: argparse.Namespace) -> None:
         turn = batches[first : first + team.groups]
         watch.begin(f"{first + 1}-" if len(batches) > 1 else "")
         mine = turn[team.group] if team.group < len(turn) and turn[team.group][0] not in failed else None
-        for done in team.share(_draw_and_write(args, job, team, mine, watch, len(turn))):
+        for done in team.share(_draw_and_write(args, job, team, mine, watch, len(turn)), Drawn):
             if done.error is None and team.leads:
                 finished.append(_finish(args, job, done))
             elif done.error is not None and done.place not in failed:
@@ -342,7 +342,7 @@ def _draw_and_write(
     except (UsageError, Failure) as error:
         if begun and team.paired:  # the other one may not have failed, and waits
             raise
-        drawn.error, drawn.usage = str(error), isinstance(error, UsageError)
+        drawn.error, drawn.usage = team.named(error), isinstance(error, UsageError)
     return drawn
 
 

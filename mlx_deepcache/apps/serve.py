@@ -9,18 +9,20 @@ import socket
 import sys
 import webbrowser
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..backend.host import follows
 from ..errors import Failure, UsageError, named_as
 from ..fields import positive
 from ..generation.kinds import KINDS
 from ..generation.options import CACHE, MACHINE, ModelOptions, Options, option_of, options_of
 from .command import run
-from .flags import Parser, add_option, complete, given, reader
+from .flags import Parser, add_option, add_split, complete, given, reader
 
 if TYPE_CHECKING:
     import uvicorn
@@ -100,6 +102,7 @@ def _parser(names: tuple[str, str] = NAMES) -> Parser:
     for o in options_of(ModelOptions):
         if o.group == MACHINE:
             add_option(machine, o)
+    add_split(machine)
     limits = parser.add_argument_group("limits")
     for name, (flag, about) in LIMITS.items():
         limits.add_argument(flag, dest=f"most_{name}", type=reader(positive), metavar="N", help=f"most {about}")
@@ -145,10 +148,14 @@ def _serve(args: argparse.Namespace, page: bool = False) -> None:
 
     say: Callable[[str], None] = (lambda text: None) if args.quiet else (lambda text: print(text, flush=True))
     access = Access(args.host, args.port, args.api_key, tuple(args.cors_origin), tuple(args.allow_host))
-    with named_as({}), _listen(args.host, args.port) as listening:  # programs know options by their keywords
+    # Programs know options by their keywords; another machine's server listens to rank 0 only
+    with named_as({}), nullcontext() if follows() else _listen(args.host, args.port) as listening:
         service = service_of(args, say)
         try:
             service.worker.call(service.painter.fetch).result()
+            if follows():
+                service.worker.call(service.painter.follow).result()
+                return
             app = create_app(service, access)
             hang_up = _add_page(app, service, page, say) if page or not args.api_only else None
             config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10)
@@ -161,6 +168,8 @@ def _serve(args: argparse.Namespace, page: bool = False) -> None:
             _server(config, service, hang_up).run(sockets=[listening])
         finally:
             service.worker.close()
+        if service.worker.lost is not None:
+            raise service.worker.lost
 
 
 def _add_page(app: FastAPI, service: Service, needed: bool, say: Callable[[str], None]) -> Callable[[], None] | None:
@@ -224,6 +233,7 @@ def service_of(args: argparse.Namespace, say: Callable[[str], None]) -> Service:
         args.keep_jobs,
         say,
         args.outputs,
+        args.split,
     )
 
 
@@ -241,4 +251,11 @@ def _server(config: uvicorn.Config, service: Service, hang_up: Callable[[], None
                 hang_up()
             super().handle_exit(sig, frame)
 
-    return Server(config)
+        def end(self):
+            if hang_up is not None:
+                hang_up()
+            self.should_exit = True
+
+    server = Server(config)
+    service.worker.on_lost = server.end
+    return server

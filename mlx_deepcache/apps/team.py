@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -22,6 +21,7 @@ from ..errors import Failure, UsageError
 from ..generation.settings import Settings
 from .compare import Uncached
 from .flags import GUIDANCE
+from .messages import pack, unpack
 
 _BLOCKS, _BLOCK = 256, 1 << 12  # bytes that a file is told by: so many blocks, spread over it
 
@@ -40,27 +40,6 @@ class Drawn:
     uncached: Uncached | None = None
     error: str | None = None
     usage: bool = False
-
-    def pack(self) -> bytes:
-        """For another machine, which `unpack`s it."""
-        arrays = {f"picture{i}": image for i, image in enumerate(self.images)}
-        told = {name: getattr(self, name) for name in ("place", "first", "stats", "error", "usage")}
-        if self.latents is not None:
-            arrays["latents"] = self.latents
-        if self.uncached is not None:
-            images, told["seconds"] = self.uncached
-            arrays |= {f"uncached{i}": image for i, image in enumerate(images)}
-        packed = io.BytesIO()
-        np.savez(packed, told=np.frombuffer(json.dumps(told).encode(), np.uint8), **arrays)
-        return packed.getvalue()
-
-    @classmethod
-    def unpack(cls, packed: bytes) -> Drawn:
-        with np.load(io.BytesIO(packed)) as arrays:
-            told = json.loads(arrays["told"].tobytes())
-            images, uncached = ([arrays[k] for k in arrays if k.startswith(kind)] for kind in ("picture", "uncached"))
-            both = (uncached, told.pop("seconds")) if "seconds" in told else None
-            return cls(**told, images=images, latents=arrays.get("latents"), uncached=both)
 
 
 class Team:
@@ -81,10 +60,8 @@ class Team:
         rank, size = self.machines.rank, self.machines.size
         self.leads = rank == 0
         if split == GUIDANCE and size % 2:
-            start = "mlx.launch -n 2 ./generate.py ..."
-            self.tell(
-                f"--split guidance is for pairs of machines, started by such as {start!r}; got {size}", usage=True
-            )
+            told = f"--split guidance is for pairs of machines, started by such as 'mlx.launch -n 2 ...'; got {size}"
+            self.tell(told, usage=True)
         each = 2 if split == GUIDANCE else 1
         self.groups, self.group = size // each, rank // each
         self.draws = rank % each == 0
@@ -165,18 +142,18 @@ class Team:
                 raise (UsageError if usage else Failure)(who + error)
         return result
 
-    def share(self, drawn: Drawn | None) -> list[Drawn]:
-        """What all machines have drawn, at each of them, in the order in which it was dealt out."""
+    def share(self, drawn: Any, kind: type) -> list:
+        """What all machines have drawn, at each of them, in the order in which it was dealt out; kind: a dataclass, of
+        which `drawn` is one, None where nothing was dealt out."""
         if self.alone:
             return [drawn] if drawn is not None else []
-        packed = self.machines.gather(drawn.pack() if drawn is not None and self.draws else b"")
-        own, shared = self.machines.rank, []
-        for rank, message in enumerate(packed):
-            if message:
-                shared.append(drawn if rank == own else Drawn.unpack(message))
-                if rank and shared[-1].error is not None:
-                    shared[-1].error = f"{self.machines.called(rank)}: {shared[-1].error}"
-        return shared
+        packed = self.machines.gather(pack(drawn) if drawn is not None and self.draws else b"")
+        own = self.machines.rank
+        return [drawn if rank == own else unpack(message, [kind]) for rank, message in enumerate(packed) if message]
+
+    def named(self, error: object) -> str:
+        """A failure of this machine, for all of them."""
+        return str(error) if self.leads else f"{self.machines.name}: {error}"
 
     def at_once(self, n: int, fit: int) -> int:
         """How many of a prompt's n pictures to draw at once, if so many fit: so that no machine has more to do than it

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 import numpy as np
 
-from ..errors import Failure
+from ..errors import Unreachable
 from .host import told_rank
 
 
@@ -22,7 +22,7 @@ class Machines:
     call `gather` in the same order, and two that are peers what these exchange.
 
     Raises:
-        Failure: they cannot be reached, or no longer.
+        Unreachable: see there.
     """
 
     def __init__(self):
@@ -34,7 +34,7 @@ class Machines:
             self.group = mx.distributed.init()
         self.rank, self.size = self.group.rank(), self.group.size()
         if told >= self.size:
-            raise Failure(
+            raise Unreachable(
                 f"this is process {told} of several that were started together, but MLX found no way to the others; "
                 "start them by mlx.launch, or install MPI"
             )
@@ -73,7 +73,7 @@ class Machines:
             yield
         except RuntimeError as error:
             others = ", ".join(self.called(rank) for rank in range(len(self.names)) if rank != self.rank)
-            raise Failure(f"no connection to the other machines {others and f'({others})'}: {error}") from None
+            raise Unreachable(f"no connection to the other machines {others and f'({others})'}: {error}") from None
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

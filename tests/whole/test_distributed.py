@@ -9,15 +9,19 @@ import sys
 import textwrap
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from mlx_deepcache.apps.generate import main_generate
-from mlx_deepcache.apps.serve import main_serve
+from mlx_deepcache.apps.messages import pack, unpack
 from mlx_deepcache.apps.team import Drawn
 from mlx_deepcache.backend.distributed import _Seal
+from mlx_deepcache.cache.deepcache import DeepCache
+from mlx_deepcache.cache.forecast import TaylorSeer
+from mlx_deepcache.generation.options import Control
 
 GENERATE = Path(__file__).parents[2] / "generate.py"
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
@@ -273,22 +277,25 @@ def test_what_all_would_say_one_says(monkeypatch, capfd, flags):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_server_is_not_launched_on_several(monkeypatch, capfd):
-    monkeypatch.setenv("MLX_RANK", "0")
-    assert main_serve([]) == 2
-    assert capfd.readouterr().err.startswith("error: serve.py draws on one machine")
-
-
 def test_what_goes_between_machines_arrives_as_it_was():
-    picture = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
-    drawn = Drawn(3, 7, [picture], latents=np.ones((1, 2, 2, 4), np.float32), stats={"caches": ["é"]})
-    drawn.uncached = [picture + 1], 1.5
-    got = Drawn.unpack(drawn.pack())
+    picture, cache = np.arange(24, dtype=np.uint8).reshape(2, 4, 3), [DeepCache(3, branch=1), TaylorSeer(1)]
+    sent = [1, 0.5, "é", None, (True, {"a": (1,), 2: []}), cache, Control("net", Image.fromarray(picture), end=0.5)]
+    *rest, control = unpack(pack(sent), [Control, DeepCache, TaylorSeer])
+    assert rest == sent[:-1] and type(rest[4]) is tuple
+    assert (control.model, control.end, control.image.mode) == ("net", 0.5, "RGB")
+    assert np.array_equal(control.image, picture)
+    for mode in ("L", "RGBA", "1"):
+        image = Image.fromarray(picture).convert(mode)
+        assert unpack(pack(image)).mode == mode and np.array_equal(unpack(pack(image)), image)
+    drawn = Drawn(3, 7, [picture], latents=mx.ones((1, 2)), stats={"caches": ["é"]}, uncached=([picture + 1], 1.5))
+    got = unpack(pack(drawn), [Drawn])
     assert (got.place, got.first, got.stats, got.error) == (3, 7, {"caches": ["é"]}, None)
     assert np.array_equal(got.images[0], picture) and np.array_equal(got.uncached[0][0], picture + 1)
     assert np.array_equal(got.latents, drawn.latents) and got.uncached[1] == 1.5
-    got = Drawn.unpack(Drawn(0, 0, error="no", usage=True).pack())
-    assert (got.error, got.usage, got.images, got.latents, got.uncached) == ("no", True, [], None, None)
+    with pytest.raises(TypeError, match="object cannot be sent"):
+        pack([object()])
+    with pytest.raises(KeyError):  # nothing is made that the reader does not name
+        unpack(pack(drawn), [Control])
 
 
 def test_what_arrives_is_what_was_sent_at_that_time():

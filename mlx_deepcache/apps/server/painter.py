@@ -6,15 +6,20 @@ import gc
 import resource
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import UsageError
+from ...errors import Unreachable, UsageError
+from .crew import CANCEL, END, FREE, NAP, STOP, Batch, Pace, ordered, told_by
 from .jobs import Drawn, Job, Wanted
 from .offers import Offers
 from .plan import plan_of
+from .refused import Refused, of_error
 from .schema import NETS
 
 if TYPE_CHECKING:
@@ -23,8 +28,9 @@ if TYPE_CHECKING:
     from ...cache.prices import Front
     from ...checkpoints.checkpoint import Checkpoint
     from ...checkpoints.tokenizer import CLIPTokenizer
-    from ...generation.pipeline import StableDiffusion
+    from ...generation.pipeline import Generation, StableDiffusion
     from ...generation.settings import Settings
+    from ..team import Team
 
 PREVIEW_SIDE = 512  # pixels, the longest
 
@@ -47,11 +53,13 @@ class Held:
 class Painter:
     """Draws jobs with one pipeline, which it loads and frees. All of it belongs to the thread that draws first.
 
-    common: the options of `ModelOptions` that all models share, such as dtype; most_pixels: of a picture.
+    common: the options of `ModelOptions` that all models share, such as dtype; most_pixels: of a picture; split: what
+    several machines share, see `Team`.
     """
 
-    def __init__(self, offers: Offers, common: dict[str, Any], most_pixels: int):
-        self.offers, self.common, self.most_pixels = offers, common, most_pixels
+    def __init__(self, offers: Offers, common: dict[str, Any], most_pixels: int, split: str | None = None):
+        self.offers, self.common, self.most_pixels, self.split = offers, common, most_pixels, split
+        self._team: Team | None = None
         self.loaded: Held | None = None
         self._pipe: StableDiffusion | None = None
         self._described: dict[str, Checkpoint] = {}
@@ -64,6 +72,16 @@ class Painter:
         if self._thread is None:
             self._thread = here
         assert self._thread == here, "only the worker's thread may touch MLX"
+
+    @property
+    def team(self) -> Team:
+        """The machines that draw."""
+        self._own()
+        if self._team is None:
+            from ..team import Team
+
+            self._team = Team(self.split)
+        return self._team
 
     def load(self, wanted: Wanted) -> StableDiffusion:
         """The pipeline for these, alone in memory."""
@@ -110,12 +128,16 @@ class Painter:
         return Checkpoint.open(path, half=dtype_of(self.common.get("dtype", "auto")) == mx.float16, **about)
 
     def fetch(self) -> None:
-        """Have all that was named here, as no request makes the server ask the hub.
+        """Have all that was named here, as no request makes the server ask the hub; the same on all machines.
 
         Raises:
-            Failure: something cannot be had, or is damaged.
+            Failure: something cannot be had, or is damaged; or a machine has something else.
         """
-        self._own()
+        self.team.prepared(self._fetch)
+        if not self.team.alone:
+            self.team.check_alike(told_by(self.offers, self.common))
+
+    def _fetch(self) -> None:
         vae = next(iter(self.offers.vaes.named.values()), None)
         for path in self.offers.models.named.values():
             self._open(path, vae=vae).check_files()
@@ -172,76 +194,206 @@ class Painter:
 
         Raises:
             Cancelled: the job was.
-            UsageError, Failure: it cannot be drawn.
+            Refused: it cannot be drawn.
+            Unreachable: other machines are needed, and went.
         """
-        wanted = job.wanted
         if job.cancelled.is_set():
             raise Cancelled
+        if not self.team.alone:
+            ordered(self.team, job.wanted)
+        self._draw(job, errands)
+
+    def follow(self) -> None:
+        """Draw what rank 0 takes, until it ends.
+
+        Raises:
+            Unreachable: it went.
+        """
+        while (order := ordered(self.team)) != END:
+            if order is None:
+                time.sleep(NAP)
+            elif order == FREE:
+                self.unload()
+            else:
+                with suppress(Cancelled, Refused):  # rank 0 says so
+                    self._draw(Job(replace(order, previews=False, partials=0)), lambda: None)
+
+    @property
+    def nap(self) -> float | None:
+        """Seconds after which others want to be told that there is nothing to do; None if there are no others."""
+        return NAP if self._leads_others else None
+
+    def rest(self) -> None:
+        """Tell them so."""
+        if self._leads_others:
+            ordered(self.team)
+
+    def free(self) -> None:
+        """Free the models on all machines."""
+        if self._leads_others:
+            ordered(self.team, FREE)
+        self.unload()
+
+    def leave(self) -> None:
+        """Free them, and let the others end."""
+        if self._leads_others:
+            ordered(self.team, END)
+        self.unload()
+
+    @property
+    def _leads_others(self) -> bool:
+        return self._team is not None and self._team.leads and not self._team.alone
+
+    def _draw(self, job: Job, errands: Callable[[], None]) -> None:
+        """What all machines do with a job, each for its part of every turn."""
+        team, wanted = self.team, job.wanted
+        pipe, settings, fit = self._agreed(partial(self._prepare, wanted))
+        n = len(settings.seeds)
+        together = team.at_once(n, min(team.gathered(fit)))
+        batches = [slice(i, min(i + together, n)) for i in range(0, n, together)]
+        turns = [batches[i : i + team.groups] for i in range(0, len(batches), team.groups)]
+        for number, turn in enumerate(turns):
+            if number and team.of_first(job.stopped.is_set()):
+                break
+            job.skipped.clear()
+            job.batch(number, len(turns), sum(len(leg.plan.steps) for leg in settings.legs) * (1 + wanted.compare))
+            mine = _rows(settings, turn[team.group]) if team.group < len(turn) else None
+            for rows, drawn in zip(turn, self._turn(job, pipe, mine, errands), strict=True):
+                if team.leads:
+                    self._add(job, pipe, _rows(settings, rows), drawn)
+
+    def _prepare(self, wanted: Wanted) -> tuple[StableDiffusion, Settings, int]:
+        """The pipeline, the settings, and how many pictures to draw at once."""
         pipe = self.load(wanted)
         settings = self._checked(pipe.settings(self._prompt(wanted), seeds=wanted.seeds, **self._paths(wanted)))
         if wanted.compare:
             from ..compare import check_comparable
 
             check_comparable(settings)
-        n = len(settings.seeds)
-        together = min(wanted.together, pipe.together(settings))
-        batches = [slice(i, min(i + together, n)) for i in range(0, n, together)]
-        for number, rows in enumerate(batches):
-            if number and job.stopped.is_set():
-                break
-            job.skipped.clear()
-            job.batch(number, len(batches), sum(len(leg.plan.steps) for leg in settings.legs) * (1 + wanted.compare))
-            self._draw_batch(job, pipe, _rows(settings, rows), errands)
+        return pipe, settings, min(wanted.together, pipe.together(settings))
 
-    def _draw_batch(self, job: Job, pipe: StableDiffusion, settings: Settings, errands: Callable[[], None]) -> None:
+    def _agreed(self, work: Callable[[], Any]) -> Any:
+        """What this machine's work returns, if all machines' did.
+
+        Raises:
+            Refused: a machine's failed.
+        """
+        result = refused = None
+        try:
+            result = work()
+        except Exception as error:
+            refused = self._refused(error)
+        for failed in filter(None, self.team.gathered(refused)):
+            raise Refused(*failed)
+        return result
+
+    def _refused(self, error: Exception) -> list:
+        """What to refuse a job with, for all machines; named, if this is another than rank 0."""
+        refused = of_error(error)
+        return [refused.status, self.team.named(refused.message), refused.code, refused.param]
+
+    def _turn(
+        self, job: Job, pipe: StableDiffusion, settings: Settings | None, errands: Callable[[], None]
+    ) -> list[Batch]:
+        """What every machine draws of a job at a time, this one with these settings, or nothing.
+
+        Raises:
+            Cancelled: on all of them.
+            Unreachable: they are not in step any more.
+        """
+        team, pace, drawn, begun = self.team, Pace(self.team, job), None, False
+        try:
+            begin = (lambda: None) if settings is None else partial(pipe.denoise, settings, halves=team.halves)
+            run = team.begin(begin)
+            begun = True
+            if settings is not None:
+                drawn = self._batch(job, pipe, settings, run, pace, errands)
+        except Cancelled:
+            pass
+        except Unreachable:
+            raise
+        except Exception as error:
+            if begun and team.paired:  # the other half waits for this one
+                raise Unreachable(f"one of two machines failed in the middle of a picture: {error}") from error
+            drawn = Batch(refused=self._refused(error))
+        if pace.rest() == CANCEL:
+            raise Cancelled
+        return team.share(drawn, Batch)
+
+    def _batch(
+        self,
+        job: Job,
+        pipe: StableDiffusion,
+        settings: Settings,
+        run: Generation,
+        pace: Pace,
+        errands: Callable[[], None],
+    ) -> Batch:
         from ..compare import no_cache
 
-        images, stats = self._pictures(job, pipe, settings, errands)
-        _add_stats(job.stats, stats or {})
-        others = [None] * len(images)
+        images, stats = self._pictures(job, pipe, settings, run, pace, errands)
+        drawn = Batch(images, stats)
         if job.wanted.compare and stats is not None:
-            again, complete = self._pictures(job, pipe, replace(settings, cache=no_cache()), errands)
-            if complete is not None:
-                others = again
-                _add_seconds(job.stats, "seconds_uncached", complete)
-        for image, other, prompt, seed in zip(images, others, settings.prompts, settings.seeds, strict=True):
-            job.images.append(self._drawn(job.wanted, pipe, settings, image, other, prompt, seed))
-        job.settings = job.images[0].settings
+            again = pipe.denoise(replace(settings, cache=no_cache()), halves=self.team.halves)
+            drawn.uncached, drawn.stats_uncached = self._pictures(job, pipe, settings, again, pace, errands)
+        return drawn
 
     def _pictures(
-        self, job: Job, pipe: StableDiffusion, settings: Settings, errands: Callable[[], None]
+        self,
+        job: Job,
+        pipe: StableDiffusion,
+        settings: Settings,
+        run: Generation,
+        pace: Pace,
+        errands: Callable[[], None],
     ) -> tuple[list[np.ndarray], dict | None]:
         """A batch and what it cost, or what there is of it, and None, if it is stopped."""
-        drawn = pipe.denoise(settings)
         try:
             colours, stopped = None, False
             job.phase("encode")
-            for progress in drawn:
+            for progress in run:
                 job.phase("denoise")
                 job.step(progress.full, progress.change)
-                self._check(job)
+                if (state := pace.step()) == CANCEL:
+                    raise Cancelled
                 if job.wants_preview():
                     colours = colours or pipe.colours()
                     job.show(_preview(colours(progress.denoised)[0]))
                 errands()
-                if stopped := job.stopped.is_set() or job.skipped.is_set():
+                if stopped := state == STOP:
                     break
             job.phase("decode")
             images = []
-            for image in self._unfinished(pipe, settings, progress) if stopped else drawn.pictures():
-                self._check(job)
-                images.append(image)
-            job.interrupted |= stopped
-            return images, None if stopped else drawn.stats()
+            if self.team.draws:
+                for image in self._unfinished(pipe, settings, progress) if stopped else run.pictures():
+                    if job.cancelled.is_set():
+                        raise Cancelled
+                    images.append(image)
+            return images, None if stopped else run.stats()
         finally:
-            drawn.close()
+            run.close()
+
+    def _add(self, job: Job, pipe: StableDiffusion, settings: Settings, drawn: Batch) -> None:
+        """A batch to its job.
+
+        Raises:
+            Refused: it failed.
+        """
+        if drawn.refused is not None:
+            raise Refused(*drawn.refused)
+        _add_stats(job.stats, drawn.stats or {})
+        others = drawn.uncached
+        if drawn.stats_uncached is None:
+            others = [None] * len(drawn.images)
+        else:
+            _add_seconds(job.stats, "seconds_uncached", drawn.stats_uncached)
+        job.interrupted |= drawn.stats is None or (job.wanted.compare and drawn.stats_uncached is None)
+        for image, other, prompt, seed in zip(drawn.images, others, settings.prompts, settings.seeds, strict=True):
+            job.images.append(self._drawn(job.wanted, pipe, settings, image, other, prompt, seed))
+        job.settings = job.images[0].settings
 
     def _unfinished(self, pipe: StableDiffusion, settings: Settings, progress: Any) -> Iterator[np.ndarray]:
         yield from settings.start.paste(pipe.decode(progress.denoised, settings.vae_tiling))
-
-    def _check(self, job: Job) -> None:
-        if job.cancelled.is_set():
-            raise Cancelled
 
     def _drawn(
         self,

@@ -49,7 +49,7 @@ class Chosen:
 
 class Service:
     """common: options of `ModelOptions` for all models; cache: of `Options`, where a request says nothing of caches;
-    idle, keep: seconds, see `Worker` and `Jobs`; outputs: a folder in which pictures are kept."""
+    idle, keep: seconds, see `Worker` and `Jobs`; outputs: a folder in which pictures are kept; split: see `Painter`."""
 
     def __init__(
         self,
@@ -61,6 +61,7 @@ class Service:
         keep: float = 600,
         say: Callable[[str], None] = lambda text: None,
         outputs: Path | None = None,
+        split: str | None = None,
     ):
         self.offers, self.limits, self.say, self.outputs = offers, limits or Limits(), say, outputs
         vae, refiner = (next(iter(shelf.names()), None) for shelf in (offers.vaes, offers.refiners))
@@ -68,7 +69,7 @@ class Service:
         taken(ModelOptions, dict(common or {}))
         taken(Options, self.chosen.cache)
         self.jobs = Jobs(keep)
-        self.painter = Painter(offers, dict(common or {}), self.limits.pixels)
+        self.painter = Painter(offers, dict(common or {}), self.limits.pixels, split)
         self.worker = Worker(self.painter, self.limits.queue, idle, say)
 
     def wanted(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from ...errors import Unreachable
 from .jobs import CANCELLED, COMPLETED, FAILED, Job
 from .painter import Cancelled, Painter
 from .refused import Refused, of_error
@@ -28,6 +29,9 @@ class Worker:
         self._errands: deque[tuple[Callable[[], Any], bool, Future]] = deque()
         self._times: deque[float] = deque([1.0], RECENT)
         self._changed, self._closing = threading.Condition(), False
+        self._rested = time.monotonic()  # since when there is nothing to do
+        self.lost: Unreachable | None = None  # what it ended for
+        self.on_lost: Callable[[], None] = lambda: None
         self.thread = threading.Thread(target=self._work, name="mlx-worker", daemon=True)
         self.thread.start()
 
@@ -94,25 +98,42 @@ class Worker:
         self.thread.join(seconds)
 
     def _work(self) -> None:
-        while True:
+        while self.lost is None:
             with self._changed:
-                while not (self._waiting or self._errands or self._closing):
-                    if not self._changed.wait(self.idle or None):
-                        break
+                self._changed.wait_for(self._due, self.painter.nap or self.idle or None)
                 if self._closing and not self._waiting and not self._errands:
                     break
                 job = None
                 if self._waiting and not self._errands:
                     job = self.running = self._waiting.popleft()
-            if job is not None:
-                self._draw(job)
-                self.running = None
-            elif self._errands:
-                self._run_errands()
-            elif self.painter.loaded is not None:  # idle
-                self.painter.unload()
-                self.say("idle: the model was freed")
-        self.painter.unload()
+            try:
+                if job is not None:
+                    self._draw(job)
+                elif self._errands:
+                    self._run_errands()
+                else:
+                    self._rest()
+                    continue
+                self._rested = time.monotonic()
+            except Unreachable as error:
+                self._lose(error)
+        self.painter.unload() if self.lost else self.painter.leave()
+
+    def _due(self) -> bool:
+        return bool(self._waiting or self._errands or self._closing)
+
+    def _rest(self) -> None:
+        """With nothing to do; the models are freed after long."""
+        if self.painter.loaded is not None and self.idle and time.monotonic() - self._rested >= self.idle:
+            self.painter.free()
+            self.say("idle: the model was freed")
+        self.painter.rest()
+
+    def _lose(self, error: Unreachable) -> None:
+        """The other machines are gone, and nothing brings them back: the server ends."""
+        self.lost = error
+        self.stop()
+        self.on_lost()
 
     def _run_errands(self, urgent: bool = False) -> None:
         with self._changed:
@@ -139,6 +160,8 @@ class Worker:
             status, error = CANCELLED, None
         except BaseException as raised:
             status, error = FAILED, of_error(raised)
+            if isinstance(raised, Unreachable):
+                self._lose(raised)
         seconds = time.monotonic() - began
         self._times.append(seconds)
         self.say(f"{job.id}: {status}, {seconds:.1f} s" + (f", {error.message}" if error else ""))
