@@ -152,9 +152,9 @@ def _serve(args: argparse.Namespace, page: bool = False) -> None:
     with named_as({}), nullcontext() if follows() else _listen(args.host, args.port) as listening:
         service = service_of(args, say)
         try:
-            service.worker.call(service.painter.fetch).result()
+            service.worker.call(service.crew.fetch).result()
             if follows():
-                service.worker.call(service.painter.follow).result()
+                service.worker.call(service.crew.follow).result()
                 return
             app = create_app(service, access)
             hang_up = _add_page(app, service, page, say) if page or not args.api_only else None

@@ -143,7 +143,7 @@ def _add_settings(routes: APIRouter, service: Service) -> None:
 
     @routes.post("/unload-checkpoint")
     async def unload() -> dict:
-        await asyncio.wrap_future(worker.call(painter.free))
+        await asyncio.wrap_future(worker.call(service.crew.free))
         return {}
 
     @routes.post("/reload-checkpoint")

@@ -172,7 +172,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/models/unload")
     async def unload() -> dict:
         """Free the model's memory, after the running job."""
-        await asyncio.wrap_future(worker.call(service.painter.free))
+        await asyncio.wrap_future(worker.call(service.crew.free))
         return {"loaded": False}
 
     return routes

@@ -16,6 +16,7 @@ from ...errors import Failure, UsageError
 from ...fields import valued
 from ...generation.options import ModelOptions, Options, taken
 from ...generation.tags import named_loras
+from .crew import Crew
 from .jobs import Job, Jobs, Wanted
 from .offers import Offers
 from .painter import Painter
@@ -49,7 +50,7 @@ class Chosen:
 
 class Service:
     """common: options of `ModelOptions` for all models; cache: of `Options`, where a request says nothing of caches;
-    idle, keep: seconds, see `Worker` and `Jobs`; outputs: a folder in which pictures are kept; split: see `Painter`."""
+    idle, keep: seconds, see `Worker` and `Jobs`; outputs: a folder in which pictures are kept; split: see `Crew`."""
 
     def __init__(
         self,
@@ -69,8 +70,9 @@ class Service:
         taken(ModelOptions, dict(common or {}))
         taken(Options, self.chosen.cache)
         self.jobs = Jobs(keep)
-        self.painter = Painter(offers, dict(common or {}), self.limits.pixels, split)
-        self.worker = Worker(self.painter, self.limits.queue, idle, say)
+        self.painter = Painter(offers, dict(common or {}), self.limits.pixels)
+        self.crew = Crew(self.painter, split)
+        self.worker = Worker(self.crew, self.limits.queue, idle, say)
 
     def wanted(
         self,

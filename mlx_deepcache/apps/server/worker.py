@@ -11,8 +11,8 @@ from concurrent.futures import Future
 from typing import Any
 
 from ...errors import Unreachable
+from .crew import Cancelled, Crew
 from .jobs import CANCELLED, COMPLETED, FAILED, Job
-from .painter import Cancelled, Painter
 from .refused import Refused, of_error
 
 LONGEST_WAIT = 60  # seconds that a client is told to wait
@@ -22,8 +22,8 @@ RECENT = 20  # jobs whose durations tell how long one takes
 class Worker:
     """room: how many jobs may wait; idle: seconds after which the models are freed, 0 for never; say: prints."""
 
-    def __init__(self, painter: Painter, room: int, idle: float = 0, say: Callable[[str], None] = lambda text: None):
-        self.painter, self.room, self.idle, self.say = painter, room, idle, say
+    def __init__(self, crew: Crew, room: int, idle: float = 0, say: Callable[[str], None] = lambda text: None):
+        self.crew, self.room, self.idle, self.say = crew, room, idle, say
         self.running: Job | None = None
         self._waiting: deque[Job] = deque()
         self._errands: deque[tuple[Callable[[], Any], bool, Future]] = deque()
@@ -100,7 +100,7 @@ class Worker:
     def _work(self) -> None:
         while self.lost is None:
             with self._changed:
-                self._changed.wait_for(self._due, self.painter.nap or self.idle or None)
+                self._changed.wait_for(self._due, self.crew.nap or self.idle or None)
                 if self._closing and not self._waiting and not self._errands:
                     break
                 job = None
@@ -117,17 +117,17 @@ class Worker:
                 self._rested = time.monotonic()
             except Unreachable as error:
                 self._lose(error)
-        self.painter.unload() if self.lost else self.painter.leave()
+        self.crew.painter.unload() if self.lost else self.crew.leave()
 
     def _due(self) -> bool:
         return bool(self._waiting or self._errands or self._closing)
 
     def _rest(self) -> None:
         """With nothing to do; the models are freed after long."""
-        if self.painter.loaded is not None and self.idle and time.monotonic() - self._rested >= self.idle:
-            self.painter.free()
+        if self.crew.painter.loaded is not None and self.idle and time.monotonic() - self._rested >= self.idle:
+            self.crew.free()
             self.say("idle: the model was freed")
-        self.painter.rest()
+        self.crew.rest()
 
     def _lose(self, error: Unreachable) -> None:
         """The other machines are gone, and nothing brings them back: the server ends."""
@@ -154,7 +154,7 @@ class Worker:
         self.say(f"{job.id}: {n} picture{'s' * (n > 1)} by {job.wanted.model}")
         job.begin()
         try:
-            self.painter.draw(job, lambda: self._run_errands(urgent=True))
+            self.crew.draw(job, lambda: self._run_errands(urgent=True))
             status, error = COMPLETED, None
         except Cancelled:
             status, error = CANCELLED, None

@@ -48,7 +48,7 @@ def launched(*flags, script=ROOT / "serve.py"):
     command = [
         LAUNCH,
         "-n",
-        n,
+        "2",
         "--starting-port",
         RING,
         "--python",
@@ -179,9 +179,9 @@ def test_it_ends_when_a_machine_goes(checkpoint, tmp_path):
     script = tmp_path / "changed.py"
     script.write_text(
         "import os, sys\nfrom mlx_deepcache.apps.serve import main_serve\n"
-        "from mlx_deepcache.apps.server.painter import Painter\n"
+        "from mlx_deepcache.apps.server.crew import Crew\n"
         "if os.environ['MLX_RANK'] == '1':\n"
-        "    Painter._draw = lambda *given: os._exit(7)\n"
+        "    Crew._draw = lambda *given: os._exit(7)\n"
         "sys.exit(main_serve())\n"
     )
     with launched("--model", f"tiny={checkpoint('sd15')}", script=script) as (client, process):
