@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 import sys
 import webbrowser
@@ -154,6 +155,7 @@ def _serve(args: argparse.Namespace, page: bool = False) -> None:
         try:
             service.worker.call(service.crew.fetch).result()
             if follows():
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's is for rank 0 too, which then ends all
                 service.worker.call(service.crew.follow).result()
                 return
             app = create_app(service, access)

@@ -150,7 +150,8 @@ class Crew:
     def leave(self) -> None:
         """Free them, and let the others end."""
         if self._leads_others:
-            ordered(self.team, END)
+            with suppress(Unreachable):  # which have ended already
+                ordered(self.team, END)
         self.painter.unload()
 
     @property

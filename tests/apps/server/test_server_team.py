@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -71,13 +71,20 @@ def launched(*flags, script=ROOT / "serve.py"):
                 time.sleep(0.05)
             yield client, process
     finally:
-        process.terminate()
-        try:
-            process.communicate(timeout=30)
-        except ValueError:  # read already
-            process.wait(30)
+        interrupt(process)
+        process.wait(30)
+        for pipe in (process.stdout, process.stderr):
+            pipe.close()
         os.close(stdin)
         os.close(hold)
+
+
+def interrupt(process):
+    """What a terminal does on Ctrl-C: rank 0 ends, and tells the others, which do not listen to that."""
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    for pid in map(int, children):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGINT)
 
 
 def _answers(client):
@@ -152,9 +159,7 @@ def test_guidance_is_split(checkpoint, alone):
         assert pictures(client, asked)[0] == pictures(alone, asked)[0]
         long = client.job(**DRAWN | {"steps": 900})
         client.until(long, "generating")
-        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-        leader = next(pid for pid in children if b"MLX_RANK=0" in Path(f"/proc/{pid}/environ").read_bytes())
-        os.kill(int(leader), signal.SIGTERM)
+        interrupt(process)
         said = process.communicate(timeout=60)
         assert "Traceback" not in said[1], said
 
