@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import signal
 import socket
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from ..errors import Unreachable
+from ..errors import Unreachable, UsageError
 from .host import told_rank
 
 
@@ -22,6 +25,7 @@ class Machines:
     call `gather` in the same order, and two that are peers what these exchange.
 
     Raises:
+        UsageError: what tells where they are cannot be read.
         Unreachable: see there.
     """
 
@@ -30,6 +34,7 @@ class Machines:
         self.rank, self.size, self.names = 0, 1, [socket.gethostname()]
         if (told := told_rank()) is None:
             return
+        _check_hosts(told)
         with self.connected():
             self.group = mx.distributed.init()
         self.rank, self.size = self.group.rank(), self.group.size()
@@ -73,10 +78,26 @@ class Machines:
             yield
         except RuntimeError as error:
             others = ", ".join(self.called(rank) for rank in range(len(self.names)) if rank != self.rank)
-            raise Unreachable(f"no connection to the other machines {others and f'({others})'}: {error}") from None
+            named = f" ({others})" if others else ""
+            raise Unreachable(f"no connection to the other machines{named}: {error}") from None
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _check_hosts(rank: int) -> None:
+    """The ring's file of machines, which mlx.launch writes: some that it would not write end MLX without a word."""
+    if (file := os.environ.get("MLX_HOSTFILE")) is None:
+        return
+    try:
+        hosts = json.loads(Path(file).read_text())
+    except (OSError, ValueError):
+        hosts = None
+    if not (isinstance(hosts, list) and hosts and all(isinstance(host, list) and host for host in hosts)):
+        such = '[["10.0.0.1:5000"], ["10.0.0.2:5000"]]'
+        raise UsageError(f"MLX_HOSTFILE should be a file such as {such}, addresses a machine; got {file!r}")
+    if rank >= len(hosts):
+        raise UsageError(f"MLX_RANK is {rank}, and {file} has {len(hosts)} machines, from 0")
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)

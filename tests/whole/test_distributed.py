@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import textwrap
@@ -321,3 +322,24 @@ def test_it_can_be_launched_as_it_is():
     os.close(stdin)
     os.close(hold)
     assert done.stdout.count("grinning face (also: ") == 1, done
+
+
+@pytest.mark.parametrize(
+    ("hosts", "words"),
+    [
+        (None, "MLX_HOSTFILE should be a file such as"),
+        ("no JSON", "MLX_HOSTFILE should be a file such as"),
+        ("[ ]", "MLX_HOSTFILE should be a file such as"),
+        ('[["127.0.0.1:1"], []]', "MLX_HOSTFILE should be a file such as"),
+        ('[["127.0.0.1:1"]]', "MLX_RANK is 1, and hosts.json has 1 machines"),
+        ('[["127.0.0.1:1"], ["no.such.host.invalid:2"]]', "no connection to the other machines: Can't parse address"),
+    ],
+)
+def test_machines_that_cannot_be_found(flags, monkeypatch, capfd, hosts, words):
+    if hosts is not None:
+        Path("hosts.json").write_text(hosts)
+    monkeypatch.setenv("MLX_HOSTFILE", "hosts.json")
+    monkeypatch.setenv("MLX_RANK", "1")
+    assert exit_code([*flags, "--num-images", 2]) == (1 if words.startswith("no") else 2)
+    (said,) = capfd.readouterr().err.splitlines()
+    assert said.startswith(f"error: rank 1 ({socket.gethostname()}): ") and words in said
