@@ -105,30 +105,55 @@ def measure(model: str | None, steps: int, rounds: int) -> None:
 
     from mlx_deepcache import StableDiffusion
     from mlx_deepcache.backend.distributed import Machines, Peer
+    from mlx_deepcache.cache.halves import Halves, SharedHalves
+
+    class Timed(Peer):
+        """Of which is known how long it took, waiting for the other among it."""
+
+        seconds = 0.0
+
+        def swap(self, x: mx.array) -> mx.array:
+            mx.eval(x)
+            start = time.perf_counter()
+            theirs = super().swap(x)
+            self.seconds += time.perf_counter() - start
+            return theirs
 
     machines = Machines()
     if hasattr(os, "sched_setaffinity") and machines.size <= len(os.sched_getaffinity(0)):
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[machines.rank]})
     pipe = StableDiffusion.from_pretrained(model, "float32")
-    draw = {"steps": steps, "cache_interval": 1}
-    pipe("a red apple", **draw)
-    seconds = []
-    for _ in range(rounds):
+    settings = pipe.settings("a red apple", steps=steps, cache_interval=1)
+
+    def draw(halves: Halves | None = None) -> float:
         machines.gather(b"")  # all begin together
         start = time.perf_counter()
-        pipe("a red apple", **draw)
-        seconds.append(time.perf_counter() - start)
-    exchanged = {}
-    for size in SIZES if machines.size == 2 else ():
-        peer, x, times = Peer(machines, 1 - machines.rank), mx.zeros(size, dtype=mx.uint8), []
-        for _ in range(10 * rounds):
-            start = time.perf_counter()
-            peer.swap(x)
-            times.append(time.perf_counter() - start)
-        exchanged[size] = statistics.median(times) / 2
-    told = [json.loads(row) for row in machines.gather(json.dumps(statistics.median(seconds)).encode())]
+        run = pipe.denoise(settings, halves=halves)
+        for _ in run:
+            pass
+        run.decode()
+        return time.perf_counter() - start
+
+    draw()
+    told = {"picture": statistics.median(draw() for _ in range(rounds))}
+    messages = {}
+    if machines.size == 2:
+        peer = Timed(machines, 1 - machines.rank)
+        halves = SharedHalves(machines.rank, peer)
+        draw(halves)
+        peer.seconds = 0.0
+        taken = [draw(halves) for _ in range(rounds)]
+        told |= {"split": statistics.median(taken), "exchanging": peer.seconds / sum(taken)}
+        for size in SIZES:
+            x, times = mx.zeros(size, dtype=mx.uint8), []
+            for _ in range(10 * rounds):
+                start = time.perf_counter()
+                peer.swap(x)
+                times.append(time.perf_counter() - start)
+            messages[size] = statistics.median(times) / 2
+    all_told = [json.loads(row) for row in machines.gather(json.dumps(told).encode())]
     if machines.rank == 0:
-        print(json.dumps({"picture": told, "messages": exchanged}))
+        print(json.dumps({name: [one[name] for one in all_told] for name in told} | {"messages": messages}))
 
 
 def launched(n: int, args: argparse.Namespace) -> dict:
@@ -137,7 +162,7 @@ def launched(n: int, args: argparse.Namespace) -> dict:
     flags = ["--measure", "--steps", str(args.steps), "--rounds", str(args.rounds)]
     flags += [] if args.model is None else ["--model", args.model]
     launch = str(Path(sys.executable).with_name("mlx.launch"))
-    command = [launch, *where, "--python", sys.executable, str(Path(__file__).resolve()), *flags]
+    command = [launch, *where, "--python", sys.executable, "--", str(Path(__file__).resolve()), *flags]
     one_thread = {} if args.hostfile else {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     env = os.environ | one_thread
     stdin, hold = os.pipe()  # which it waits for
@@ -152,6 +177,23 @@ def launched(n: int, args: argparse.Namespace) -> dict:
     return measured | {"messages": {int(size): seconds for size, seconds in measured["messages"].items()}}
 
 
+def measured(args: argparse.Namespace) -> tuple[Link, float]:
+    """The link, and a picture's seconds on one machine; prints what more there is to know."""
+    one, two = launched(1, args), launched(2, args)
+    alone = one["picture"][0]
+    n = 2
+    print(f"a picture: one process {alone:.3f} s")
+    while n <= (2 if args.hostfile else os.cpu_count() or 1):
+        together = max((two if n == 2 else launched(n, args))["picture"])
+        print(f"{n} at once: {together:.3f} s, {n * alone / together:.2f} times as many")
+        n *= 2
+    split, share = max(two["split"]), statistics.mean(two["exchanging"])
+    print(f"guidance split by two: {split:.3f} s, {alone / split:.2f} times as fast; {share:.1%} of it exchanging")
+    for size, took in two["messages"].items():
+        print(f"a message of {size:,} bytes: {took * 1e6:,.0f} us")
+    return Link.fitted(two["messages"]), alone
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", help="a folder; default: the bundled model")
@@ -159,9 +201,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="pictures that each process draws; the median counts")
     parser.add_argument("--hostfile", help="two machines, as mlx.launch has it; default: this one twice")
     parser.add_argument("--pictures", type=int, default=1_000_000, help="of a day, for the model of a cluster")
-    given = parser.add_argument_group("for the model, in place of what was measured: all four")
+    parser.add_argument("--pixels", type=int, default=512, help="along a picture's side, for the model")
+    given = parser.add_argument_group("for the model, in place of what was measured: these go together")
     given.add_argument("--seconds", type=float, help="that a picture takes")
-    given.add_argument("--pixels", type=int, default=512, help="along its side")
     given.add_argument("--latency", type=float, help="of the link, microseconds")
     given.add_argument("--bandwidth", type=float, help="of the link, gigabytes a second")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
@@ -169,21 +211,18 @@ def main() -> None:
     if args.measure:
         measure(args.model, args.steps, args.rounds)
         return
-    exchanges = args.steps
-    if args.seconds is not None:
+    told = args.seconds, args.latency, args.bandwidth
+    if any(value is not None for value in told):
+        if None in told:
+            parser.error("--seconds, --latency and --bandwidth go together")
         link, seconds = Link(args.latency * 1e-6, args.bandwidth * 1e9), args.seconds
     else:
-        one, two = launched(1, args), launched(2, args)
-        alone, together = one["picture"][0], max(two["picture"])
-        print(f"a picture: one process {alone:.3f} s; two at once {together:.3f} s, {2 * alone / together:.2f} as many")
-        for size, took in two["messages"].items():
-            print(f"a message of {size:,} bytes: {took * 1e6:,.0f} us")
-        link, seconds = Link.fitted(two["messages"]), alone
+        link, seconds = measured(args)
     for name, size in LATENTS.items():
         print(f"guidance's exchange a step, {name}: {link.swap(size) * 1e3:.2f} ms")
     print(f"link: {link.latency * 1e6:,.0f} us, {link.bandwidth / 1e9:.2f} GB/s; a picture: {seconds:.3f} s")
     size = 3 * args.pixels**2
-    print(table(Work(seconds, exchanges, (args.pixels // 8) ** 2 * 16, size), link, args.pictures))
+    print(table(Work(seconds, args.steps, (args.pixels // 8) ** 2 * 16, size), link, args.pictures))
 
 
 if __name__ == "__main__":
