@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, Response
+from fastapi import APIRouter, Body, Depends, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict, Field
@@ -146,7 +146,8 @@ def router(service: Service) -> APIRouter:
         worker.cancel(job)
         return shown(service, job)
 
-    @routes.get("/jobs/{name}/events", response_class=EventSourceResponse)
+    # A name that is none is refused before the stream, which begins with 200
+    @routes.get("/jobs/{name}/events", response_class=EventSourceResponse, dependencies=[Depends(jobs.get)])
     async def stream(name: str) -> AsyncIterator[ServerSentEvent]:
         """Events as they come, first how it stands; leaving does not cancel."""
         job = jobs.get(name)

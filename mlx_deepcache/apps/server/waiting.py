@@ -18,7 +18,7 @@ async def finished(service: Service, job: Job, request: Request) -> Job:
     """The job once it has ended; cancelled if the client leaves before.
 
     Raises:
-        Refused: it failed, or was cancelled.
+        Refused: it failed, or was cancelled; 503 if that is as the server ends, so that a proxy has another one draw.
     """
     done, gone = asyncio.wrap_future(job.done), asyncio.create_task(left(request))
     try:
@@ -32,6 +32,8 @@ async def finished(service: Service, job: Job, request: Request) -> Job:
             await gone
         if not job.ended:
             service.worker.cancel(job)
+    if job.status == CANCELLED:
+        service.worker.call(lambda: None)  # which is refused from a server that ends
     return of_ended(job)
 
 

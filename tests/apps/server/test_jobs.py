@@ -102,6 +102,19 @@ def test_cancelling_while_drawn_and_while_waiting(server):
     assert server.ended(server.job(**APPLE))["status"] == "completed", "the worker goes on"
 
 
+@pytest.mark.parametrize("route", ["/sdapi/v1/txt2img", "/v1/images/generations"])
+def test_whoever_waits_as_the_server_ends_may_ask_another(serve, route):
+    with serve() as server, ThreadPoolExecutor(2) as pool:
+        running = pool.submit(server.post, route, json=LONG)
+        while not server.service.worker.busy:
+            time.sleep(0.01)
+        waiting = pool.submit(server.post, route, json=APPLE)
+        while not server.service.worker.length:
+            time.sleep(0.01)
+        server.service.worker.stop()
+        assert [answer.result().status_code for answer in (running, waiting)] == [503, 503]
+
+
 def test_a_full_queue_says_when_to_come_back(server):
     jobs = [server.job(**LONG)]
     server.until(jobs[0], "generating")
@@ -160,8 +173,9 @@ def test_jobs_are_kept_for_a_while(serve):
     with serve(keep=0.2) as server:
         job = server.ended(server.job(**APPLE))
         time.sleep(0.3)
-        assert server.get(f"/api/v1/jobs/{job['id']}").status_code == 410
-        assert server.get("/api/v1/jobs/none").status_code == 404
+        for route in ("", "/events", "/images/0"):
+            assert server.get(f"/api/v1/jobs/{job['id']}{route}").status_code == 410
+            assert server.get(f"/api/v1/jobs/none{route}").status_code == 404
         assert server.get("/api/v1/jobs").json() == []
 
 
