@@ -24,7 +24,7 @@ def machine_memory() -> int:
     a container or `ulimit` allows this process less."""
     info = mx.device_info(mx.default_device())
     size = info.get("memory_size", info.get("total_memory", 0))  # as Metal and CUDA call it
-    return min(int(size) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_allowed())
+    return min([int(size) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_allowed()])
 
 
 def _allowed() -> list[int]:

@@ -13,6 +13,7 @@ from helpers import error, to_torch_layout
 from PIL import Image
 
 import mlx_deepcache
+from mlx_deepcache.backend import memory
 from mlx_deepcache.backend.memory import limit_memory, machine_memory
 from mlx_deepcache.backend.ops import on_gpu
 from mlx_deepcache.checkpoints.checkpoint import BUNDLED, Checkpoint
@@ -163,5 +164,13 @@ def test_metal_is_kept_within_what_it_recommends(gpu_branch, monkeypatch):
 
 def test_the_machines_memory():
     """A GPU has its own, or on Apple Silicon that of the machine."""
+    own = mx.device_info(mx.default_device()).get("memory_size")
+    assert machine_memory() == (own or psutil.virtual_memory().total)
+
+
+def test_a_machine_that_limits_nothing(monkeypatch):
+    """A Mac has no control groups, and neither has Linux where none is mounted."""
+    monkeypatch.setattr(memory.os, "access", lambda *asked: False)
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda which: (memory.resource.RLIM_INFINITY,) * 2)
     own = mx.device_info(mx.default_device()).get("memory_size")
     assert machine_memory() == (own or psutil.virtual_memory().total)
