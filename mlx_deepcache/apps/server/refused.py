@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterable
 
-from ...errors import Failure, UsageError
+from ...errors import Failure, Unreachable, UsageError
 from ...fields import suggest
 
 
@@ -31,6 +31,8 @@ def of_error(error: BaseException) -> Refused:
         return error
     if isinstance(error, UsageError):
         return Refused(422, str(error), "invalid_value")
+    if isinstance(error, Unreachable):  # after which the server ends
+        return Refused(503, str(error), "shutting_down")
     if isinstance(error, Failure):
         return Refused(500, str(error), "failed")
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "alloc" in str(error).lower()):

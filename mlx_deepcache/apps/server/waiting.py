@@ -33,7 +33,7 @@ async def finished(service: Service, job: Job, request: Request) -> Job:
         if not job.ended:
             service.worker.cancel(job)
     if job.status == CANCELLED:
-        service.worker.call(lambda: None)  # which is refused from a server that ends
+        service.worker.check_open()
     return of_ended(job)
 
 

@@ -35,11 +35,15 @@ class Worker:
         self.thread = threading.Thread(target=self._work, name="mlx-worker", daemon=True)
         self.thread.start()
 
+    def check_open(self) -> None:
+        """Raises Refused if the server is about to end: by that a proxy knows that another should be asked."""
+        if self._closing:
+            raise Refused(503, "the server is shutting down", "shutting_down")
+
     def put(self, job: Job) -> None:
         """Raises Refused: too many wait already, or the server is about to end."""
         with self._changed:
-            if self._closing:
-                raise Refused(503, "the server is shutting down", "shutting_down")
+            self.check_open()
             if len(self._waiting) >= self.room:
                 told = f"{len(self._waiting)} jobs are waiting already; try again later"
                 raise Refused(429, told, "queue_full", retry=self.wait_seconds())
@@ -50,8 +54,7 @@ class Worker:
         """Have something done on the worker's thread: once no job runs, or, urgent, after the step under way."""
         future: Future = Future()
         with self._changed:
-            if self._closing:
-                raise Refused(503, "the server is shutting down", "shutting_down")
+            self.check_open()
             self._errands.append((errand, urgent, future))
             self._changed.notify()
         return future
