@@ -1,5 +1,6 @@
 """Shared fixtures. PyTorch comes first, to keep its own BLAS; then mlx_deepcache, which loads a fast one for MLX."""
 
+import gc
 import os
 
 for library in ("MKL", "OPENBLAS"):  # the nets are tiny: threads would only wait for each other
@@ -14,6 +15,12 @@ import pytest  # noqa: E402
 from mlx_deepcache.backend import ops  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """All that was imported stays: half a million objects, which each collection of garbage would look through."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
