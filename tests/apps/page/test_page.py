@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -29,10 +30,18 @@ HOUSE = Path(mlx_deepcache.__file__).parent
 ASKED = {"prompt": "a red apple", "steps": 8, "seed": 3, "cache_interval": 2}
 
 
-@pytest.fixture
-def client(server):
+@pytest.fixture(scope="module")
+def visits(server):
+    """A client whose leaving, which takes it a second, is waited for once."""
     with visitor(server) as client:
         yield client
+
+
+@pytest.fixture
+def client(visits):
+    """One that has not been there before."""
+    visits.reset_session()
+    return visits
 
 
 class visitor:
@@ -111,7 +120,8 @@ def test_four_at_once_and_their_places(server):
     """Each visitor's picture is its own, and each is told how many are before it."""
     held = threading.Event()
     server.service.worker.call(held.wait)
-    clients = [visitor(server) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        clients = list(pool.map(visitor, [server] * 4))
     jobs = [one.client.submit(**ASKED | {"seed": i}, api_name="/draw") for i, one in enumerate(clients)]
     while server.service.worker.length < 4:
         time.sleep(0.02)
@@ -122,8 +132,8 @@ def test_four_at_once_and_their_places(server):
     assert {"1 before you", "2 before you", "3 before you"} <= said
     assert [settings(value(shown[0]))["seed"] for shown, _ in ends] == [0, 1, 2, 3]
     assert all(state.startswith("drawn in") for _, state in ends)
-    for one in clients:
-        one.client.close()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda one: one.client.close(), clients))
 
 
 def test_who_leaves_takes_the_job_along(server):
