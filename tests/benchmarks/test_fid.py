@@ -117,7 +117,7 @@ def test_the_drawings():
 
 def test_the_classifier(tmp_path, monkeypatch):
     """The same twice, kept in a file, not another one's, and its distance tells noise from none."""
-    monkeypatch.setattr(Classifier, "STEPS", 200)
+    monkeypatch.setattr(Classifier, "STEPS", 60)
     monkeypatch.setattr(Classifier, "WIDTHS", (8, 16, 32))
     data = emoji_drawings()[:10]
     torch.manual_seed(5)

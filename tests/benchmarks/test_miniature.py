@@ -45,15 +45,15 @@ def test_a_whole_run(unprompted, tmp_path, capsys, monkeypatch):
     whole = rows["10 steps"]
     assert (whole["macs"], whole["to_uncached"], whole["psnr"]) == (1, 0, 100)
     assert rows[miniature.DATA].keys() == {"name", "kind", "distance"}
+    size = {"height": 16, "width": 16}
+    every = pipe(None, seeds=[0], **miniature.cases(10)[0].options | size).stats["unet_macs"]
     for case in miniature.cases(10):
         row = rows[case.name]
         assert row["distance"] > 0
         if case.caching is None:
             assert row["macs"] == pytest.approx(case.steps / 10, abs=1e-3)
         else:
-            options = case.options | {"height": 16, "width": 16}
-            own = pipe(None, seeds=[0], **options).stats["unet_macs"]
-            every = pipe(None, seeds=[0], **options | {"cache": ["deepcache:interval=1"]}).stats["unet_macs"]
+            own = pipe(None, seeds=[0], **case.options | size).stats["unet_macs"]
             assert row["macs"] == pytest.approx(own / every, abs=0.02)
             assert 0 < row["psnr"] < 100
     assert command(*words, "--count", 6, "--minutes", 0) == 0  # no time for more: what is there is reported
