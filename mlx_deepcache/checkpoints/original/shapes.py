@@ -39,7 +39,7 @@ class Shapes:
 
     def count(self, pattern: str) -> int:
         """How many blocks there are, from the highest number that the pattern's group takes at a name's start."""
-        found = (re.match(re.escape(self.prefix) + pattern, name) for name in self.all)
+        found = map(re.compile(re.escape(self.prefix) + pattern).match, self.all)
         return max((int(match[1]) + 1 for match in found if match), default=0)
 
     def first(self, ending: str) -> tuple[int, ...] | None:
