@@ -170,7 +170,7 @@ def test_quiet_and_unsupported(server, run, checkpoint, tmp_path):
     "silent", ["/api/", "model_index.json", "vae/config.json", "unet/diffusion", "a.safetensors", "gone"]
 )
 def test_a_hub_that_does_not_answer(server, run, checkpoint, tmp_path, silent):
-    """Given up once patience ends, without another mirror being tried, in a line or two; nor does it keep the program."""
+    """Given up once patience ends, without trying another mirror, in a line or two; nor does it keep the program."""
     server.repositories["somebody/model"] = server.repositories["stable-diffusion-v1-5/stable-diffusion-v1-5"] = (
         checkpoint("sd15")
     )
