@@ -40,7 +40,7 @@ def channels_first(latents):
 
 
 CASES = [
-    ("sd15", 1, 0, {"height": 64, "width": 96, "frames": 5, "steps": 20, "t0": 16, "t1": 18}),
+    ("sd15", 1, 0, {"height": 64, "width": 96, "frames": 5, "steps": 10, "t0": 6, "t1": 8}),
     ("sd15", 2, 0, {"height": 64, "width": 96, "frames": 3, "steps": 11, "t0": 5, "t1": 8, "guidance_scale": 3.0}),
     ("sd15", 2, 4, {"height": 72, "width": 104, "frames": 5, "steps": 12, "t0": 4, "t1": 8, "motion": (-30, 7.5)}),
     ("sd15", 3, 0, {"height": 72, "width": 104, "frames": 7, "steps": 12, "t0": 3, "t1": 7}),
@@ -231,13 +231,18 @@ def test_without_guidance(pipeline):
     assert error(plain.latents, pipeline("sd15")(PROMPT, **options).latents) > 0.05
 
 
+@pytest.fixture(scope="module")
+def uncached(pipeline):
+    """14 steps, drawn once."""
+    return pipeline("sd15")(PROMPT, cache_interval=1, seeds=[7], **SMALL | {"steps": 14})
+
+
 @pytest.mark.parametrize(
     "cache", ["adaptive:threshold=0", "taylorseer:order=1", "spectrum", "pab", "fastercache", "guidance:end=0.5"]
 )
-def test_other_caches(pipeline, cache):
+def test_other_caches(pipeline, uncached, cache):
     """Those that change nothing by their settings change nothing; the others save work, and their error is bounded."""
-    pipe, options = pipeline("sd15"), {"seeds": [7]} | SMALL | {"steps": 14}
-    plain = pipe(PROMPT, **options, cache_interval=1)
+    pipe, options, plain = pipeline("sd15"), {"seeds": [7]} | SMALL | {"steps": 14}, uncached
     interval = {"cache_interval": 3} if cache in ("taylorseer:order=1", "spectrum") else {}
     other = pipe(PROMPT, **options, cache=[cache], **interval)
     assert (error(other.latents, plain.latents) == 0) == cache.startswith("adaptive")
@@ -350,8 +355,19 @@ def test_models_that_cannot(generate, kind, words):
     assert code == 2 and words in err and err.count("\n") == 1
 
 
+@pytest.fixture(scope="module")
+def following(pipeline, nets):
+    """Latents of a video that follows three pictures, and of one that follows them turned round."""
+    options = {"frames": 3, "steps": 5, "cache_interval": 1, "seeds": [4], "height": 64, "width": 96}
+    videos = (
+        pipeline("sd15")(PROMPT, controls=[Control(nets[0], seen)], **options)
+        for seen in (FOLLOWED[:3], FOLLOWED[2::-1])
+    )
+    return [channels_first(video.latents) for video in videos]
+
+
 @pytest.mark.parametrize("kind", ["folder", "a.gif", "a.webp", "a.png", "a.mp4"])
-def test_pictures_to_follow_as_files(generate, pipeline, nets, tmp_path, kind):
+def test_pictures_to_follow_as_files(generate, following, nets, tmp_path, kind):
     """The same video as from the pictures themselves, whose order is that of numbers and not of letters; where they are
     kept with a loss, nearly."""
     frames = FOLLOWED[:3]
@@ -369,11 +385,7 @@ def test_pictures_to_follow_as_files(generate, pipeline, nets, tmp_path, kind):
     )
     assert code == 0, err
     made = load_file("a.safetensors")["latents"]
-    options = {"frames": 3, "steps": 5, "cache_interval": 1, "seeds": [4], "height": 64, "width": 96}
-    same, turned = (
-        error(made, channels_first(pipeline("sd15")(PROMPT, controls=[Control(nets[0], seen)], **options).latents))
-        for seen in (frames, frames[::-1])
-    )
+    same, turned = (error(made, latents) for latents in following)
     assert same < turned / 5 and (kind.endswith(("gif", "webp", "mp4")) or same < 1e-6)
 
 

@@ -1,5 +1,6 @@
 """Whole pictures of models that read no prompt, against diffusers with the pip package DeepCache."""
 
+import functools
 import json
 import shutil
 
@@ -15,7 +16,7 @@ from mlx_deepcache.backend import ops
 from mlx_deepcache.checkpoints.checkpoint import BUNDLED
 from mlx_deepcache.diffusion.levels import Prediction, split
 
-INTERVALS = (1, 2, 3, 5)
+INTERVALS = {1: 4, 2: 5, 3: 5, 5: 6}  # and steps: two full ones or more, and cached ones between them
 SEEDS = [3, 4]
 
 
@@ -57,8 +58,9 @@ def test_ddpm_is_that_of_diffusers_and_deepcache(unprompted, interval, branch, k
     ddim = kind == "ddpm-6" and scheduler is None  # DDPMPipeline runs any scheduler that it is given
     more = {"eta": ours.get("eta", 0.0)} if scheduler == "ddim" or ddim else {}
     name = "DDIMPipeline" if more else "DDPMPipeline"
-    expected = oracle.generate(folder, name, SEEDS, 8, interval, branch, scheduler, config=config, **more)
-    result, steps = drawn(pipe, steps=8, cache_interval=interval, cache_branch=branch, scheduler=scheduler, **ours)
+    count = INTERVALS[interval]
+    expected = oracle.generate(folder, name, SEEDS, count, interval, branch, scheduler, config=config, **more)
+    result, steps = drawn(pipe, steps=count, cache_interval=interval, cache_branch=branch, scheduler=scheduler, **ours)
     compare(result, steps, expected)
     assert result.images[0].size == (32, 32) if kind == "ddpm" else (64, 64)
     assert error(result.latents[0], result.latents[1]) > 0.05
@@ -132,8 +134,9 @@ def test_ldm_with_other_schedulers(unprompted, scheduler):
 @pytest.mark.parametrize("branch", [0, 1, 4, 8, 11])
 def test_ldm_is_that_of_diffusers_and_deepcache(unprompted, interval, branch):
     folder, pipe = unprompted("ldm")
-    expected = oracle.generate(folder, "LDMPipeline", SEEDS, 7, interval, branch)
-    compare(*drawn(pipe, steps=7, cache_interval=interval, cache_branch=branch), expected, words=0.01)
+    steps = INTERVALS[interval]
+    expected = oracle.generate(folder, "LDMPipeline", SEEDS, steps, interval, branch)
+    compare(*drawn(pipe, steps=steps, cache_interval=interval, cache_branch=branch), expected, words=0.01)
 
 
 @pytest.mark.parametrize("interval", INTERVALS)
@@ -141,8 +144,9 @@ def test_ldm_is_that_of_diffusers_and_deepcache(unprompted, interval, branch):
 def test_classes_are_those_of_diffusers_parts_and_deepcache(unprompted, interval, branch):
     folder, pipe = unprompted("class")
     scale = (3.0, 1.5, 1.0)[(interval + branch) % 3]
-    expected = oracle.of_class(folder, 207, SEEDS, 7, scale, interval, branch)
-    options = {"steps": 7, "guidance_scale": scale, "cache_interval": interval, "cache_branch": branch}
+    steps = INTERVALS[interval]
+    expected = oracle.of_class(folder, 207, SEEDS, steps, scale, interval, branch)
+    options = {"steps": steps, "guidance_scale": scale, "cache_interval": interval, "cache_branch": branch}
     compare(*drawn(pipe, class_label="Golden Retriever", **options), expected, words=0.01)
 
 
@@ -215,6 +219,17 @@ def test_latents_in_and_out(unprompted):
     assert np.abs(np.stack([np.asarray(image) for image in given.images]) - pixels).max() <= 0.5 + 1e-3
 
 
+@pytest.fixture(scope="module")
+def uncached(unprompted):
+    """uncached(kind, steps, seeds, ...): what that model draws with DDIM, drawn once."""
+
+    @functools.cache
+    def whole(kind, steps, seeds, **told):
+        return unprompted(kind)[1](steps=steps, seeds=list(seeds), scheduler="ddim", cache_interval=1, **told)
+
+    return whole
+
+
 @pytest.mark.parametrize(
     "cache",
     [
@@ -224,19 +239,23 @@ def test_latents_in_and_out(unprompted):
     ],
 )
 @pytest.mark.parametrize("kind", ["ddpm", "ldm"])
-def test_other_caches_save_work(unprompted, kind, cache):
-    pipe, options = unprompted(kind)[1], {"steps": 20, "seeds": SEEDS, "scheduler": "ddim"}
-    whole, cached = pipe(cache_interval=1, **options), pipe(cache=cache, **options)
+def test_other_caches_save_work(unprompted, uncached, kind, cache):
+    whole, other = (uncached(kind, 20, seeds) for seeds in ((3, 4), (5, 6)))
+    cached = unprompted(kind)[1](cache=cache, steps=20, seeds=SEEDS, scheduler="ddim")
     assert cached.stats["unet_macs"] < 0.98 * whole.stats["unet_macs"] == 0.98 * whole.stats["unet_macs_uncached"]
-    other = pipe(cache_interval=1, **options | {"seeds": [5, 6]})
     assert 1e-4 < error(cached.latents, whole.latents) < 0.7 * error(other.latents, whole.latents)
-    alike = pipe(cache=["adaptive:threshold=0"], **options)
-    assert mx.array_equal(alike.latents, whole.latents)
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "ldm"])
+def test_a_cache_that_never_reuses_changes_nothing(unprompted, uncached, kind):
+    alike = unprompted(kind)[1](cache=["adaptive:threshold=0"], steps=20, seeds=SEEDS, scheduler="ddim")
+    assert mx.array_equal(alike.latents, uncached(kind, 20, (3, 4)).latents)
 
 
 @pytest.mark.parametrize("cache", ["tgate:step=8", "fastercache", "guidance:end=0.5", "pab", "adaptive:threshold=0.2"])
-def test_all_caches_serve_for_classes(unprompted, cache):
-    pipe, options = unprompted("class")[1], {"steps": 16, "class_label": 9, "guidance_scale": 1.5}
-    whole, cached = pipe(cache_interval=1, **options), pipe(cache=[cache], **options)
+def test_all_caches_serve_for_classes(unprompted, uncached, cache):
+    told = {"class_label": 9, "guidance_scale": 1.5}
+    whole = uncached("class", 16, (0,), **told)
+    cached = unprompted("class")[1](cache=[cache], steps=16, seeds=[0], scheduler="ddim", **told)
     assert cached.stats["unet_macs"] < whole.stats["unet_macs"]
     assert 1e-5 < error(cached.latents, whole.latents) < 1
