@@ -91,12 +91,12 @@ def test_quantizing_at_load_is_quantizing_at_conversion(checkpoint, tmp_path, bi
 @pytest.mark.parametrize("cache", [None, "adaptive", "pab", "tgate:step=3", "guidance:end=0.5"])
 def test_low_memory_changes_nothing_but_memory(checkpoint, pipeline, kind, cache):
     frugal = StableDiffusion.from_pretrained(str(checkpoint(kind)), "float32", low_memory=True)
-    options = {"steps": 6, "seeds": [1, 2], "cache": cache, "cache_interval": 2 if cache is None else None}
-    assert mx.array_equal(frugal("a cat", **options).latents, pipeline(kind)("a cat", **options).latents)
+    options = {"steps": 6, "seeds": [1, 2], "height": 64, "width": 64}
+    options |= {"cache": cache, "cache_interval": 2 if cache is None else None}
+    assert same(frugal("a cat", **options).latents, pipeline(kind)("a cat", **options).latents)
     assert not [part for part in frugal.models[0].held if not part.startswith("tokenizer")]  # nothing is kept
 
 
-@pytest.mark.skipif(ops.on_gpu(), reason="a GPU's kernels may round otherwise with other rows beside them")
 @pytest.mark.parametrize("size", [64, 256])
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_a_picture_is_the_same_to_the_bit_whatever_is_drawn_with_it(pipeline, kind, size):
@@ -105,5 +105,5 @@ def test_a_picture_is_the_same_to_the_bit_whatever_is_drawn_with_it(pipeline, ki
     together = pipe("a cat", seeds=[1, 2, 3], **options)
     for row, seed in enumerate([1, 2, 3]):
         alone = pipe("a cat", seeds=[seed], **options)
-        assert mx.array_equal(alone.latents[0], together.latents[row])
-        assert np.array_equal(alone.images[0], together.images[row])
+        assert same(alone.latents[0], together.latents[row])
+        assert same(alone.images[0], together.images[row])
