@@ -73,6 +73,7 @@ setup(
             "openai",
             "scikit-image",
             "pytest",
+            "pytest-xdist",
             "ruff==0.17.5",
         ],
         "benchmark": ["scikit-image", "matplotlib"],
