@@ -3,6 +3,7 @@
 import gc
 import os
 
+gc.disable()  # until `pytest_collection` is over
 for library in ("MKL", "OPENBLAS"):  # the nets are tiny: threads would only wait for each other
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
@@ -17,10 +18,14 @@ from mlx_deepcache.backend import ops  # noqa: E402
 torch.set_num_threads(1)
 
 
-def pytest_collection_finish():
-    """All that was imported stays: half a million objects, which each collection of garbage would look through."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What was imported stays: half a million objects, which each collection of garbage would look through."""
+    found = yield
     gc.collect()
     gc.freeze()
+    gc.enable()
+    return found
 
 
 @pytest.fixture(scope="session")
