@@ -9,14 +9,13 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import error
+from helpers import error, same
 from PIL import Image
 
 import mlx_deepcache
 from mlx_deepcache import StableDiffusion
 from mlx_deepcache.apps.convert import main_convert
 from mlx_deepcache.apps.generate import main_generate
-from mlx_deepcache.backend import ops
 
 STEPS = ["--steps", "4", "--quiet", "--dtype", "float32"]
 

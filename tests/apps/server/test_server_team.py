@@ -19,7 +19,9 @@ from safetensors.numpy import load_file, save_file
 from serving import Served, serve
 
 from mlx_deepcache.apps.server.offers import Offers
+from mlx_deepcache.backend import ops
 
+pytestmark = pytest.mark.skipif(ops.on_gpu(), reason="to the byte on a CPU only")
 ROOT = Path(__file__).parents[3]
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
 RING = 40_000 + os.getpid() % 10_000  # its ports, not those of other tests
