@@ -25,8 +25,9 @@ def mount(app: FastAPI, service: Service) -> Callable[[], None]:
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder.name}
     import gradio as gr
 
-    from .layout import HERE, Page, build
     from .theme import theme
+    from .visitors import Page
+    from .wiring import build
 
     for prefix in PREFIXES:
         app.add_api_route(f"{prefix}/{{rest:path}}", _nothing, methods=["GET", "POST"], include_in_schema=False)
@@ -53,7 +54,7 @@ def mount(app: FastAPI, service: Service) -> Callable[[], None]:
         pwa=False,
         mcp_server=False,
         theme=theme(),
-        css_paths=[HERE / "page.css"],
+        css_paths=[Path(__file__).with_name("page.css")],
     )
     return app.routes[-1].app.stop_event.set
 
