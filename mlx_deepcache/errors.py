@@ -8,6 +8,14 @@ from contextlib import contextmanager
 _flags: dict[str, str] = {}
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory was short. MLX tells it by words only: of an allocation, or from Metal and CUDA, which find out
+    while they compute."""
+    said = str(error).lower()
+    told = "alloc" in said or "insufficient memory" in said or "out of memory" in said
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and told)
+
+
 @contextmanager
 def named_as(flags: dict[str, str]) -> Iterator[None]:
     """While a command runs, messages name options by these flags, and not as Python's keywords."""

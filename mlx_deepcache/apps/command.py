@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from .. import SLOW
 from ..backend.host import follows, hold_standard_streams, told_rank
-from ..errors import Failure, UsageError, named_as
+from ..errors import Failure, UsageError, named_as, out_of_memory
 from ..fields import shown
 from ..generation.options import ModelOptions, Options, options_of
 from . import leave
@@ -58,7 +58,9 @@ def run(
     except KeyboardInterrupt as stop:
         print(f"\n{cancelled}", file=sys.stderr)
         return 128 + (stop.args[0] if isinstance(stop, _Ended) else signal.SIGINT)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
         print(f"error: {who}there is not enough memory; {memory}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of our output has gone

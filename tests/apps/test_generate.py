@@ -22,6 +22,7 @@ import mlx_deepcache
 from mlx_deepcache.apps.convert import main_convert
 from mlx_deepcache.apps.generate import main_generate
 from mlx_deepcache.checkpoints.checkpoint import Checkpoint
+from mlx_deepcache.errors import out_of_memory
 
 REPOSITORY = Path(__file__).parents[2]
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -871,3 +872,25 @@ def test_picture_and_mask(draw):
 )
 def test_bad_pictures(draw, capfd, flags, code, words):
     assert_fails(capfd, draw(*flags), code, *words)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum allowed buffer size.",
+        "[metal::malloc] Resource limit (499000) exceeded.",
+        "[malloc] Unable to allocate 9 bytes.",
+        "[METAL] Command buffer execution failed: Insufficient Memory "
+        "(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory).",
+        "cudaMallocAsync(&data, size, stream) failed: out of memory",
+    ],
+)
+def test_a_gpu_without_memory(draw, capfd, monkeypatch, told):
+    """MLX 0.32 says so by a RuntimeError, in Metal's words; the server knows them too."""
+
+    def full(*_, **__):
+        raise RuntimeError(told)
+
+    monkeypatch.setattr(mlx_deepcache.StableDiffusion, "from_pretrained", full)
+    assert_fails(capfd, draw(*SMALL), 1, "not enough memory; try a smaller --height")
+    assert out_of_memory(RuntimeError(told)) and not out_of_memory(RuntimeError("[matmul] shapes"))

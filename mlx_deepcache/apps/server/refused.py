@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterable
 
-from ...errors import Failure, Unreachable, UsageError
+from ...errors import Failure, Unreachable, UsageError, out_of_memory
 from ...fields import suggest
 
 
@@ -35,7 +35,7 @@ def of_error(error: BaseException) -> Refused:
         return Refused(503, str(error), "shutting_down")
     if isinstance(error, Failure):
         return Refused(500, str(error), "failed")
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "alloc" in str(error).lower()):
+    if out_of_memory(error):
         told = "there is not enough memory for this; ask for a smaller or for fewer pictures"
         return Refused(500, told, "insufficient_memory")
     traceback.print_exception(error)
