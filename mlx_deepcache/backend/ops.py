@@ -191,7 +191,7 @@ def _kernels(dtype: mx.Dtype) -> str:
     new = (
         found is not None
         and int(found[1]) >= (18 if found[2] == "p" else 17)
-        and _numbers(platform.mac_ver()[0]) >= [26, 2]
+        and _numbers(platform.release()) >= [25, 2]  # Darwin's, of macOS 26.2, which an older Python is told is a 16
     )
     return "neural" if new and dtype != mx.float32 else "metal"
 

@@ -66,25 +66,27 @@ M5 = (64, 64, 64, 96, 96, 96, 128, 160)  # half precision
 
 
 @pytest.mark.parametrize(
-    ("architecture", "macos", "cuda", "dtype", "padded"),
+    ("architecture", "darwin", "cuda", "dtype", "padded"),
     [
-        ("applegpu_g14s", "26.2", False, mx.float16, METAL),
-        ("applegpu_g17s", "26.1", False, mx.float16, METAL),
-        ("applegpu_g17s", "26.2", False, mx.float16, M5),
-        ("applegpu_g17s", "26.2", False, mx.float32, METAL),
-        ("applegpu_g17p", "27.0", False, mx.bfloat16, METAL),  # an iPhone's, which got them a generation later
-        ("applegpu_g18p", "27.0", False, mx.bfloat16, M5),
+        ("applegpu_g14s", "25.2.0", False, mx.float16, METAL),
+        ("applegpu_g17s", "25.1.0", False, mx.float16, METAL),
+        ("applegpu_g17s", "25.2.0", False, mx.float16, M5),
+        ("applegpu_g17s", "25.2.0", False, mx.float32, METAL),
+        ("applegpu_g17p", "26.0.0", False, mx.bfloat16, METAL),  # an iPhone's, which got them a generation later
+        ("applegpu_g18p", "26.0.0", False, mx.bfloat16, M5),
         ("sm_90", "", True, mx.float16, HEADS),
         ("x86_64", "", False, mx.float16, METAL),  # the CPU, where a test takes it for a GPU
     ],
 )
 def test_attention_pads_heads_where_the_fused_kernels_want_it(
-    gpu_branch, monkeypatch, architecture, macos, cuda, dtype, padded
+    gpu_branch, monkeypatch, architecture, darwin, cuda, dtype, padded
 ):
     """As on a GPU, whose public operations the CPU has too; sizes as in has_fused_kernel of MLX 0.32.2."""
     monkeypatch.setattr(mx, "device_info", lambda device: {"architecture": architecture})
     monkeypatch.setattr(mx.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr("platform.mac_ver", lambda: (macos, ("", "", ""), ""))
+    # Pythons that were built before macOS 26 are told that it is macOS 16 (python/cpython#135675)
+    monkeypatch.setattr("platform.mac_ver", lambda: ("16.0", ("", "", ""), ""))
+    monkeypatch.setattr("platform.release", lambda: darwin)
     for size, expected_size in zip(HEADS, padded, strict=True):
         q, k, v = (mx.array(normal(1, 2, 20, size, seed=i)).astype(dtype) for i in range(3))
         k_, v_ = ops.pad_heads(k), ops.pad_heads(v)
