@@ -161,7 +161,7 @@ def _serve(args: argparse.Namespace, page: bool = False) -> None:
             app = create_app(service, access)
             hang_up = _add_page(app, service, page, say) if page or not args.api_only else None
             config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10)
-            address = f"http://{'127.0.0.1' if args.host == '0.0.0.0' else args.host}:{args.port}/"
+            address = _address(args.host, args.port)
             say(f"models: {', '.join(service.offers.models.names())}")
             say(f"the page: {address}" if hang_up is not None else "no page")
             say(f"the API: {address}docs; Ctrl-C ends all of it")
@@ -192,10 +192,18 @@ def _add_page(app: FastAPI, service: Service, needed: bool, say: Callable[[str],
         return None
 
 
+def _address(host: str, port: int) -> str:
+    """What a browser on this machine goes to."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+
 def _listen(host: str, port: int) -> socket.socket:
     """Raises Failure: somebody else does already, or there is no such host."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        # localhost is ::1 first on a Mac, where clients of 127.0.0.1 would find nobody; those of localhost try both
+        family, kind, protocol, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)

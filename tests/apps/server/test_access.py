@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from mlx_deepcache.apps.serve import main_serve
+from mlx_deepcache.apps.serve import _address, _listen, main_serve
 from mlx_deepcache.apps.server.http import Access
 from mlx_deepcache.apps.server.service import Limits
 
@@ -130,3 +130,27 @@ def test_drawing_needs_none_of_it(tmp_path):
     )
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     subprocess.run([sys.executable, "-c", check], check=True, cwd=tmp_path, env=environment)
+
+
+def test_localhost_is_found_by_number(monkeypatch):
+    """A Mac says ::1 first, where clients that go to 127.0.0.1 would find nobody."""
+    found = [
+        (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", 0, 0, 0)),
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0)),
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with _listen("localhost", 0) as listening:
+        assert listening.getsockname()[0] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("localhost", "http://localhost:7/"),
+        ("0.0.0.0", "http://127.0.0.1:7/"),
+        ("::1", "http://[::1]:7/"),
+        ("::", "http://[::1]:7/"),
+    ],
+)
+def test_the_address_that_is_said(host, address):
+    assert _address(host, 7) == address
