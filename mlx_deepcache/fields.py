@@ -5,10 +5,16 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
+
+
+def composed(text: str) -> str:
+    """Text with each letter and its accent in one, as it is typed: on a Mac the names of files have them apart."""
+    return unicodedata.normalize("NFC", text)
 
 
 def suggest(text: object, known: Iterable[object]) -> str:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import UsageError, called
-from ..fields import finite, suggest
+from ..fields import composed, finite, suggest
 from .prompts import PromptWarning, parse
 
 _LORA = re.compile(r"<lora:([^<>:]+)((?::[^<>:]*)*)>")
@@ -34,7 +34,7 @@ def take_loras(prompts: Sequence[str], folder: str | None) -> tuple[tuple[str, .
     """
     if folder is None:
         return tuple(prompts), ()
-    known = {file.stem: file for file in sorted(Path(folder).rglob("*.safetensors"), reverse=True)}
+    known = {composed(file.stem): file for file in sorted(Path(folder).rglob("*.safetensors"), reverse=True)}
     named = [tuple(_lora(match, known, folder) for match in _LORA.finditer(text)) for text in prompts]
     if len(set(named)) > 1:
         raise UsageError("prompts of pictures that are drawn together should name the same LoRAs")
@@ -58,7 +58,7 @@ def _lora(match: re.Match, known: dict[str, Path], folder: str) -> tuple[Path, f
 
 
 def _name(match: re.Match) -> str:
-    return match[1].strip().removesuffix(".safetensors")
+    return composed(match[1]).strip().removesuffix(".safetensors")
 
 
 def _scale(match: re.Match) -> float:

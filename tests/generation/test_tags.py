@@ -1,6 +1,7 @@
 """LoRAs that a prompt names, and what other programs read in a prompt."""
 
 import re
+import unicodedata
 import warnings
 
 import numpy as np
@@ -133,3 +134,12 @@ def test_a_model_without_a_list(checkpoint, capsys):
     for model in (str(checkpoint("sd15")), "sd15"):
         assert main_generate(["--model", model, "--list-prompts"]) == 2
         assert "has no list of what it draws" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_name_with_its_accents_apart(folder, form):
+    """So macOS writes the names of files that its own programs make; a prompt may be typed or copied from there."""
+    written = folder / f"{unicodedata.normalize('NFD', 'Café ü')}.safetensors"
+    (folder / "ink.safetensors").rename(written)
+    prompt = unicodedata.normalize(form, "a cat <lora:Café ü:0.5>")
+    assert take_loras([prompt], str(folder))[1] == ((written, 0.5),)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...checkpoints.names import BUNDLED_NAME, hub_id
 from ...errors import UsageError
+from ...fields import composed
 from .refused import unknown
 
 
@@ -36,7 +37,7 @@ class Shelf:
             files = place.rglob("*.safetensors") if not self.folders else place.glob("*.safetensors")
             models = [one for one in place.iterdir() if (one / "model_index.json").is_file()] if self.folders else []
             for path in sorted([*files, *models]):
-                found.setdefault(path.stem if path.is_file() else path.name, str(path))
+                found.setdefault(composed(path.stem if path.is_file() else path.name), str(path))
         self.found = found | self.named  # at once, as others read it
 
     def names(self) -> list[str]:
@@ -45,9 +46,9 @@ class Shelf:
 
     def path(self, name: str) -> str:
         """Raises Refused for what is not offered."""
-        if not isinstance(name, str) or name not in self.found:
+        if not isinstance(name, str) or composed(name) not in self.found:
             raise unknown(self.what, name, self.found, self.code)
-        return self.found[name]
+        return self.found[composed(name)]
 
 
 class Offers:
@@ -96,11 +97,11 @@ def _named(text: str) -> tuple[str, str]:
     """A model's name and where it is, from [ID=]M."""
     name, equals, path = text.partition("=")
     if equals and name and path and not Path(text).exists():
-        return name, path
+        return composed(name), path
     if (found := hub_id(text)) is not None and not Path(text).exists():
         return (found.file or found.repository).rpartition("/")[2], text
     path = Path(text)
-    return (path.stem if path.suffix == ".safetensors" else path.name) or text, text
+    return composed(path.stem if path.suffix == ".safetensors" else path.name) or text, text
 
 
 def stem(name: str) -> str:

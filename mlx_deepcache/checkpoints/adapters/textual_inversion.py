@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from ...backend.ops import DTYPES
 from ...errors import CheckpointError, UsageError
+from ...fields import composed
 from ...nets.clip import CLIPTextModel
 from ..families import FAMILIES
 from ..tokenizer import CLIPTokenizer
@@ -49,12 +50,12 @@ def read(file: Path, word: str | None, widths: dict[str, int]) -> Embedding:
     tensors = {_ENCODERS.get(name, name): tensor for name, tensor in tensors.items()}
     if "clip_g" in tensors:
         tensors = {name: tensors[name] for name in ("clip_l", "clip_g") if name in tensors}
-        found, own = list(tensors.values()), file.stem
+        found, own = list(tensors.values()), composed(file.stem)
     elif "emb_params" in tensors:
-        found, own = [tensors["emb_params"]], file.stem
+        found, own = [tensors["emb_params"]], composed(file.stem)
     elif len(tensors) == 1:
         (own, tensor), found = next(iter(tensors.items())), list(tensors.values())
-        own = file.stem if own == "clip_l" else own
+        own = composed(file.stem) if own == "clip_l" else own
     else:
         raise CheckpointError(
             f"{file} is no textual inversion: expected one tensor, `emb_params`, or `clip_l` and `clip_g`, got "

@@ -1,6 +1,7 @@
 """Models, LoRAs and embeddings by name: each request has its own, and none has another's."""
 
 import shutil
+import unicodedata
 from io import BytesIO
 
 import mlx.core as mx
@@ -140,3 +141,12 @@ def test_upscalers_are_named_too(serve, tmp_path):
         for asked in ({"upscale": str(tmp_path / "net.safetensors")}, {"hires_net": "other", "hires_scale": 2}):
             answer = server.post("/api/v1/jobs", json={"prompt": "a red apple", "steps": 1} | asked)
             assert answer.status_code == 404 and "there is no upscaler" in answer.text
+
+
+def test_a_name_with_its_accents_apart(folders):
+    """So macOS writes the names of files that its own programs make, and nobody types them so."""
+    typed, written = (unicodedata.normalize(form, "Café ü") for form in ("NFC", "NFD"))
+    (folders / "loras/ink.safetensors").rename(folders / f"loras/{written}.safetensors")
+    offers = Offers(lora_dirs=[folders / "loras"])
+    assert offers.loras.names() == [typed]
+    assert offers.loras.path(typed) == offers.loras.path(written) == str(folders / f"loras/{written}.safetensors")
