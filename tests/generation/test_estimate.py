@@ -109,7 +109,7 @@ def test_the_estimate_by_phase(case):
 
 def test_controlnets_are_counted(checkpoint, tmp_path):
     write_controlnet("sd15", tmp_path / "net")
-    pipe = StableDiffusion.from_pretrained(str(checkpoint("sd15")))
+    pipe = StableDiffusion.from_pretrained(str(checkpoint("sd15")), "float32")  # as the file is
     options = {"steps": 2, "height": 64, "width": 64}
     without = pipe.estimate(pipe.settings(ONE, **options))
     control = Control(str(tmp_path / "net"), Image.new("RGB", (64, 64)))

@@ -379,7 +379,7 @@ def test_pictures_to_follow_as_files(generate, following, nets, tmp_path, kind):
     else:
         write_video(Path(kind), [np.asarray(frame) for frame in frames], 4)
     more = ["--controlnet", nets[0], "--control-image", kind, "--steps", 5, "--cache-interval", 1, "--seed", 4]
-    more += ["--height", 64, "--width", 96, "--output", "o"]
+    more += ["--height", 64, "--width", 96, "--dtype", "float32"]
     code, _, err = generate(
         "--prompt", PROMPT, "--frames", 3, *more, "--save-latents", "a.safetensors", "--output", "o"
     )

