@@ -211,10 +211,8 @@ class Layout:
 
     def _model(self) -> None:
         with gr.Accordion("Model and LoRAs", open=False):
-            own = {"elem_id": "model", "interactive": True}
-            self._keep(
-                "model", gr.Dropdown(self.offers.models.names(), value=self.service.chosen.model, label="Model", **own)
-            )
+            own = {"elem_id": "model", "label": "Model", "interactive": True}
+            self._keep("model", gr.Dropdown(self.offers.models.names(), value=self.service.chosen.model, **own))
             self._show("loads", gr.HTML(elem_id="loads"))
             for name, shelf, what in (("vae", self.offers.vaes, "VAE"), ("refiner", self.offers.refiners, "Refiner")):
                 names = shelf.names()
@@ -269,12 +267,7 @@ class Layout:
             names = [("none", OWN), *self.offers.controlnets.names()]
             own = {"elem_id": "control", "label": "ControlNet", "interactive": True}
             self._keep("control", gr.Dropdown(names, value=OWN, **own))
-            own = {
-                "type": "pil",
-                "format": "png",
-                "elem_id": "control_image",
-                "sources": ["upload", "clipboard"],
-            }
+            own = {"type": "pil", "format": "png", "elem_id": "control_image", "sources": ["upload", "clipboard"]}
             self._keep("control_image", gr.Image(label="Picture to follow", height=220, **own))
             with gr.Row():
                 for name in ("scale", "start", "end"):

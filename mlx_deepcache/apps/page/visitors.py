@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import gradio as gr
 
@@ -94,7 +94,7 @@ def _line(error: Exception) -> gr.Error:
 
 
 def _like(handler: Callable, made: Callable) -> Callable:
-    made.__annotations__ = handler.__annotations__
+    made.__annotations__ = get_type_hints(handler)  # by which Gradio tells a request from a value
     made.__signature__ = inspect.signature(handler)
     made.__name__, made.__doc__ = handler.__name__, handler.__doc__
     return made
