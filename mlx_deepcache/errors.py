@@ -16,6 +16,11 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and told)
 
 
+def gpu_failed(error: BaseException) -> bool:
+    """Whether Metal or CUDA gave up otherwise, such as on work that took too long while the screen waited for it."""
+    return isinstance(error, RuntimeError) and str(error).lower().startswith(("[metal", "cuda"))
+
+
 @contextmanager
 def named_as(flags: dict[str, str]) -> Iterator[None]:
     """While a command runs, messages name options by these flags, and not as Python's keywords."""

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from .. import SLOW
 from ..backend.host import follows, hold_standard_streams, told_rank
-from ..errors import Failure, UsageError, named_as, out_of_memory
+from ..errors import Failure, UsageError, gpu_failed, named_as, out_of_memory
 from ..fields import shown
 from ..generation.options import ModelOptions, Options, options_of
 from . import leave
@@ -59,9 +59,13 @@ def run(
         print(f"\n{cancelled}", file=sys.stderr)
         return 128 + (stop.args[0] if isinstance(stop, _Ended) else signal.SIGINT)
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+        if out_of_memory(error):
+            told = f"there is not enough memory; {memory}"
+        elif gpu_failed(error):
+            told = f"the GPU failed ({shown(error, 200)}); try again, or {memory}"
+        else:
             raise
-        print(f"error: {who}there is not enough memory; {memory}", file=sys.stderr)
+        print(f"error: {who}{told}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -894,3 +894,17 @@ def test_a_gpu_without_memory(draw, capfd, monkeypatch, told):
     monkeypatch.setattr(mlx_deepcache.StableDiffusion, "from_pretrained", full)
     assert_fails(capfd, draw(*SMALL), 1, "not enough memory; try a smaller --height")
     assert out_of_memory(RuntimeError(told)) and not out_of_memory(RuntimeError("[matmul] shapes"))
+
+
+def test_a_gpu_that_gives_up(draw, capfd, monkeypatch):
+    """As MLX 0.32 says it when the screen waits too long; an error that nobody knows stays one."""
+    told = "[METAL] Command buffer execution failed: Caused GPU Timeout Error"
+
+    def fail(*_, **__):
+        raise RuntimeError(told)
+
+    monkeypatch.setattr(mlx_deepcache.StableDiffusion, "from_pretrained", fail)
+    assert_fails(capfd, draw(*SMALL), 1, f"the GPU failed ({told})", "try again, or try a smaller --height")
+    told = "something else"
+    with pytest.raises(RuntimeError, match=told):
+        draw(*SMALL)

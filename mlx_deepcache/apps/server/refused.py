@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterable
 
-from ...errors import Failure, Unreachable, UsageError, out_of_memory
+from ...errors import Failure, Unreachable, UsageError, gpu_failed, out_of_memory
 from ...fields import suggest
 
 
@@ -38,6 +38,8 @@ def of_error(error: BaseException) -> Refused:
     if out_of_memory(error):
         told = "there is not enough memory for this; ask for a smaller or for fewer pictures"
         return Refused(500, told, "insufficient_memory")
+    if gpu_failed(error):
+        return Refused(500, f"the GPU failed: {error}", "failed")
     traceback.print_exception(error)
     return Refused(500, "an error that nobody expected; the server's log has it", "internal_error")
 
