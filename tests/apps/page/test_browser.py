@@ -66,18 +66,26 @@ def number(page, name, value):
     field.press("Tab")
 
 
-def few_steps(page, steps=STEPS):
-    fold(page, "Size, steps and seed")
-    planned = f"document.querySelectorAll('#plan .strip i').length == {min(steps, 400)}"
-    for last in (False, False, True):  # what is typed while Gradio still fills in fields may be lost
-        number(page, "steps", steps)
-        number(page, "seed", 3)
+def until(page, holds, act):
+    """Do it until that holds: what is typed or clicked while Gradio still fills in fields may be lost."""
+    for last in (False, False, True):
+        act()
         try:
-            page.wait_for_function(planned, timeout=6000)
+            page.wait_for_function(holds, timeout=6000)
             break
         except playwright.TimeoutError:
             if last:
                 raise
+
+
+def few_steps(page, steps=STEPS):
+    fold(page, "Size, steps and seed")
+
+    def fill():
+        number(page, "steps", steps)
+        number(page, "seed", 3)
+
+    until(page, f"document.querySelectorAll('#plan .strip i').length == {min(steps, 400)}", fill)
 
 
 def drawn(page):
@@ -191,13 +199,11 @@ def test_restore_and_the_gallery(page, tmp_path):
     assert page.locator("#prompt textarea").input_value() == "a red apple"
     assert page.locator("#steps input[type=number]").input_value() == "8"
     assert page.locator("#seed input").input_value() == "3"
-    page.locator("#random").click()
-    page.wait_for_function("document.querySelector('#seed input').value == ''")
+    until(page, "document.querySelector('#seed input').value == ''", page.locator("#random").click)
     page.locator("#gallery img").first.click()
     fold(page, "Settings of this picture")
     page.wait_for_selector("#settings >> text=a red apple")
-    page.locator("#same").click()
-    page.wait_for_function("document.querySelector('#seed input').value == '3'")
+    until(page, "document.querySelector('#seed input').value == '3'", page.locator("#same").click)
     page.locator("#start").click()
     page.wait_for_selector("#editor canvas")
     page.wait_for_function("document.querySelector('#editor').innerText.includes('519%')")  # as 64 pixels fit in
