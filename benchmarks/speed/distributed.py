@@ -1,6 +1,6 @@
 """What several machines gain, and where it ends: python benchmarks/speed/distributed.py
 
-Measured here: processes that mlx.launch starts on this machine, each on a core of its own, draw and exchange messages.
+Measured here: processes on this machine, each on a core of its own, draw and exchange messages.
 From that, or from what other machines measured and is given by flags, a model says how a cluster would do. It knows
 nothing of Macs: whoever has two runs this with --hostfile, and gets its own numbers.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -157,24 +158,40 @@ def measure(model: str | None, steps: int, rounds: int) -> None:
 
 
 def launched(n: int, args: argparse.Namespace) -> dict:
-    """What n processes measure."""
-    where = ["--hostfile", args.hostfile] if args.hostfile and n > 1 else ["-n", str(n)]
+    """What n processes measure, on this machine or on those of a hostfile."""
     flags = ["--measure", "--steps", str(args.steps), "--rounds", str(args.rounds)]
     flags += [] if args.model is None else ["--model", args.model]
-    launch = str(Path(sys.executable).with_name("mlx.launch"))
-    command = [launch, *where, "--python", sys.executable, "--", str(Path(__file__).resolve()), *flags]
-    one_thread = {} if args.hostfile else {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    env = os.environ | one_thread
-    stdin, hold = os.pipe()  # which it waits for
-    with tempfile.TemporaryFile("w+") as said:
-        done = subprocess.run(command, stdin=stdin, stdout=subprocess.PIPE, stderr=said, text=True, env=env)
+    command = [sys.executable, str(Path(__file__).resolve()), *flags]
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "said"), "w+") as said:
+        how = {"stdout": subprocess.PIPE, "stderr": said, "text": True}
+        if args.hostfile and n > 1:
+            launch = [str(Path(sys.executable).with_name("mlx.launch")), "--hostfile", args.hostfile, "--", *command]
+            started = [subprocess.Popen(launch, stdin=subprocess.PIPE, **how)]  # which it wants to be open
+        else:
+            started = [subprocess.Popen(command, env=_environment(n, rank, folder), **how) for rank in range(n)]
+        out = [process.stdout.read().strip() for process in started]  # but for rank 0 they print nothing
+        for process in started:
+            process.wait()
         said.seek(0)
-        if not done.stdout.strip():
+        if not out[0]:
             sys.exit(f"error: nothing was measured: {said.read().strip()}")
-    os.close(stdin)
-    os.close(hold)
-    measured = json.loads(done.stdout.strip().splitlines()[-1])
+    measured = json.loads(out[0].splitlines()[-1])
     return measured | {"messages": {int(size): seconds for size, seconds in measured["messages"].items()}}
+
+
+def _environment(n: int, rank: int, folder: str) -> dict[str, str]:
+    """As mlx.launch makes it for processes on one machine; that itself (MLX 0.32.4) keeps a core busy that is measured
+    here, as it asks over and over whether their standard input takes anything."""
+    env = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    if n == 1:
+        return env
+    file = Path(folder, "hosts.json")
+    if not file.exists():
+        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]  # to find ports that are free
+        file.write_text(json.dumps([[f"127.0.0.1:{one.getsockname()[1]}"] for one in sockets]))
+        for one in sockets:
+            one.close()
+    return env | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(file)}
 
 
 def measured(args: argparse.Namespace) -> tuple[Link, float]:
