@@ -159,7 +159,7 @@ MANY = 64  # more are no pictures, but places in a video
 def linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
     """x weight^T + bias; x: (B, ..., C), weight: (O, C)."""
     run = partial(_linear, weight=weight.T, bias=bias)
-    return _each(run, x, x[:1].size * len(weight))
+    return _each(run, x, x.size // len(x) * len(weight))
 
 
 def _linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:

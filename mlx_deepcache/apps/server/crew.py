@@ -52,10 +52,10 @@ class Batch:
 
 class Pace:
     """The steps of a turn, in which every machine draws a batch of a job, or none. They are taken together, so that all
-    end at the same one when rank 0 is asked to."""
+    end at the same one when rank 0 is asked to. errands: called after each step."""
 
-    def __init__(self, team: Team, job: Job):
-        self.team, self.job, self.state, self.over = team, job, GO, False
+    def __init__(self, team: Team, job: Job, errands: Callable[[], None]):
+        self.team, self.job, self.errands, self.state, self.over = team, job, errands, GO, False
 
     def step(self, drawn: bool = False) -> str:
         """After each step: what rank 0 wants; drawn: whether this machine has no more to do."""
@@ -214,13 +214,13 @@ class Crew:
             Cancelled: on all of them.
             Unreachable: they are not in step any more.
         """
-        team, pace, drawn, begun = self.team, Pace(self.team, job), None, False
+        team, pace, drawn, begun = self.team, Pace(self.team, job, errands), None, False
         try:
             begin = (lambda: None) if settings is None else partial(pipe.denoise, settings, halves=team.halves)
             run = team.begin(begin)
             begun = True
             if settings is not None:
-                drawn = self._batch(job, pipe, settings, run, pace, errands)
+                drawn = self._batch(pipe, settings, run, pace)
         except Cancelled:
             pass
         except Unreachable:
@@ -233,34 +233,21 @@ class Crew:
             raise Cancelled
         return team.share(drawn, Batch)
 
-    def _batch(
-        self,
-        job: Job,
-        pipe: StableDiffusion,
-        settings: Settings,
-        run: Generation,
-        pace: Pace,
-        errands: Callable[[], None],
-    ) -> Batch:
+    def _batch(self, pipe: StableDiffusion, settings: Settings, run: Generation, pace: Pace) -> Batch:
         from ..compare import no_cache
 
-        images, stats = self._pictures(job, pipe, settings, run, pace, errands)
+        images, stats = self._pictures(pipe, settings, run, pace)
         drawn = Batch(images, stats)
-        if job.wanted.compare and stats is not None:
+        if pace.job.wanted.compare and stats is not None:
             again = pipe.denoise(replace(settings, cache=no_cache()), halves=self.team.halves)
-            drawn.uncached, drawn.stats_uncached = self._pictures(job, pipe, settings, again, pace, errands)
+            drawn.uncached, drawn.stats_uncached = self._pictures(pipe, settings, again, pace)
         return drawn
 
     def _pictures(
-        self,
-        job: Job,
-        pipe: StableDiffusion,
-        settings: Settings,
-        run: Generation,
-        pace: Pace,
-        errands: Callable[[], None],
+        self, pipe: StableDiffusion, settings: Settings, run: Generation, pace: Pace
     ) -> tuple[list[np.ndarray], dict | None]:
         """A batch and what it cost, or what there is of it, and None, if it is stopped."""
+        job = pace.job
         try:
             colours, stopped = None, False
             job.phase("encode")
@@ -272,7 +259,7 @@ class Crew:
                 if job.wants_preview():
                     colours = colours or pipe.colours()
                     job.show(_preview(colours(progress.denoised)[0]))
-                errands()
+                pace.errands()
                 if stopped := state == STOP:
                     break
             job.phase("decode")
