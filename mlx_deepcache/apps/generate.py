@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..checkpoints.checkpoint import Checkpoint
-    from ..generation.pipeline import Generation, StableDiffusion
+    from ..generation.generation import Generation
+    from ..generation.pipeline import StableDiffusion
     from ..generation.settings import Settings
     from .team import Drawn, Team
     from .watch import Watcher

@@ -10,7 +10,8 @@ import numpy as np
 
 from ..errors import UsageError
 from ..fields import valued
-from ..generation.pipeline import Generation, StableDiffusion
+from ..generation.generation import Generation
+from ..generation.pipeline import StableDiffusion
 from ..generation.settings import Settings
 from ..sampler import Progress
 from . import schedulers

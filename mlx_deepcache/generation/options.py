@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ..cache.composition import Policy as CachingPolicy
+    from ..checkpoints.checkpoint import Checkpoint
 
     File = Path | str
     Model = File
@@ -198,6 +199,12 @@ def options_of(cls: type) -> tuple[Option, ...]:
 
 def option_of(cls: type, name: str) -> Option:
     return next(o for o in options_of(cls) if o.name == name)
+
+
+def filled(asked: Options, checkpoint: Checkpoint, name: str) -> Any:
+    """An option's value, or the model's own."""
+    value = getattr(asked, name)
+    return getattr(checkpoint, option_of(Options, name).model) if value is None else value
 
 
 def taken(cls: type, values: dict[str, Any]):

@@ -21,7 +21,10 @@ from .visitors import Page, taking, told
 from .widgets import choices, filled, label
 
 UNKEPT = ("editor", "mask", "control_image", "loras")  # fields that a browser does not keep
-QUIET = {"show_progress": "hidden", "concurrency_limit": None}
+QUEUED = {"show_progress": "hidden", "concurrency_limit": None}
+# Gradio's queue answers on one stream, which it closes when nothing waits: an answer to what is asked at that moment is
+# lost, and a button that waits for its answer is dead. So only what takes long, or is there for programs, is queued
+QUICK = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 
 USE_KEYS = """() => document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
@@ -114,12 +117,11 @@ class Wiring:
             live_plan,
             self.inputs,
             shown_plan,
-            api_visibility="private",
             trigger_mode="always_last",
-            **QUIET,
+            **QUICK,
         )
         asked = gr.Button(visible=False)  # for programs
-        asked.click(told(taking(run_plan, self.names, 0)), self.inputs, shown_plan, api_name="plan", **QUIET)
+        asked.click(told(taking(run_plan, self.names, 0)), self.inputs, shown_plan, api_name="plan", **QUEUED)
 
     def draws(self) -> None:
         """Drawing, a grid of intervals, and ending it."""
@@ -163,14 +165,14 @@ class Wiring:
             outputs,
             api_name="draw",
             trigger_mode="once",
-            **QUIET,
-        ).then(_described(page), None, [ui["settings"], at.about], api_visibility="private", **QUIET)
+            **QUEUED,
+        ).then(_described(page), None, [ui["settings"], at.about], **QUICK)
         at.tabulate.click(
             told(taking(run_grid, ["intervals", "seeds", *self.names])),
             [at.intervals, at.seeds, *self.inputs],
             [*outputs, ui["grid"]],
             api_name="grid",
-            **QUIET,
+            **QUEUED,
         )
         at.stop.click(told(run_stop), None, ui["state"], api_name="stop", queue=False, show_progress="hidden")
 
@@ -190,9 +192,8 @@ class Wiring:
             told(count),
             [fields["prompt"], fields["plain_prompt"], fields["model"]],
             [ui["tokens"], fields["long_prompt"]],
-            api_visibility="private",
             trigger_mode="always_last",
-            **QUIET,
+            **QUICK,
         )
 
         async def choose(model: str) -> dict:
@@ -230,15 +231,13 @@ class Wiring:
             told(choose),
             fields["model"],
             [*(ui[name] for name in ("loads", "size", "price", "ideas", "prompt")), *(fields[n] for n in BY_NAME)],
-            api_visibility="private",
-            **QUIET,
+            **QUICK,
         )
         ui["size"].input(
             lambda size: [int(side) for side in size.split("x")],
             ui["size"],
             [fields["width"], fields["height"]],
-            api_visibility="private",
-            **QUIET,
+            **QUICK,
         )
 
     def prices(self) -> None:
@@ -269,9 +268,9 @@ class Wiring:
             self.inputs,
             shown_pick,
             api_name="pick",
-            **QUIET,
-        ).success(mark, [fields["cache"], fields["model"]], ui["price"], api_visibility="private", **QUIET)
-        ui["price"].click(told(take), fields["model"], [*shown_pick, ui["price"]], api_visibility="private", **QUIET)
+            **QUEUED,
+        ).success(mark, [fields["cache"], fields["model"]], ui["price"], **QUICK)
+        ui["price"].click(told(take), fields["model"], [*shown_pick, ui["price"]], **QUICK)
 
     def shows(self) -> None:
         """Pictures that were drawn, or restored from."""
@@ -283,8 +282,8 @@ class Wiring:
             return self._updates(drawing.picture(session, shot) | {"about": ""})
 
         chosen = [ui["preview"], ui["slider"], ui["about"]]
-        ui["gallery"].select(told(look), None, chosen, api_visibility="private", **QUIET).then(
-            _described(page), None, [ui["settings"], at.about], api_visibility="private", **QUIET
+        ui["gallery"].select(told(look), None, chosen, **QUICK).then(
+            _described(page), None, [ui["settings"], at.about], **QUICK
         )
 
         def fill(values: Mapping[str, Any]) -> dict:
@@ -320,15 +319,15 @@ class Wiring:
             return {"background": file, "layers": [], "composite": file}
 
         settable = [fields[name] for name in self.names if name not in ("editor", "mask", "control_image", "compare")]
-        at.restore.change(told(run_restore), at.restore, [ui["lost"], *settable], api_name="restore", **QUIET)
-        at.use.click(told(use_these), None, settable, api_visibility="private", **QUIET)
-        at.same.click(told(same_seed), None, fields["seed"], api_visibility="private", **QUIET)
-        at.start.click(lambda: gr.update(open=True), None, at.from_picture, api_visibility="private", **QUIET).then(
+        at.restore.change(told(run_restore), at.restore, [ui["lost"], *settable], api_name="restore", **QUEUED)
+        at.use.click(told(use_these), None, settable, **QUICK)
+        at.same.click(told(same_seed), None, fields["seed"], **QUICK)
+        at.start.click(lambda: gr.update(open=True), None, at.from_picture, **QUICK).then(
             None, None, None, js=WHEN_IT_CAN_PAINT, api_visibility="private"
-        ).then(told(as_start), None, fields["editor"], api_visibility="private", **QUIET)
-        at.anew.click(lambda: None, None, fields["seed"], api_visibility="private", **QUIET)
-        at.again.click(lambda seed: seed, ui["last"], fields["seed"], api_visibility="private", **QUIET)
-        ui["ideas"].click(_idea, None, fields["prompt"], api_visibility="private", **QUIET)
+        ).then(told(as_start), None, fields["editor"], **QUICK)
+        at.anew.click(lambda: None, None, fields["seed"], **QUICK)
+        at.again.click(lambda seed: seed, ui["last"], fields["seed"], **QUICK)
+        ui["ideas"].click(_idea, None, fields["prompt"], **QUICK)
 
     def remembers(self) -> None:
         """The browser's memory."""
@@ -338,8 +337,7 @@ class Wiring:
             lambda *values: dict(zip(kept, values, strict=True)),
             [fields[name] for name in kept],
             at.stored,
-            api_visibility="private",
-            **QUIET,
+            **QUICK,
         )
 
         async def welcome(values: Any) -> list:
@@ -349,7 +347,7 @@ class Wiring:
             empty = {name for name in kept if isinstance(fields[name], gr.Number) and fields[name].value is None}
             return [found.get(name, None if name in empty else gr.skip()) for name in kept]
 
-        self.demo.load(told(welcome), at.stored, [fields[name] for name in kept], api_visibility="private", **QUIET)
+        self.demo.load(told(welcome), at.stored, [fields[name] for name in kept], **QUICK)
 
 
 def form_matters(fields: Mapping[str, Any]) -> list[str]:

@@ -24,7 +24,8 @@ from .schema import NETS
 if TYPE_CHECKING:
     import numpy as np
 
-    from ...generation.pipeline import Generation, StableDiffusion
+    from ...generation.generation import Generation
+    from ...generation.pipeline import StableDiffusion
     from ...generation.settings import Settings
     from ..team import Team
 
