@@ -112,7 +112,9 @@ async def watched(service: Service, session: Session, job: Job) -> AsyncIterator
     plan = asyncio.wrap_future(service.worker.call(lambda: service.painter.plan(job.wanted), urgent=True))
     stream = events(job)
     heard = asyncio.ensure_future(anext(stream))
-    yield {"stop": gr.update(interactive=True), "state": watch.state(), "about": ""}
+    # Said with every update, as Gradio's page may lose one that comes while it is busy
+    stop = {"stop": gr.update(interactive=True)}
+    yield stop | {"state": watch.state(), "about": ""}
     try:
         while True:
             done, _ = await asyncio.wait({heard}, timeout=WAITING)
@@ -126,7 +128,7 @@ async def watched(service: Service, session: Session, job: Job) -> AsyncIterator
                 watch.planned = plan.result()["steps"]
             if time.monotonic() - last < OFTEN:
                 continue
-            update = {"state": watch.state()}
+            update = stop | {"state": watch.state()}
             if job.progress.steps:
                 update["strip"] = watch.strip()
             if watch.image is not None:
