@@ -106,7 +106,7 @@ def measure(model: str | None, steps: int, rounds: int) -> None:
 
     from mlx_deepcache import StableDiffusion
     from mlx_deepcache.backend.distributed import Machines, Peer
-    from mlx_deepcache.cache.halves import Halves, SharedHalves
+    from mlx_deepcache.cache.halves import SharedHalves
 
     class Timed(Peer):
         """Of which is known how long it took, waiting for the other among it."""
@@ -126,10 +126,10 @@ def measure(model: str | None, steps: int, rounds: int) -> None:
     pipe = StableDiffusion.from_pretrained(model, "float32")
     settings = pipe.settings("a red apple", steps=steps, cache_interval=1)
 
-    def draw(halves: Halves | None = None) -> float:
+    def draw() -> float:
         machines.gather(b"")  # all begin together
         start = time.perf_counter()
-        run = pipe.denoise(settings, halves=halves)
+        run = pipe.denoise(settings)
         for _ in run:
             pass
         run.decode()
@@ -140,10 +140,10 @@ def measure(model: str | None, steps: int, rounds: int) -> None:
     messages = {}
     if machines.size == 2:
         peer = Timed(machines, 1 - machines.rank)
-        halves = SharedHalves(machines.rank, peer)
-        draw(halves)
+        pipe.halves = SharedHalves(machines.rank, peer)
+        draw()
         peer.seconds = 0.0
-        taken = [draw(halves) for _ in range(rounds)]
+        taken = [draw() for _ in range(rounds)]
         told |= {"split": statistics.median(taken), "exchanging": peer.seconds / sum(taken)}
         for size in SIZES:
             x, times = mx.zeros(size, dtype=mx.uint8), []

@@ -10,7 +10,6 @@ import numpy as np
 
 from ..cache.composition import Caches
 from ..cache.deepcache import DeepCache
-from ..cache.halves import Halves
 from ..cache.text import write
 from ..errors import UsageError, called
 from ..generation.settings import Settings
@@ -33,9 +32,9 @@ def check_comparable(settings: Settings) -> None:
         )
 
 
-def without_cache(pipe: StableDiffusion, settings: Settings, halves: Halves | None = None) -> Uncached:
-    """Draw without a cache what was drawn with one; halves: see `StableDiffusion.denoise`."""
-    drawn = pipe.denoise(replace(settings, cache=no_cache()), halves=halves)
+def without_cache(pipe: StableDiffusion, settings: Settings) -> Uncached:
+    """Draw without a cache what was drawn with one."""
+    drawn = pipe.denoise(replace(settings, cache=no_cache()))
     for _ in drawn:
         pass
     return list(drawn.decode()), drawn.clock.seconds["denoise"]

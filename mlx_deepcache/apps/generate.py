@@ -262,6 +262,7 @@ def _job(args: argparse.Namespace, team: Team) -> Job:
         )
     prompts = _prompts(args)
     pipe = _pipeline(args, keep=False)
+    pipe.halves = team.halves
     # of several each may fail alone, unless none is read
     first = prompts[0] if len(prompts) == 1 or not pipe.checkpoint.family.text else ""
     settings = pipe.settings(first, **_options(args, pipe))
@@ -325,7 +326,7 @@ def _draw_and_write(
     drawn, begun = Drawn(place, place * job.n + start), False
     try:
         settings = job.settings.batch(job.prompts[place] or "", slice(start, stop))
-        begin = partial(job.pipe.denoise, settings, halves=team.halves)
+        begin = partial(job.pipe.denoise, settings)
         run = team.begin(begin if batch is not None else lambda: None)
         if batch is None:
             return None
@@ -336,7 +337,7 @@ def _draw_and_write(
             if team.leads:
                 drawn.written.append(_write(args, job, number, image))
         if args.compare:
-            drawn.uncached = without_cache(job.pipe, settings, team.halves)
+            drawn.uncached = without_cache(job.pipe, settings)
         if args.save_latents is not None:
             drawn.latents = np.array(run.latents)
         drawn.stats = run.stats() if team.alone else run.stats() | {"machine": team.machines.name}

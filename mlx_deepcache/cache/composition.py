@@ -76,6 +76,17 @@ class Caches:
         for policy in self.policies:
             policy.check(plan, guided)
 
+    def splits(self, plan: Plan) -> bool:
+        """Whether guidance's halves may be run apart on every step."""
+        memories = self.memories(plan, 1, guided=True).values()
+        return all(memory.splits(index) for memory in memories for index in range(len(plan.steps)))
+
+    def memories(self, plan: Plan, pictures: int, guided: bool) -> dict[Policy, Memory]:
+        """What each policy but the forecast remembers while so many pictures are drawn."""
+        return {
+            policy: policy.memory(plan, pictures, guided) for policy in self.policies if policy is not self.forecast
+        }
+
 
 class CacheRun:
     """The state of all caches while one batch of pictures is drawn: `call` says how the U-Net is to be called next, and
@@ -96,8 +107,7 @@ class CacheRun:
         self.caches, self.pictures, self.guided, self.branch = caches, pictures, guided, caches.branch
         self.inner, self.halves = inner, halves or Halves()
         self.kept = (caches.forecast or TaylorSeer(0)).memory(plan, pictures, guided)  # which copies
-        rest = [policy for policy in caches.policies if policy is not caches.forecast]
-        self.memories: dict[Policy, Memory] = {policy: policy.memory(plan, pictures, guided) for policy in rest}
+        self.memories = caches.memories(plan, pictures, guided)
         self.residuals: list[mx.array] = []  # the ControlNets', of the last call that ran them
         self.index, self.full = -1, True
 

@@ -14,7 +14,11 @@ from .policy import Call
 
 
 class Halves:
-    """Who runs guidance's halves, 0 the unconditional one and 1 the conditional one: here this machine runs both."""
+    """Who runs guidance's halves, 0 the unconditional one and 1 the conditional one: here this machine runs both.
+
+    at_once: how many of a call's it runs, where each may be run without the other."""
+
+    at_once = 2
 
     def take(self, call: Call) -> Call:
         """The call as this machine is to make it: with those of its halves that are left to it."""
@@ -46,6 +50,8 @@ class SharedHalves(Halves):
     on both. What needs both halves in one call, or the conditional one only, is run by the machine that has that one.
 
     half: this machine's."""
+
+    at_once = 1
 
     def __init__(self, half: int, peer: Peer):
         self.half, self.peer, self.waited = half, peer, False

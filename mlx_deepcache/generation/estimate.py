@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..backend.footprint import ENDLESS, INDICES, Footprint, footprint
+from ..cache.halves import Halves
 from ..checkpoints.part import find_controlnet, find_upscaler, upscaler_module, vae_module
 from ..checkpoints.weights import quantize
 from ..errors import UsageError, called
@@ -102,16 +103,22 @@ def _largest(settings: Settings, peak: Peak, budget: int) -> tuple[int, int] | N
 
 
 def estimate(
-    settings: Settings, models: Sequence[Components], *, low_memory: bool, budget: int, least: bool = False
+    settings: Settings,
+    models: Sequence[Components],
+    *,
+    halves: Halves,
+    low_memory: bool,
+    budget: int,
+    least: bool = False,
 ) -> dict[str, int]:
     """Bytes at the peak of each phase, of MLX's arrays alone.
 
-    low_memory, budget: as the pipeline has them; least: how little it can be if each operation waits for the one
-    before, which they do when the memory's limit is near; else as fast as can be. On the CPU this is within 25% of what
-    was measured, see docs/measured.md; on a GPU it was never measured.
+    halves, low_memory, budget: as the pipeline has them; least: how little it can be if each operation waits for the
+    one before, which they do when the memory's limit is near; else as fast as can be. On the CPU this is within 25% of
+    what was measured, see docs/measured.md; on a GPU it was never measured.
     """
     if (n := len(settings.seeds)) > 4:  # from here on, each takes as much as the one before
-        given = {"low_memory": low_memory, "budget": budget, "least": least}
+        given = {"halves": halves, "low_memory": low_memory, "budget": budget, "least": least}
         two, four = (estimate(_first(settings, count), models, **given) for count in (2, 4))
         return {phase: four[phase] + (n - 4) * (four[phase] - two[phase]) // 2 for phase in four}
     peaks = dict.fromkeys(("load", "encode", "denoise", "decode"), 0)
@@ -148,7 +155,8 @@ def estimate(
             phase("decode", {(0, "vae"): _vae_decoder(vae, vae_dtype, settings.latent_shape[:2])}, keep)
             enlarge(settings.hires_net, *settings.latent_shape[:2])
             phase("encode", {(0, "vae"): _vae_encoder(vae, models[0].encodes_in, *size)}, keep)
-        x = (n if low_memory or drawn.guidance_scale is None else 2 * n, *drawn.frames, *size)
+        in_turn = low_memory or (halves.at_once == 1 and settings.cache.splits(drawn.plan))
+        x = (n if in_turn or drawn.guidance_scale is None else 2 * n, *drawn.frames, *size)
         tokens = 1 if model.checkpoint.family.labelled is not None else TOKENS
         unet = {(leg, "unet"): _unet(config, dtype, model.bits_of("unet"), x, settings.cache.branch, tokens)}
         encoders = {name: model.checkpoint.module(name).config for name in model.checkpoint.family.encoders}

@@ -44,7 +44,6 @@ class Generation(Iterator[Progress]):
         pipe: StableDiffusion,
         settings: Settings,
         noise: BatchNoise | None = None,
-        halves: Halves | None = None,
     ):
         prompts, self._loras = take_loras(settings.prompts, pipe.options.lora_dir)
         told = (*dict.fromkeys(prompts), settings.prompt_2, settings.negative_prompt, settings.negative_prompt_2)
@@ -53,7 +52,6 @@ class Generation(Iterator[Progress]):
         self.pipe, self.settings, self.clock = pipe, replace(settings, prompts=prompts), Clock()
         self.steps: list[Progress] = []
         self.control_macs = 0
-        self._halves = halves or Halves()
         self._noise = BatchNoise(settings.rng, list(settings.seeds)) if noise is None else noise
         self._legs = self._run()
 
@@ -186,7 +184,7 @@ class Generation(Iterator[Progress]):
         self, leg: Leg, components: Components, cond: Conditioning, started: Started, draw: Draw | None = None
     ) -> Iterator[Progress]:
         """A leg's steps; draw: the noise that some solvers add."""
-        halves = self._halves if leg.guidance_scale is not None else Halves()
+        halves = self.pipe.halves if leg.guidance_scale is not None else Halves()
         with self.clock.phase("load"):
             unet, nets = components.to_run("unet"), [components.controlled(control) for control in leg.controls]
         with self.clock.phase("denoise"):

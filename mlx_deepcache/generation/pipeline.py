@@ -78,7 +78,7 @@ class StableDiffusion:
     memory in use is that of the largest one. options: see `ModelOptions`; refiner: the model that draws the last steps
     (SDXL's refiner; Podell et al. 2023, section 2.5), without LoRAs and embeddings; low_memory: never more than one
     component in memory, guidance's two halves one after the other, and large pictures decoded in tiles; memory_limit:
-    see `limit_memory`, in GB.
+    see `limit_memory`, in GB. Its attribute halves says who runs guidance's: this machine, unless it is told otherwise.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class StableDiffusion:
             what = "embeddings are" if checkpoint.video else "LoRAs and embeddings are"
             raise UsageError(f"{what} for models that read a prompt, and this one reads none")
         self.options, self.dtype, self.low_memory = o, dtype_of(o.dtype), o.low_memory
+        self.halves = Halves()
         self.budget = limit_memory(o.memory_limit)
         if o.lora_dir is not None and not Path(o.lora_dir).is_dir():
             raise UsageError(f"{called('lora_dir')} should be a folder, got {o.lora_dir!r}")
@@ -179,7 +180,11 @@ class StableDiffusion:
 
     def estimate(self, settings: Settings, *, least: bool = False) -> dict[str, int]:
         """Bytes that drawing these together will take at the peak of each phase: see `estimate`."""
-        return estimate(settings, self.models, low_memory=self.low_memory, budget=self.budget, least=least)
+        return estimate(settings, self.models, **self._room, least=least)
+
+    @property
+    def _room(self) -> dict:
+        return {"halves": self.halves, "low_memory": self.low_memory, "budget": self.budget}
 
     def together(self, settings: Settings) -> int:
         """How many of these pictures to draw at once: as many as fit into the memory; with `low_memory` one."""
@@ -196,7 +201,7 @@ class StableDiffusion:
 
     def _peak(self, settings: Settings, least: bool = False, frugal: bool = False) -> int:
         """frugal: as with `low_memory`."""
-        given = {"low_memory": self.low_memory or frugal, "budget": self.budget, "least": least}
+        given = self._room | {"low_memory": self.low_memory or frugal, "least": least}
         models = [model.frugal() for model in self.models] if frugal else self.models
         return max(estimate(settings, models, **given).values())
 
@@ -205,13 +210,11 @@ class StableDiffusion:
         settings: Settings,
         latents: mx.array | None = None,
         noise: BatchNoise | None = None,
-        halves: Halves | None = None,
     ) -> Generation:
         """Draw, up to the latents: iterate for its steps; stop iterating to cancel.
 
         latents: (N, h, w, C), or (N, F, h, w, C), standard normal, to start from in place of the seeds' own noise, also
-        in a picture; noise: draws in place of the seeds' generators, with the methods of `BatchNoise`; halves: who runs
-        guidance's, if not this machine alone.
+        in a picture; noise: draws in place of the seeds' generators, with the methods of `BatchNoise`.
 
         Raises:
             UsageError: `latents` have another shape, or it cannot be done in the memory there is.
@@ -219,7 +222,7 @@ class StableDiffusion:
         """
         settings = settings if latents is None else replace(settings, noise=take_latents(latents))
         check_fits(settings, self._peak, partial(self._peak, frugal=True), self.budget)
-        return Generation(self, settings, noise, halves)
+        return Generation(self, settings, noise)
 
     def decode(
         self,

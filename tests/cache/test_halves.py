@@ -1,5 +1,6 @@
 """Guidance's halves on two machines against both on one, to the bit: two threads here, with queues between them."""
 
+import copy
 import threading
 from queue import Queue
 
@@ -55,7 +56,9 @@ def drawn_by_two(pipe, prompt="a cat", **options):
 
     def draw(half):
         with turn:
-            run = pipe.denoise(settings, halves=SharedHalves(half, Wire(queues[half], queues[1 - half], turn)))
+            mine = copy.copy(pipe)
+            mine.halves = SharedHalves(half, Wire(queues[half], queues[1 - half], turn))
+            run = mine.denoise(settings)
             steps = list(run)
             done[half] = steps, run.latents, run.stats()
 

@@ -22,6 +22,7 @@ from mlx_deepcache.apps.convert import main_convert
 from mlx_deepcache.backend import memory
 from mlx_deepcache.backend.footprint import footprint
 from mlx_deepcache.backend.ops import attention, gelu, on_gpu, silu
+from mlx_deepcache.cache.halves import SharedHalves
 from mlx_deepcache.errors import UsageError
 from mlx_deepcache.generation.options import Control
 from mlx_deepcache.nets.autoencoder import AutoencoderKL, VAEConfig
@@ -105,6 +106,32 @@ def test_the_estimate_by_phase(case):
     assert estimated.keys() == measured.keys()
     for phase, peak in measured.items():
         assert 0.75 < estimated[phase] / peak < 1.25, (phase, estimated[phase], peak)
+
+
+class Echo:
+    """A machine that runs the other half, and answers what it is told."""
+
+    def swap(self, x):
+        return x
+
+    def send(self, x):
+        pass
+
+
+@on_cpu
+@pytest.mark.parametrize(("cache", "rows"), [("deepcache:interval=2", 1), ("tgate:step=2,warm_up=1,sp_interval=1", 2)])
+def test_a_machine_that_runs_one_half(cache, rows):
+    """T-GATE's gate needs both at once."""
+    gc.collect()
+    before = mx.get_active_memory()
+    pipe = StableDiffusion.from_pretrained(keep=False)
+    options = {"steps": 4, "height": 144, "width": 144, "cache": [cache]}
+    both, unguided = (pipe.estimate(pipe.settings(ONE, **options | more)) for more in ({}, {"guidance_scale": 1}))
+    pipe.halves = SharedHalves(1, Echo())
+    stats = pipe(ONE, **options).stats
+    estimated = stats["estimated_memory_bytes_by_phase"]["denoise"]
+    assert estimated == (unguided if rows == 1 else both)["denoise"]
+    assert 0.75 < estimated / (stats["peak_memory_bytes_by_phase"]["denoise"] - before) < 1.25
 
 
 def test_controlnets_are_counted(checkpoint, tmp_path):

@@ -180,6 +180,7 @@ class Crew:
     def _prepare(self, wanted: Wanted) -> tuple[StableDiffusion, Settings, int]:
         """The pipeline, the settings, and how many pictures to draw at once."""
         pipe, settings = self.painter.prepare(wanted)
+        pipe.halves = self.team.halves
         if wanted.compare:
             from ..compare import check_comparable
 
@@ -217,7 +218,7 @@ class Crew:
         """
         team, pace, drawn, begun = self.team, Pace(self.team, job, errands), None, False
         try:
-            begin = (lambda: None) if settings is None else partial(pipe.denoise, settings, halves=team.halves)
+            begin = (lambda: None) if settings is None else partial(pipe.denoise, settings)
             run = team.begin(begin)
             begun = True
             if settings is not None:
@@ -240,7 +241,7 @@ class Crew:
         images, stats = self._pictures(pipe, settings, run, pace)
         drawn = Batch(images, stats)
         if pace.job.wanted.compare and stats is not None:
-            again = pipe.denoise(replace(settings, cache=no_cache()), halves=self.team.halves)
+            again = pipe.denoise(replace(settings, cache=no_cache()))
             drawn.uncached, drawn.stats_uncached = self._pictures(pipe, settings, again, pace)
         return drawn
 
