@@ -99,7 +99,7 @@ def about(dtype: str) -> dict:
     return machine(dtype, ("mlx", "numpy")) | {
         "gpu": mx.device_info(mx.default_device()) if mx.default_device() == mx.gpu else None,
         "memory_bytes": machine_memory(),
-        "system": f"macOS {mac}" if mac else platform.platform(),
+        "system": f"macOS {mac}, Darwin {platform.release()}" if mac else platform.platform(),
         "python": platform.python_version(),
         "mlx_deepcache": f"{__version__}, {commit()}",
         "load": os.getloadavg()[0],

@@ -213,6 +213,27 @@ def write_controlnet(kind, folder, seed=0, **config):
     return folder
 
 
+def write_lora(file):
+    """A LoRA, called ink, of one layer of SD 1.x."""
+    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sides = {"down": torch.randn(2, 32), "up": torch.randn(32, 2)}
+    save_file({f"{layer}.lora_{side}.weight": tensor for side, tensor in sides.items()}, file, {"ss_title": "ink"})
+    return file
+
+
+def write_upscaler(file):
+    """A compact net that makes pictures twice as large."""
+    sizes = {"0": (8, 3), "2": (12, 8)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tensors = {f"body.{i}.weight": torch.randn(*size, 3, 3) * 0.2 for i, size in sizes.items()}
+        tensors |= {f"body.{i}.bias": torch.randn(size[0]) * 0.1 for i, size in sizes.items()}
+        save_file(tensors | {"body.1.weight": torch.rand(8)}, file)
+    return file
+
+
 def fit_noise(unet, images=32, side=16, wild=0.35):
     """conv_out := the least-squares fit of the noise in x from what enters conv_out, plus `wild` times itself."""
     config, seen = unet.config, []

@@ -35,7 +35,8 @@ from mlx_deepcache.apps.command import run
 from mlx_deepcache.apps.flags import add_option, given, reader
 from mlx_deepcache.errors import Failure, UsageError
 from mlx_deepcache.fields import parse_json, positive
-from mlx_deepcache.generation.options import ModelOptions, Options, option_of
+from mlx_deepcache.generation.declared import option_of
+from mlx_deepcache.generation.options import ModelOptions, Options
 from mlx_deepcache.media.files import whole, write_text
 
 EMOJI = "emoji"

@@ -25,8 +25,9 @@ import numpy as np
 from .._version import __version__
 from ..errors import Failure, UsageError
 from ..fields import positive
+from ..generation.declared import option_of
 from ..generation.kinds import KINDS
-from ..generation.options import ModelOptions, Options, option_of
+from ..generation.options import ModelOptions, Options
 from ..media.files import read_text, whole, write_text
 from .command import run
 from .flags import Named, Parser, add_option, complete, given, reader

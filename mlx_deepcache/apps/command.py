@@ -16,7 +16,8 @@ from .. import SLOW
 from ..backend.host import follows, hold_standard_streams, told_rank
 from ..errors import Failure, UsageError, gpu_failed, named_as, out_of_memory
 from ..fields import shown
-from ..generation.options import ModelOptions, Options, options_of
+from ..generation.declared import options_of
+from ..generation.options import ModelOptions, Options
 from . import leave
 
 

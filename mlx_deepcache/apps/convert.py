@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import argparse
 
-from ..generation.options import DTYPES, ModelOptions, option_of
+from ..generation.declared import option_of
+from ..generation.options import DTYPES, ModelOptions
 from .command import run
 from .flags import Named, Parser, add_option, complete
 from .outputs import check

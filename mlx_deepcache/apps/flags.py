@@ -13,8 +13,9 @@ from typing import Any
 from .._version import __version__
 from ..backend.host import follows
 from ..fields import positive, shown, suggest, unicode_text
+from ..generation.declared import Option, options_of
 from ..generation.kinds import KINDS
-from ..generation.options import FILES, GROUPS, MACHINE, PICTURE, Control, ModelOptions, Option, Options, options_of
+from ..generation.options import FILES, GROUPS, MACHINE, PICTURE, Control, ModelOptions, Options
 
 IMAGES, GUIDANCE = SPLITS = "images", "guidance"  # what several machines share
 

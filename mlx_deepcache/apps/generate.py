@@ -18,7 +18,8 @@ from ..backend.host import follows, told_rank
 from ..checkpoints.names import BUNDLED_NAME, BUNDLED_NAMES, OF_TEXT
 from ..errors import Failure, UsageError
 from ..fields import shown
-from ..generation.options import MOST, Control, ModelOptions, Options, option_of, options_of
+from ..generation.declared import MOST, option_of, options_of
+from ..generation.options import Control, ModelOptions, Options
 from ..media.files import is_stream, read_text, write_text
 from ..media.video import SUFFIXES, check_format
 from .command import run

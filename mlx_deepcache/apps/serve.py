@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 from ..backend.host import follows
 from ..errors import Failure, UsageError, named_as
 from ..fields import positive
+from ..generation.declared import option_of, options_of
 from ..generation.kinds import KINDS
-from ..generation.options import CACHE, MACHINE, ModelOptions, Options, option_of, options_of
+from ..generation.options import CACHE, MACHINE, ModelOptions, Options
 from .command import run
 from .flags import Parser, add_option, add_split, complete, given, reader
 

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from ..fields import composed
+
 BUNDLED_NAME = "emoji"  # the default
 BUNDLED_NAMES = (BUNDLED_NAME, "emoji-ddpm")  # folders of `bundled`
 # Mirrors, tried in order: several of the original repositories have been withdrawn.
@@ -25,7 +27,18 @@ SHORT_NAMES = {
     "svd-xt": ("stabilityai/stable-video-diffusion-img2vid-xt",),
 }
 OF_TEXT = (BUNDLED_NAME, "sd15", "sd21", "sdxl", "sdxl-refiner", "sdxl-turbo", "sd-turbo")  # need a prompt
+# What every network's file is called in its folder, beside its config; and every LoRA's and embedding's on the hub
+_USUAL = re.compile(r"(weights|diffusion_pytorch_model|pytorch_lora_weights|learned_embeds)(\.\w+|-\d+-of-\d+)*")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+
+def offered(file: Path) -> tuple[str, Path]:
+    """What a .safetensors file is called, and where it is: by its own name; or, if all are called like it, by its
+    folder's, and then that is the place of one that has a config."""
+    if not _USUAL.fullmatch(file.stem):
+        return composed(file.stem), file
+    folder = file.absolute().parent
+    return composed(folder.name), folder if (folder / "config.json").is_file() else file
 
 
 class HubId(NamedTuple):

@@ -7,19 +7,16 @@ read back, and its name in A1111's text. Whoever shows options asks `options_of`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from functools import cache
-from itertools import islice
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..diffusion.noise import GENERATORS
 from ..diffusion.schedulers import SCHEDULERS, TIMESTEPS
-from ..errors import UnknownOption, UsageError, called
-from ..fields import suggest, valued
+from ..errors import UsageError
 from ..media.pictures import FITS
-from .kinds import BETWEEN, DECIBELS, KINDS, PART, SHARE, Check, Kind, at_least, that
+from .declared import option, option_of, options_of
+from .kinds import BETWEEN, DECIBELS, PART, SHARE, Check, Kind, at_least, that
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -52,7 +49,6 @@ GROUPS = (PICTURE, MODEL, START, HIRES, VIDEO, CONTROL, REFINER, HOW, MACHINE, C
 PICTURES, VIDEOS, CLIPS = "pictures", "videos", "videos of a prompt"  # that are drawn
 LABELLED, FREE = "pictures of a class", "pictures without a prompt"
 
-MOST = 100_000  # of a repeated option; so many pictures take days
 SWITCH = ("auto", "on", "off")
 DTYPES = ("float16", "bfloat16", "float32")
 # What A1111 calls them
@@ -81,173 +77,6 @@ A1111_UPSCALERS = {
 }
 MOST_LAYERS = 32  # of the largest text encoder
 A1111_SKIPS = {layers: str(layers + 1) for layers in range(MOST_LAYERS)}  # counts the last layer too
-
-
-@dataclass(frozen=True)
-class Option:
-    """One option. alone: what its flag means without a value, if it may be given so; needs: others of which it needs at
-    least one; model: the attribute of a `Checkpoint` that gives the default; only: what is drawn for which it has a
-    meaning, if not for all; recorded: whether a picture carries it; many: whether it is a sequence; span: what a slider
-    goes from, to and by."""
-
-    name: str
-    kind: Kind
-    many: bool
-    optional: bool
-    default: Any
-    help: str
-    group: str
-    flag: str
-    metavar: str | None = None
-    nargs: str | None = None
-    alone: Any = None
-    choices: Sequence | None = None
-    check: Check | None = None
-    needs: tuple[str, ...] = ()
-    model: str | None = None
-    only: tuple[str, ...] | None = None
-    a1111: str | None = None
-    a1111_values: dict | None = None
-    recorded: bool = True
-    span: tuple[float, float, float] | None = None
-
-    @property
-    def key(self) -> str:
-        """What a picture's settings call it."""
-        return self.flag.removeprefix("--").replace("-", "_")
-
-    @property
-    def words(self) -> str:
-        """What it should be."""
-        if self.choices is not None:
-            return f"one of {', '.join(map(str, self.choices))}"
-        return self.kind.words if self.check is None else self.check.words
-
-    def read(self, text: str) -> Any:
-        """A value, or one of several, from text.
-
-        Raises:
-            ValueError: it is none; says what was expected.
-        """
-        try:
-            value = self.kind.read(text)
-            if self.check is not None and not self.check.holds(value):
-                raise ValueError
-        except ValueError:
-            raise ValueError(f"expected {self.words}, got {text!r}") from None
-        return value
-
-    def take(self, value: Any) -> Any:
-        """A value from a caller in Python.
-
-        Raises:
-            UsageError: it cannot be.
-        """
-        if value is None and (self.optional or (self.default is not None and not self.default)):
-            return self.default
-        if self.many:
-            one = isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable) or self.kind.one(value)
-            items = tuple(islice([value] if one or getattr(value, "ndim", 1) == 0 else value, MOST + 1))
-            if len(items) > MOST:
-                raise UsageError(f"{called(self.name)} should be at most {MOST:,}, got more")
-            return tuple(map(self._take, items))
-        return self._take(value)
-
-    def _take(self, value: Any) -> Any:
-        try:
-            value = self.kind.take(value)
-            if self.choices is not None and value not in self.choices:
-                raise ValueError
-            if self.check is not None and not self.check.holds(value):
-                raise ValueError
-        except (ValueError, TypeError, OverflowError):
-            raise UsageError(f"{called(self.name)} should be {self.words}, got {valued(value)}") from None
-        return value
-
-    def record(self, owner: Any) -> Any:
-        """What a picture says of it, for JSON; owner: what has it as an attribute."""
-        value = getattr(owner, self.name)
-        if self.many and value is not None:
-            return [self.kind.record(item) for item in value]
-        return None if value is None else self.kind.record(value)
-
-
-def option(default: Any, help: str, group: str, *, flag: str | None = None, **about) -> Any:
-    """Declare a field as an option; about: the rest of an `Option`."""
-    return field(default=default, metadata={"help": help, "group": group, "flag": flag, **about})
-
-
-@cache
-def options_of(cls: type) -> tuple[Option, ...]:
-    """The options that a class declares."""
-    found = []
-    for item in fields(cls):
-        about = dict(item.metadata)
-        if not about:
-            continue
-        annotation, _, optional = str(item.type).partition(" | ")
-        many = annotation.startswith("tuple[")
-        name = annotation.removeprefix("tuple[").removesuffix(", ...]")
-        kind = A_CONTROL if name == "Control" else KINDS[name]
-        about["flag"] = about["flag"] or "--" + item.name.replace("_", "-")
-        if "choices" not in about:
-            about.setdefault("metavar", kind.metavar)
-        default = None if item.default is MISSING else item.default
-        found.append(Option(item.name, kind, many, bool(optional), default, **about))
-    return tuple(found)
-
-
-def option_of(cls: type, name: str) -> Option:
-    return next(o for o in options_of(cls) if o.name == name)
-
-
-def filled(asked: Options, checkpoint: Checkpoint, name: str) -> Any:
-    """An option's value, or the model's own."""
-    value = getattr(asked, name)
-    return getattr(checkpoint, option_of(Options, name).model) if value is None else value
-
-
-def taken(cls: type, values: dict[str, Any]):
-    """`cls` from keywords, each checked.
-
-    Raises:
-        UsageError: there is no such option, a value cannot be, or has no meaning without another; says which.
-    """
-    known = {o.name: o for o in options_of(cls)}
-    for o in known.values():
-        if o.key in values and o.key not in known:  # one seed, one LoRA, by the flag's name
-            if o.name in values:
-                raise UsageError(f"{o.key} and {o.name} are the same; give one of them")
-            values = {o.name if name == o.key else name: value for name, value in values.items()}
-    for name in values:
-        if name not in known:
-            raise UnknownOption(f"there is no option {name!r}{_elsewhere(name) or suggest(name, known)}")
-    made = cls(**{name: known[name].take(value) for name, value in values.items()})
-    for o in known.values():
-        if not set(o.needs) & known.keys():  # what a model has is checked with it
-            continue
-        if (value := getattr(made, o.name)) is o.default or (type(value) is type(o.default) and value == o.default):
-            continue  # an array is never compared
-        if all(getattr(made, other) is known[other].default for other in o.needs):
-            article = "an" if o.needs[0][0] in "aeio" else "a"
-            raise UsageError(
-                f"{called(o.name)} has no meaning without {article} {called(o.needs[0]).removesuffix('s')}"
-            )
-    return made
-
-
-_THEIRS = {
-    "num_inference_steps": "steps",
-    "generator": "seeds",
-    "num_images_per_prompt": "seeds",
-    "mask_image": "mask",
-    "control_image": "controls",
-}
-
-
-def _elsewhere(name: str) -> str:
-    """What another library's keyword is called here."""
-    return f"; here it is {_THEIRS[name]}" if name in _THEIRS else ""
 
 
 @dataclass(frozen=True)
@@ -621,7 +450,7 @@ class Options:
         check=at_least(1),
         only=(CLIPS,),
     )
-    controls: tuple[Control, ...] = option((), "ControlNets", CONTROL, only=(PICTURES, CLIPS))
+    controls: tuple[Control, ...] = option((), "ControlNets", CONTROL, kind=A_CONTROL, only=(PICTURES, CLIPS))
     control_every_step: bool = option(
         False,
         "run it on cached steps too; else these use what it said on the last full one",
@@ -692,3 +521,9 @@ class Options:
         span=(0.1, 1, 0.05),
     )
     latents: Latents | None = option(None, "start from this noise: safetensors, `latents`", FILES)
+
+
+def filled(asked: Options, checkpoint: Checkpoint, name: str) -> Any:
+    """An option's value, or the model's own."""
+    value = getattr(asked, name)
+    return getattr(checkpoint, option_of(Options, name).model) if value is None else value

@@ -34,9 +34,10 @@ from ..nets.temporal_vae import TemporalVAEConfig, decode_frames, frames_togethe
 from ..nets.tiling import decode_tiled, tiled
 from ..sampler import Progress
 from .components import Components
+from .declared import taken
 from .estimate import check_fits, estimate, together
 from .generation import Generation
-from .options import ModelOptions, taken
+from .options import ModelOptions
 from .preview import LatentRGB, fitted, latent_rgb
 from .report import Clock, dtype_name
 from .settings import Settings, settings_for

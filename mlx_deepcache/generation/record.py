@@ -24,8 +24,9 @@ from ..fields import file_and_scale, parse_json, shown
 from ..media.pictures import FORMATS
 from ..media.png import write_image
 from ..media.video import DESCRIPTION, read_comment, write_video
+from .declared import Option, options_of
 from .kinds import KINDS, tagged
-from .options import A1111_RNGS, A_CONTROL, Control, ModelOptions, Option, Options, options_of
+from .options import A1111_RNGS, A_CONTROL, Control, ModelOptions, Options
 
 JSON_KEY = "mlx_deepcache"
 LONGEST = 100_000  # characters of settings: a picture that comes from anywhere does not decide how much is printed

@@ -20,9 +20,10 @@ from ..checkpoints.folder import find_prices
 from ..errors import UsageError, called
 from ..fields import unicode_text, valued
 from .canvas import Canvas
+from .declared import option_of, options_of, taken
 from .labels import number_of
 from .legs import Leg, grown, handover, legs_for, of_clip, of_hires, schedule_for
-from .options import CLIPS, LABELLED, VIDEO, VIDEOS, Options, filled, option_of, options_of, taken
+from .options import CLIPS, LABELLED, VIDEO, VIDEOS, Options, filled
 from .starts import FirstFrame, FromNoise, FromPicture, SameNoise, read_latents, take_latents
 from .subject import subject_of
 

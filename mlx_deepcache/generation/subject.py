@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UsageError, called
-from .options import CLIPS, FREE, LABELLED, PICTURES, VIDEOS, Options, options_of
+from .declared import options_of
+from .options import CLIPS, FREE, LABELLED, PICTURES, VIDEOS, Options
 
 DDIM = "ddim"  # draws videos of a prompt, and with what its own code can be asked for
 

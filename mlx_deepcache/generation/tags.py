@@ -9,6 +9,7 @@ from difflib import SequenceMatcher
 from functools import partial
 from pathlib import Path
 
+from ..checkpoints.names import offered
 from ..errors import UsageError, called
 from ..fields import composed, finite, suggest
 from .prompts import PromptWarning, parse
@@ -34,7 +35,7 @@ def take_loras(prompts: Sequence[str], folder: str | None) -> tuple[tuple[str, .
     """
     if folder is None:
         return tuple(prompts), ()
-    known = {composed(file.stem): file for file in sorted(Path(folder).rglob("*.safetensors"), reverse=True)}
+    known = dict(map(offered, sorted(Path(folder).rglob("*.safetensors"), reverse=True)))
     named = [tuple(_lora(match, known, folder) for match in _LORA.finditer(text)) for text in prompts]
     if len(set(named)) > 1:
         raise UsageError("prompts of pictures that are drawn together should name the same LoRAs")

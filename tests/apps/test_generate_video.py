@@ -11,7 +11,8 @@ from safetensors.numpy import load_file
 
 from mlx_deepcache.apps import generate
 from mlx_deepcache.generation import record
-from mlx_deepcache.generation.options import VIDEO, Options, options_of
+from mlx_deepcache.generation.declared import options_of
+from mlx_deepcache.generation.options import VIDEO, Options
 from mlx_deepcache.media import video
 from mlx_deepcache.media.latents import write_latents
 

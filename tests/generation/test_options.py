@@ -17,9 +17,10 @@ from mlx_deepcache import DeepCache
 from mlx_deepcache.apps import flags, generate
 from mlx_deepcache.apps.generate import main_generate
 from mlx_deepcache.errors import UsageError
-from mlx_deepcache.generation import options, record, settings
+from mlx_deepcache.generation import declared, options, record, settings
+from mlx_deepcache.generation.declared import option, options_of
 from mlx_deepcache.generation.kinds import KINDS, SHARE
-from mlx_deepcache.generation.options import A_CONTROL, PICTURE, Control, ModelOptions, Options, option, options_of
+from mlx_deepcache.generation.options import A_CONTROL, PICTURE, Control, ModelOptions, Options
 from mlx_deepcache.media.pictures import read_mask, read_picture
 
 ALL = [(cls, o) for cls in (ModelOptions, Options, Control) for o in options_of(cls)]
@@ -121,21 +122,23 @@ def test_what_cannot_be_is_refused(o, capsys):
 )
 def test_python_values(values, message):
     with pytest.raises(UsageError, match=message):
-        options.taken(Options, values)
+        declared.taken(Options, values)
 
 
 def test_python_values_that_make_sense_are_taken():
-    made = options.taken(Options, {"steps": 20.0, "seeds": 3, "guidance_scale": 2, "cache": "pab"})
+    made = declared.taken(Options, {"steps": 20.0, "seeds": 3, "guidance_scale": 2, "cache": "pab"})
     assert (made.steps, made.seeds, made.guidance_scale, made.cache) == (20, (3,), 2.0, ("pab",))
-    assert options.taken(Options, {"seeds": np.arange(2), "controls": None}) == Options(seeds=(0, 1))
+    assert declared.taken(Options, {"seeds": np.arange(2), "controls": None}) == Options(seeds=(0, 1))
     picture = np.zeros((8, 8, 3), np.uint8)
-    assert options.taken(Options, {"image": picture, "mask": picture[..., 0]}).image is picture
-    made = options.taken(
+    assert declared.taken(Options, {"image": picture, "mask": picture[..., 0]}).image is picture
+    made = declared.taken(
         Options, {"seed": mx.array(3), "steps": np.float32(4), "long_prompt": np.True_, "cache": "pab"}
     )
     assert (made.seeds, made.steps, made.long_prompt) == ((3,), 4, True)
-    assert options.taken(Options, {"seeds": 2**70}).seeds == (2**70,)  # as any other
-    assert options.taken(Options, {"seeds": np.array(7)}).seeds == options.taken(Options, {"seeds": 7.0}).seeds == (7,)
+    assert declared.taken(Options, {"seeds": 2**70}).seeds == (2**70,)  # as any other
+    assert (
+        declared.taken(Options, {"seeds": np.array(7)}).seeds == declared.taken(Options, {"seeds": 7.0}).seeds == (7,)
+    )
 
 
 def test_pictures_in_memory_are_those_of_files(tmp_path):
@@ -156,9 +159,9 @@ def test_pictures_in_memory_are_those_of_files(tmp_path):
         torch.tensor(pixels),
         np.dstack([pixels, np.full((8, 12), 255, np.uint8)]),
     ):
-        assert np.array_equal(read_picture(options.taken(Options, {"image": same}).image), pixels)
+        assert np.array_equal(read_picture(declared.taken(Options, {"image": same}).image), pixels)
     for mask in (pixels[..., 0] > 99, (pixels[..., :1] > 99) * np.uint8(255), (pixels[..., 0] > 99).astype(float)):
-        taken = options.taken(Options, {"image": drawn, "mask": mask}).mask
+        taken = declared.taken(Options, {"image": drawn, "mask": mask}).mask
         assert np.array_equal(np.asarray(read_mask(taken)) > 0, pixels[..., 0] > 99)
 
 
@@ -190,9 +193,9 @@ def test_messages_name_options_as_their_reader_does(pipeline, checkpoint, capsys
 def test_keywords_that_are_none():
     for kind in (TypeError, UsageError):  # Python's own kind of error, and the package's
         with pytest.raises(kind, match="there is no option 'guidence_scale'; did you mean guidance_scale"):
-            options.taken(Options, {"guidence_scale": 2})
+            declared.taken(Options, {"guidence_scale": 2})
     with pytest.raises(UsageError, match="'num_inference_steps'; here it is steps"):
-        options.taken(Options, {"num_inference_steps": 2})
+        declared.taken(Options, {"num_inference_steps": 2})
 
 
 @pytest.mark.parametrize(
@@ -216,10 +219,10 @@ def test_keywords_that_are_none():
 )
 def test_loras_in_python(values, taken):
     if taken is not None:
-        assert options.taken(ModelOptions, values).loras == taken
+        assert declared.taken(ModelOptions, values).loras == taken
     else:
         with pytest.raises(UsageError, match="^loras should be FILE or FILE:SCALE"):
-            options.taken(ModelOptions, values)
+            declared.taken(ModelOptions, values)
 
 
 @pytest.mark.parametrize(

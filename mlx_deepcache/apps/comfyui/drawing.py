@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from mlx_deepcache.errors import CheckpointError, Failure, UsageError, named_as
-from mlx_deepcache.generation.options import Control, ModelOptions, options_of
+from mlx_deepcache.generation.declared import options_of
+from mlx_deepcache.generation.options import Control, ModelOptions
 
 if TYPE_CHECKING:
     from mlx_deepcache.generation.pipeline import StableDiffusion

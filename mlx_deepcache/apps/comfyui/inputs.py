@@ -11,8 +11,8 @@ from comfy_api.latest import io
 
 from mlx_deepcache.errors import UsageError
 from mlx_deepcache.fields import suggest
+from mlx_deepcache.generation.declared import Option
 from mlx_deepcache.generation.kinds import KINDS
-from mlx_deepcache.generation.options import Option
 
 from .shelves import Shelf
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 from comfy_api.latest import ComfyExtension, io
 
 from mlx_deepcache.checkpoints.names import BUNDLED_NAME
-from mlx_deepcache.generation.options import Control, ModelOptions, Options, option_of
+from mlx_deepcache.generation.declared import option_of
+from mlx_deepcache.generation.options import Control, ModelOptions, Options
 from mlx_deepcache.media.sheets import psnr
 
 from .drawing import LOADED, Bar, all_settings, draw, pixels, running, steps_of, tensor

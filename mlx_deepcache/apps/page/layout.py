@@ -6,7 +6,8 @@ from typing import Any
 
 import gradio as gr
 
-from ...generation.options import CACHE, CONTROL, HIRES, HOW, MACHINE, PICTURE, START, Control, options_of
+from ...generation.declared import options_of
+from ...generation.options import CACHE, CONTROL, HIRES, HOW, MACHINE, PICTURE, START, Control
 from ..server.service import Service
 from . import show
 from .facts import Facts

@@ -7,8 +7,9 @@ from typing import Any
 
 import gradio as gr
 
+from ...generation.declared import Option, options_of
 from ...generation.kinds import KINDS
-from ...generation.options import Control, ModelOptions, Option, Options, options_of
+from ...generation.options import Control, ModelOptions, Options
 
 OWN = ""  # of a choice: the model's own, or none
 FEW = 3  # choices that are shown side by side

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import Failure
-from ...generation.options import Options, options_of
+from ...generation.declared import options_of
+from ...generation.options import Options
 from ...generation.record import from_a1111
 from .a1111_fields import Common, ImageToImageBase, changed, refuse, scheduler_of, skipped
 from .a1111_start import enlarged, start, units

@@ -358,13 +358,19 @@ def _files(path: str) -> Iterator[tuple[str, str]]:
     from pathlib import Path
 
     from ...checkpoints.checkpoint import Checkpoint
+    from ...checkpoints.weights import component_files
     from ..team import sampled, weight_files
 
-    if Path(path).is_file():
-        yield "", sampled(Path(path))
+    place = Path(path)
+    if place.is_file():
+        yield "", sampled(place)
         return
     try:
-        yield from ((f", {name}", sampled(file)) for name, file in weight_files(Checkpoint.open(path)))
+        if (place / "config.json").is_file():
+            files = ((file, place / file) for file in component_files(place))
+        else:
+            files = weight_files(Checkpoint.open(path))
+        yield from ((f", {name}", sampled(file)) for name, file in files)
     except Failure:
         yield "", "damaged"
 

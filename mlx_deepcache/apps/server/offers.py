@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...checkpoints.names import BUNDLED_NAME, hub_id
+from ...checkpoints.names import BUNDLED_NAME, hub_id, offered
 from ...errors import UsageError
 from ...fields import composed
 from .refused import unknown
@@ -36,8 +36,8 @@ class Shelf:
         for place in self.places:
             files = place.rglob("*.safetensors") if not self.folders else place.glob("*.safetensors")
             models = [one for one in place.iterdir() if (one / "model_index.json").is_file()] if self.folders else []
-            for path in sorted([*files, *models]):
-                found.setdefault(composed(path.stem if path.is_file() else path.name), str(path))
+            for name, path in [*map(offered, sorted(files)), *((composed(one.name), one) for one in sorted(models))]:
+                found.setdefault(name, str(path))
         self.found = found | self.named  # at once, as others read it
 
     def names(self) -> list[str]:

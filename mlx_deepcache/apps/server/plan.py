@@ -15,7 +15,8 @@ TOKENS = 77  # of a prompt that is not long
 def plan_of(settings: Settings, checkpoint: Checkpoint) -> dict:
     """Settings, a letter a step, the U-Net's multiply-adds, and their share of an uncached run's: None where it is not
     known beforehand, because a cache decides on the way or leaves out other work than DeepCache does."""
-    from ...generation.options import Options, options_of
+    from ...generation.declared import options_of
+    from ...generation.options import Options
 
     letters = [_letters(settings, leg) for leg in settings.legs]
     steps = "".join(letters)

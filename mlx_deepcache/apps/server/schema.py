@@ -8,8 +8,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from ...errors import UsageError
+from ...generation.declared import Option, options_of
 from ...generation.kinds import KINDS
-from ...generation.options import CACHE, VIDEO, Control, Option, Options, options_of
+from ...generation.options import CACHE, VIDEO, Control, Options
 from . import pictures
 
 NOT_SERVED = {"latents"}  # a file

@@ -14,7 +14,8 @@ import numpy as np
 
 from ...errors import Failure, UsageError
 from ...fields import valued
-from ...generation.options import ModelOptions, Options, taken
+from ...generation.declared import taken
+from ...generation.options import ModelOptions, Options
 from ...generation.tags import named_loras
 from .crew import Crew
 from .jobs import Job, Jobs, Wanted

@@ -24,7 +24,8 @@ from mlx_deepcache.apps.compare import no_cache
 from mlx_deepcache.apps.generate import main_generate
 from mlx_deepcache.cache.text import write
 from mlx_deepcache.errors import Failure, UsageError
-from mlx_deepcache.generation.options import ModelOptions, Options, option_of
+from mlx_deepcache.generation.declared import option_of
+from mlx_deepcache.generation.options import ModelOptions, Options
 from mlx_deepcache.media.sheets import psnr
 
 # As the contract has them: required, optional, outputs

@@ -17,6 +17,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image, PngImagePlugin
 from serving import Access, Limits, Offers
+from tiny import write_controlnet, write_lora, write_upscaler
 
 import mlx_deepcache
 from mlx_deepcache import StableDiffusion
@@ -24,7 +25,8 @@ from mlx_deepcache.apps.generate import main_generate
 from mlx_deepcache.apps.page import form
 from mlx_deepcache.apps.page.facts import sizes_of
 from mlx_deepcache.apps.page.widgets import label
-from mlx_deepcache.generation.options import Options, options_of
+from mlx_deepcache.generation.declared import options_of
+from mlx_deepcache.generation.options import Options
 
 HOUSE = Path(mlx_deepcache.__file__).parent
 ASKED = {"prompt": "a red apple", "steps": 8, "seed": 3, "cache_interval": 2}
@@ -328,6 +330,33 @@ def test_what_is_offered(serve, checkpoint, tmp_path):
         shown = client.predict(**ASKED | {"width": 32, "height": 32}, model="tiny", prompt_2="x", api_name="/draw")
         drawn = settings(value(shown[0]))
         assert drawn["model"] == "tiny" and drawn["prompt_2"] == "x"
+
+
+def test_with_a_lora_a_controlnet_and_an_upscaler(serve, checkpoint, tmp_path):
+    """The picture is Python's with these, and no other than without one of them."""
+    for name in ("loras/ink", "nets", "upscalers"):
+        (tmp_path / name).mkdir(parents=True)
+    lora, net = (
+        write_lora(tmp_path / "loras/ink/pytorch_lora_weights.safetensors"),
+        write_controlnet("sd15", tmp_path / "nets/edges"),
+    )
+    sharp, edges = write_upscaler(tmp_path / "upscalers/sharp.safetensors"), tmp_path / "edges.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(edges)
+    model = str(checkpoint("sd15"))
+    offers = Offers([f"tiny={model}"], (), [tmp_path / "loras"], (), [tmp_path / "nets"], [tmp_path / "upscalers"])
+    asked = ASKED | {"steps": 4, "width": 64, "height": 64, "guidance_scale": 5.0}
+    inked = {"headers": ["LoRA", "strength"], "data": [["ink", 0.8]], "metadata": None}
+    follows = {"control": "edges", "control_image": handle_file(str(edges)), "control_scale": 0.7}
+    with serve(offers) as server, visitor(server) as client:
+        shown = client.predict(**asked, **follows, loras=inked, upscale="sharp", api_name="/draw")
+        drawn = np.asarray(Image.open(value(shown[0])))
+        plain = np.asarray(Image.open(value(client.predict(**asked, **follows, api_name="/draw")[0])))
+    control = mlx_deepcache.Control(str(net), str(edges), scale=0.7)
+    pipe = StableDiffusion.from_pretrained(model, dtype="float32", loras=[(lora, 0.8)])
+    assert (drawn == np.asarray(pipe(**asked, controls=[control], upscale=str(sharp)).images[0])).all()
+    pipe = StableDiffusion.from_pretrained(model, dtype="float32")
+    assert (plain == np.asarray(pipe(**asked, controls=[control]).images[0])).all()
+    assert drawn.shape == (128, 128, 3) and (drawn[::2, ::2] != plain).any()
 
 
 def test_the_rest_of_the_server_stays(server):

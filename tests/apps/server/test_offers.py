@@ -12,6 +12,7 @@ import webuiapi
 from PIL import Image
 from safetensors.torch import save_file
 from serving import Offers
+from tiny import write_lora, write_upscaler
 
 from mlx_deepcache import StableDiffusion
 from mlx_deepcache.checkpoints.part import load_upscaler
@@ -20,7 +21,6 @@ from mlx_deepcache.fields import file_and_scale
 from mlx_deepcache.nets.upscaler import upscaled
 
 SMALL = {"steps": 2, "height": 64, "width": 64}
-LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 
 
 @pytest.fixture
@@ -29,9 +29,7 @@ def folders(tmp_path):
     torch.manual_seed(0)
     (tmp_path / "loras").mkdir()
     (tmp_path / "words").mkdir()
-    sides = {"down": torch.randn(2, 32), "up": torch.randn(32, 2)}
-    tensors = {f"{LAYER}.lora_{side}.weight": tensor for side, tensor in sides.items()}
-    save_file(tensors, tmp_path / "loras/ink.safetensors", {"ss_title": "ink"})
+    write_lora(tmp_path / "loras/ink.safetensors")
     save_file({"emb_params": torch.randn(2, 32)}, tmp_path / "words/wild-style.safetensors")
     return tmp_path
 
@@ -81,13 +79,8 @@ def test_an_embedding_where_a_prompt_has_its_word(serve, checkpoint, folders):
 
 
 def test_an_upscaler_enlarges_by_its_name_only(serve, checkpoint, tmp_path):
-    torch.manual_seed(0)
     (tmp_path / "nets").mkdir()
-    sizes = {"0": (8, 3), "2": (12, 8)}  # of a compact net that makes pictures twice as large
-    tensors = {f"body.{i}.weight": torch.randn(*size, 3, 3) * 0.2 for i, size in sizes.items()}
-    tensors |= {f"body.{i}.bias": torch.randn(size[0]) * 0.1 for i, size in sizes.items()}
-    file = tmp_path / "nets/sharp.safetensors"
-    save_file(tensors | {"body.1.weight": torch.rand(8)}, file)
+    file = write_upscaler(tmp_path / "nets/sharp.safetensors")
     offers = Offers([str(checkpoint("sd15"))], upscaler_dirs=[tmp_path / "nets"])
     with serve(offers) as server:
         for names in ({"upscale": "sharp"}, {"hires_scale": 1.5, "hires_net": "sharp"}):
@@ -117,6 +110,28 @@ def test_folders_are_looked_into_again(serve, checkpoint, tmp_path):
         shutil.rmtree(tmp_path / "models/two")
         server.post("/sdapi/v1/refresh-checkpoints")
         assert server.post("/api/v1/jobs", json={"prompt": "a cat", "model": "two"}).status_code == 404
+
+
+def test_files_that_are_called_alike_have_their_folders_names(tmp_path):
+    """As the hub has them: networks with a config, LoRAs, embeddings."""
+    files = ["canny/diffusion_pytorch_model.safetensors", "canny/diffusion_pytorch_model.fp16.safetensors"]
+    files += [f"depth/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    files += [
+        "cat-toy/learned_embeds.safetensors",
+        "ink/pytorch_lora_weights.safetensors",
+        "ink/weights-slider.safetensors",
+    ]
+    for file in (tmp_path / name for name in files):
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"")
+    for name in ("canny", "depth", "ink"):
+        (tmp_path / name / "config.json").write_text("{}")
+    shelf = Offers(controlnet_dirs=[tmp_path]).controlnets
+    assert shelf.names() == ["canny", "cat-toy", "depth", "ink", "weights-slider"]
+    assert shelf.path("depth") == str(tmp_path / "depth")
+    assert shelf.path("cat-toy") == str(tmp_path / files[4]) and shelf.path("weights-slider") == str(
+        tmp_path / files[6]
+    )
 
 
 def test_names(tmp_path):
