@@ -217,7 +217,7 @@ def generate_parser() -> Parser:
     groups[MACHINE].add_argument(
         "--share-weights",
         action="store_true",
-        help="send --model from the first machine to those that lack it; they keep it",
+        help="send the weights that flags name from the first machine to those that lack them, which keep them",
     )
 
     picture, folder = Named(written=True, suffix=".png"), Named(written=True)

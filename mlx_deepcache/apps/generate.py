@@ -29,7 +29,6 @@ from .outputs import Pictures, check, to_stdout
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..checkpoints.checkpoint import Checkpoint
     from ..generation.generation import Generation
     from ..generation.pipeline import StableDiffusion
     from ..generation.settings import Settings
@@ -144,7 +143,7 @@ class Job:
 
 def _draw_all(args: argparse.Namespace) -> None:
     """All prompts, in batches that fit; what one prompt fails for does not stop the others."""
-    from .shared_weights import share_model
+    from .shared_weights import SENT, share_weights
     from .team import Drawn, Team, told_by
 
     if args.list_prompts:
@@ -153,11 +152,12 @@ def _draw_all(args: argparse.Namespace) -> None:
         return
     team = Team(args.split)
     _take_seeds(args, team)
-    if args.share_weights and hasattr(args, "model") and not team.alone:
-        args.model = str(share_model(team, partial(_checkpoint, args)))
+    if args.share_weights and not team.alone:
+        share_weights(team, args)
     job = team.prepared(partial(_job, args, team))
     if not team.alone:
-        said = {name: value for name, value in job.said(0).items() if name != "model" or not args.share_weights}
+        sent = SENT if args.share_weights else ()
+        said = {name: value for name, value in job.said(0).items() if name not in sent}
         team.check_alike(told_by(job.settings, job.pipe.checkpoints, said, job.prompts))
     job.together = team.at_once(job.n, min(team.gathered(job.together)))
     if job.together < job.n and team.alone and not job.model.low_memory:
@@ -232,16 +232,6 @@ def _write_of_all(args: argparse.Namespace, job: Job, finished: list[Drawn]) -> 
     if args.stats is not None:
         stats = [done.stats | {"pictures": done.written} for done in finished]
         write_text(args.stats, json.dumps(stats[0] if len(stats) == 1 else stats, indent=2) + "\n")
-
-
-def _checkpoint(args: argparse.Namespace) -> Checkpoint:
-    """The model's description, with its files found, or fetched."""
-    import mlx.core as mx
-
-    from ..backend.ops import dtype_of
-    from ..checkpoints.checkpoint import Checkpoint
-
-    return Checkpoint.open(args.model, half=dtype_of(getattr(args, "dtype", "auto")) == mx.float16)
 
 
 def _take_seeds(args: argparse.Namespace, team: Team) -> None:

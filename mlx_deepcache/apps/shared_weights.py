@@ -1,33 +1,82 @@
-"""A model that one of several machines has, on the disks of all."""
+"""Weights that one of several machines has, on the disks of all."""
 
 from __future__ import annotations
 
 import os
+from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..backend.distributed import Peer
+from ..backend.ops import dtype_of
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.hub import find, find_file
 from ..media.files import whole
 from .team import Team, digest, sampled, weight_files
 
 CHUNK = 1 << 24  # bytes that are sent at a time
+# What a picture says of weights that are sent: where they are differs
+SENT = ("model", "refiner", "vae", "lora", "lora_hashes", "embedding", "controls", "upscale", "hires_net")
+
+Found = tuple[Path, list[Path]]
+"""A file, or a folder, and what is read of it."""
 
 
-def share_model(team: Team, find: Callable[[], Checkpoint]) -> Path:
-    """Where this machine has the model that rank 0 finds: there itself, elsewhere in the user's cache folder, to which
-    rank 0's files are copied once, from machine to machine.
+def share_weights(team: Team, args: Namespace) -> None:
+    """Have all weights that generate.py's flags name on this machine as rank 0 has them, and the flags name them here.
 
     Raises:
-        UsageError, Failure: rank 0 does not find it.
+        UsageError, Failure: rank 0 does not find them.
     """
-    own = team.prepared(lambda: find() if team.leads else None)
-    source = own.source.path if team.leads else None
+    half = dtype_of(getattr(args, "dtype", "auto")) == mx.float16
+
+    def here(find: Callable[[Any], Found], name: Any) -> Any:
+        place = _share(team, partial(find, name))
+        return name if team.leads else type(name)(place)
+
+    for flag in ("model", "refiner"):
+        if hasattr(args, flag):
+            setattr(args, flag, here(partial(_model, half), getattr(args, flag)))
+    for flag in ("vae", "upscale", "hires_net"):
+        if hasattr(args, flag):
+            setattr(args, flag, here(partial(_network, half), getattr(args, flag)))
+    if hasattr(args, "controlnet"):
+        args.controlnet = [here(partial(_network, half), net) for net in args.controlnet]
+    for flag in ("loras", "embeddings"):
+        if hasattr(args, flag):
+            setattr(args, flag, [(here(_addon, file), with_it) for file, with_it in getattr(args, flag)])
+
+
+def _model(half: bool, name: str) -> Found:
+    checkpoint = Checkpoint.open(name, half=half)
+    return checkpoint.source.path, list(_files(checkpoint))
+
+
+def _network(half: bool, name: str) -> Found:
+    path = find(name, half=half, alone=True)
+    return path, [path] if path.is_file() else [*_in(path), *_in(path / "vae")]
+
+
+def _addon(name: Path) -> Found:
+    path = find_file(str(name))
+    return path, _in(path) if path.is_dir() else [path]
+
+
+def _in(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*") if file.suffix in (".json", ".safetensors"))
+
+
+def _share(team: Team, find: Callable[[], Found]) -> Path:
+    """Where this machine has what rank 0 finds: there itself, elsewhere in the user's cache folder, to which rank 0's
+    files are copied once, from machine to machine."""
+    source, own = team.prepared(find if team.leads else lambda: (None, []))
     root = source.parent if team.leads and source.is_file() else source
-    files = {} if source is None else {str(file.relative_to(root)): _told(file) for file in _files(own)}
+    files = {str(file.relative_to(root)): _told(file) for file in own}
     single, files = team.of_first([None if source is None or source.is_dir() else source.name, files])
     if not team.leads:
         room = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_deepcache" / "shared"

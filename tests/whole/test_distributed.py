@@ -13,9 +13,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import same
+from helpers import same, smooth
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from tiny import write_controlnet, write_lora, write_upscaler
 
 from mlx_deepcache.apps.generate import main_generate
 from mlx_deepcache.apps.messages import pack, unpack
@@ -242,6 +243,32 @@ def test_weights_are_sent_to_machines_that_lack_them(launch, checkpoint, tmp_pat
     (tmp_path / "here/out-2.png").unlink()
     assert "wrote out-2.png" in launch(3, *flags, "--resume", script=away).stdout
     assert {name: (kept / name).stat().st_mtime_ns for name in times} == times
+
+
+def test_all_weights_that_flags_name_are_sent(launch, alone, checkpoint, tmp_path, monkeypatch):
+    """A picture is what one machine draws with them, to the byte."""
+    here = tmp_path / "here"
+    shutil.copytree(checkpoint("sd15"), here / "model")
+    shutil.copytree(checkpoint("sd15") / "vae", here / "vae")
+    write_controlnet("sd15", here / "edges")
+    write_lora(here / "ink.safetensors")
+    write_upscaler(here / "sharp.safetensors")
+    save_file({"emb_params": np.ones((2, 32), np.float32)}, here / "wild.safetensors")
+    smooth(64, 64).save(tmp_path / "lines.png")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    away = script(tmp_path, "os.environ['XDG_CACHE_HOME'] += str(rank)\nos.chdir('.' if rank else 'here')\n")
+    flags = ["--num-images", 2, "--model", "model", "--vae", "vae", "--lora", "ink.safetensors:0.8", "--upscale"]
+    flags += ["sharp.safetensors", "--embedding", "wild.safetensors", "--controlnet", "edges", "--control-image"]
+    flags += [tmp_path / "lines.png"]
+    done = launch(2, *flags, "--share-weights", script=away)
+    assert re.findall("wrote (.*)", done.stdout) == ["out-1.png", "out-2.png"]
+    kept = {file.name for file in (tmp_path / "cache1").rglob("*.safetensors")}
+    assert kept >= {file.name for file in here.glob("*.safetensors")} | {"diffusion_pytorch_model.safetensors"}
+    (here / "alone").mkdir()
+    monkeypatch.chdir(here)
+    alone(*flags, "--output", "alone/out.png")
+    for n in (1, 2):
+        assert same_files(f"out-{n}.png", f"alone/out-{n}.png")
 
 
 def test_a_machine_with_less_memory_decides_how_many_are_drawn_at_once(launch, tmp_path):
