@@ -168,11 +168,11 @@ def _draw_all(args: argparse.Namespace) -> None:
     finished, failed = [], {}
     for first in range(0, len(batches), team.groups):
         turn = batches[first : first + team.groups]
-        watch.begin(f"{first + 1}-" if len(batches) > 1 else "")
+        watch.begin(f"{first + team.group + 1}-" if len(batches) > 1 else "")
         mine = turn[team.group] if team.group < len(turn) and turn[team.group][0] not in failed else None
         for done in team.share(_draw_and_write(args, job, team, mine, watch, len(turn)), Drawn):
             if done.error is None and team.leads:
-                finished.append(_finish(args, job, done))
+                finished.append(_finish(args, job, done, watch))
             elif done.error is not None and done.place not in failed:
                 failed[done.place] = done
                 if len(job.prompts) > 1 and team.leads:
@@ -189,12 +189,15 @@ def _draw_all(args: argparse.Namespace) -> None:
         raise Failure(f"{len(failed)} of {len(job.prompts)} prompts could not be drawn")
 
 
-def _finish(args: argparse.Namespace, job: Job, done: Drawn) -> Drawn:
+def _finish(args: argparse.Namespace, job: Job, done: Drawn, watch: Watcher) -> Drawn:
     """Write what another machine drew, and say what a batch cost; what is not needed any more goes."""
     from ..media.sheets import psnr
 
     if not done.written:
         done.written = [_write(args, job, number, image) for number, image in enumerate(done.images, done.first)]
+    for name, image in done.steps.items():
+        watch.write(watch.folder / name, image)
+    done.steps = {}
     if args.compare:
         near = ", ".join(f"{psnr(*pair):.1f}" for pair in zip(done.images, done.uncached[0], strict=True))
         what = "picture" if job.settings.frames is None else "video"
@@ -329,6 +332,7 @@ def _draw_and_write(
                 drawn.written.append(_write(args, job, number, image))
         if args.compare:
             drawn.uncached = without_cache(job.pipe, settings)
+        drawn.steps = watch.kept
         if args.save_latents is not None:
             drawn.latents = np.array(run.latents)
         drawn.stats = run.stats() if team.alone else run.stats() | {"machine": team.machines.name}
@@ -469,11 +473,11 @@ def _watcher(args: argparse.Namespace, pipe: StableDiffusion, team: Team) -> Wat
         if args.preview_vae is not None:
             raise UsageError("--preview-vae is for --preview and --save-steps; --vae decodes the picture itself")
         return Watcher(None)
-    if args.save_steps is not None and team.groups > 1:
-        raise UsageError("--save-steps is for the steps of one machine; leave it out, or --split guidance")
-    if not team.leads:
+    if not team.draws or not (team.leads or args.save_steps is not None):
         return Watcher(None)
     decode = pipe.colours() if args.preview_vae is None else through(*pipe.other_vae(args.preview_vae))
+    if not team.leads:
+        return Watcher(decode, keeps=True)
     steps = None if args.save_steps is None else args.files.folder(args.save_steps)
     if steps != args.save_steps:
         args.say(f"{args.save_steps} has steps from before; these go into {steps}")

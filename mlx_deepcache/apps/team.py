@@ -29,7 +29,8 @@ _BLOCKS, _BLOCK = 256, 1 << 12  # bytes that a file is told by: so many blocks, 
 @dataclass
 class Drawn:
     """What came of one batch: its prompt's number, and its pictures (H, W, 3) or videos (F, H, W, 3), uint8, the first
-    of this number among all; or what it failed for, and whether that is a `UsageError`."""
+    of this number among all; steps: pictures of single steps, by their files' names; or what it failed for, and whether
+    that is a `UsageError`."""
 
     place: int
     first: int
@@ -38,6 +39,7 @@ class Drawn:
     latents: np.ndarray | None = None
     stats: dict = field(default_factory=dict)
     uncached: Uncached | None = None
+    steps: dict[str, np.ndarray] = field(default_factory=dict)
     error: str | None = None
     usage: bool = False
 
