@@ -11,13 +11,14 @@ import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from ctypes.util import find_library
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import Unreachable, UsageError
-from .host import told_rank
+from .host import told_rank, told_size
 
 
 class Machines:
@@ -35,13 +36,15 @@ class Machines:
         if (told := told_rank()) is None:
             return
         _check_hosts(told)
+        if (size := told_size()) is not None and (library := find_library("mpi")) is not None:
+            os.environ.setdefault("MLX_MPI_LIBNAME", library)  # which has a number in its name on some systems
         with self.connected():
             self.group = mx.distributed.init()
         self.rank, self.size = self.group.rank(), self.group.size()
-        if told >= self.size:
+        if max(told + 1, size or 1) > self.size:
             raise Unreachable(
                 f"this is process {told} of several that were started together, but MLX found no way to the others; "
-                "start them by mlx.launch, or install MPI"
+                "start them by mlx.launch; where MPI did, let MLX_MPI_LIBNAME name its library, such as libmpi.so.40"
             )
         self.names = [name.decode() for name in self.gather(self.names[0].encode())]
 

@@ -20,8 +20,10 @@ NAP = {"OPENBLAS_THREAD_TIMEOUT": "20", "KMP_BLOCKTIME": "1"}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
-# What mlx.launch, Open MPI and MPICH tell each process of its number among those that were started together
+# What mlx.launch, Open MPI and MPICH tell each process of its number among those that were started together; and MPI of
+# how many these are
 _RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def told_rank() -> int | None:
@@ -29,7 +31,16 @@ def told_rank() -> int | None:
     hosts = os.environ.get("MLX_HOSTFILE", "")
     if os.path.isfile(hosts) and os.path.getsize(hosts) <= 1:  # of `mlx.launch -n 1`, which MLX itself cannot read
         return None
-    return next((int(os.environ[name]) for name in _RANKS if os.environ.get(name, "").isdigit()), None)
+    return _first_told(_RANKS)
+
+
+def told_size() -> int | None:
+    """How many processes MPI has started together; None if it was not MPI."""
+    return _first_told(_SIZES)
+
+
+def _first_told(names: tuple[str, ...]) -> int | None:
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), None)
 
 
 def follows() -> bool:

@@ -275,6 +275,24 @@ def test_all_weights_that_flags_name_are_sent(launch, alone, checkpoint, tmp_pat
         assert same_files(f"out-{n}.png", f"alone/out-{n}.png")
 
 
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="there is no MPI")
+@pytest.mark.parametrize("split", ["images", "guidance"])
+def test_by_mpi(flags, alone, monkeypatch, split):
+    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "1")
+    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
+    monkeypatch.setenv("OMPI_MCA_rmaps_base_oversubscribe", "1")
+    wanted = [*flags, "--num-images", 2, "--split", split, "--output"]
+    command = ["mpirun", "-n", 2, sys.executable, GENERATE, *wanted, "two.png"]
+    threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(GENERATE.parent)}
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=os.environ | threads, timeout=120
+    )
+    assert re.findall("wrote (.*)", done.stdout) == ["two-1.png", "two-2.png"], done.stderr
+    alone("--num-images", 2, "--output", "one.png")
+    for n in (1, 2):
+        assert same_files(f"two-{n}.png", f"one-{n}.png")
+
+
 def test_a_machine_with_less_memory_decides_how_many_are_drawn_at_once(launch, tmp_path):
     less = """
         from mlx_deepcache.generation.pipeline import StableDiffusion
