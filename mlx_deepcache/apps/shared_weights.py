@@ -77,16 +77,23 @@ def _share(team: Team, find: Callable[[], Found]) -> Path:
     source, own = team.prepared(find if team.leads else lambda: (None, []))
     root = source.parent if team.leads and source.is_file() else source
     files = {str(file.relative_to(root)): _told(file) for file in own}
-    single, files = team.of_first([None if source is None or source.is_dir() else source.name, files])
+    single = None if source is None or source.is_dir() else source.name
+    called, single, files = team.of_first([_called(root), single, files])
     if not team.leads:
         room = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_deepcache" / "shared"
-        root = room / digest(files)
+        root = room.joinpath(digest(files), *called)
     lacking = [name for name, told in files.items() if not ((root / name).is_file() and _told(root / name) == told)]
     wanted = {name for names in team.gathered(lacking) for name in names}
     for name in files:
         if name in wanted:
             _pass_on(team, root / name, files[name][0], name in lacking)
     return root if single is None else root / single
+
+
+def _called(folder: Path | None) -> list[str]:
+    """What a folder is called, on the hub too: some models are known by that for what they are."""
+    parts = () if folder is None else folder.absolute().parts
+    return [*(part for part in parts[:-1] if part.startswith("models--")), *parts[-1:]]
 
 
 def _told(file: Path) -> list:

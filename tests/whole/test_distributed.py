@@ -229,21 +229,22 @@ def test_a_machine_that_would_draw_something_else_is_named(launch, checkpoint, t
 def test_weights_are_sent_to_machines_that_lack_them(launch, checkpoint, tmp_path, monkeypatch):
     """Where they are kept; and to three of them, one from the other. A picture says nothing of that."""
     (tmp_path / "here").mkdir()
-    shutil.copytree(checkpoint("sd15"), tmp_path / "here/model")
+    shutil.copytree(checkpoint("sd15"), tmp_path / "here/turbo")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     away = script(tmp_path, "os.environ['XDG_CACHE_HOME'] += str(rank)\nos.chdir('.' if rank else 'here')\n")
-    flags = ["--num-images", 2, "--model", "model", "--share-weights"]
+    flags = ["--num-images", 2, "--model", "turbo", "--share-weights"]
     done = launch(3, *flags, script=away)
     assert re.findall("wrote (.*)", done.stdout) == ["out-1.png", "out-2.png"]
     for rank in (1, 2):
-        (kept,) = (tmp_path / f"cache{rank}/mlx_deepcache/shared").iterdir()
+        (kept,) = (tmp_path / f"cache{rank}/mlx_deepcache/shared").glob("*/turbo")
         copied = {str(file.relative_to(kept)): file.read_bytes() for file in kept.rglob("*") if file.is_file()}
         for name in ("unet", "vae"):
             file = f"{name}/diffusion_pytorch_model.safetensors"
-            assert copied[file] == (tmp_path / "here/model" / file).read_bytes()
+            assert copied[file] == (tmp_path / "here/turbo" / file).read_bytes()
         times = {name: (kept / name).stat().st_mtime_ns for name in copied}
     with Image.open("here/out-2.png") as image:
-        assert json.loads(image.text["mlx_deepcache"])["model"] == "./model"
+        said = json.loads(image.text["mlx_deepcache"])
+        assert said["model"] == "./turbo" and said["guidance_scale"] == 1, "it is known by its name"
     (tmp_path / "here/out-2.png").unlink()
     assert "wrote out-2.png" in launch(3, *flags, "--resume", script=away).stdout
     assert {name: (kept / name).stat().st_mtime_ns for name in times} == times
