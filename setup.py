@@ -35,6 +35,7 @@ setup(
         "pillow",
         "tqdm",
     ],
+    scripts=["generate.py", "serve.py"],  # which mlx.launch looks for in PATH
     entry_points={
         "console_scripts": [
             "mlx-deepcache-generate = mlx_deepcache.apps.generate:main_generate",

@@ -28,7 +28,7 @@ from mlx_deepcache.cache.forecast import TaylorSeer
 from mlx_deepcache.generation.options import Control
 
 GENERATE = Path(__file__).parents[2] / "generate.py"
-LAUNCH = Path(sys.executable).with_name("mlx.launch")
+LAUNCH, SCRIPT = (Path(sys.executable).with_name(name) for name in ("mlx.launch", "generate.py"))
 CACHED = ["--cache-interval", 2]
 PORT = 20_000 + os.getpid() % 20_000  # not MLX's own, where another test may be listening
 
@@ -63,8 +63,8 @@ def alone(flags, capfd):
 def launch(flags):
     """launch(n, *flags): what generate.py prints, drawn by so many processes; script: run in its place."""
 
-    def run(n, *more, script=GENERATE):
-        command = [LAUNCH, "-n", n, "--starting-port", PORT, "--python", sys.executable, script, *flags, *more]
+    def run(n, *more, script=GENERATE, python=("--python", sys.executable)):
+        command = [LAUNCH, "-n", n, "--starting-port", PORT, *python, script, *flags, *more]
         threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(GENERATE.parent)}
         stdin, hold = os.pipe()  # it reads to the end of its own over and over
         try:
@@ -153,6 +153,16 @@ def test_guidance_is_split(launch, alone):
     launch(2, *CACHED, "--split", "guidance", "--output", "two.png", "--save-latents", "two.safetensors")
     alone(*CACHED, "--output", "one.png", "--save-latents", "one.safetensors")
     assert same_files("two.png", "one.png") and same_files("two.safetensors", "one.safetensors")
+
+
+@pytest.mark.skipif(not SCRIPT.exists(), reason="the package is not installed")
+def test_the_installed_script_is_found_as_docs_write_it(launch, alone, monkeypatch):
+    """As `generate.py`, by its own Python."""
+    monkeypatch.setenv("PATH", f"{SCRIPT.parent}{os.pathsep}{os.environ['PATH']}")
+    said = launch(2, "--num-images", 2, "--quiet", script=SCRIPT.name, python=())
+    assert re.findall("wrote (.*)", said.stdout) == []
+    alone("--num-images", 2, "--output", "one.png")
+    assert all(same_files(f"out-{n}.png", f"one-{n}.png") for n in (1, 2))
 
 
 def test_guidance_is_split_and_pictures_dealt_out(launch, alone):
