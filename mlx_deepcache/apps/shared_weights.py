@@ -16,6 +16,7 @@ from ..backend.distributed import Peer
 from ..backend.ops import dtype_of
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.hub import find, find_file
+from ..errors import CheckpointError
 from ..media.files import whole
 from .team import Team, digest, sampled, weight_files
 
@@ -64,6 +65,8 @@ def _network(half: bool, name: str) -> Found:
 
 def _addon(name: Path) -> Found:
     path = find_file(str(name))
+    if not path.exists():
+        raise CheckpointError(f"there is no file {path}")
     return path, _in(path) if path.is_dir() else [path]
 
 
@@ -74,11 +77,15 @@ def _in(folder: Path) -> list[Path]:
 def _share(team: Team, find: Callable[[], Found]) -> Path:
     """Where this machine has what rank 0 finds: there itself, elsewhere in the user's cache folder, to which rank 0's
     files are copied once, from machine to machine."""
-    source, own = team.prepared(find if team.leads else lambda: (None, []))
-    root = source.parent if team.leads and source.is_file() else source
-    files = {str(file.relative_to(root)): _told(file) for file in own}
-    single = None if source is None or source.is_dir() else source.name
-    called, single, files = team.of_first([_called(root), single, files])
+
+    def look() -> tuple[Path, list]:
+        source, own = find()
+        root = source.parent if source.is_file() else source
+        files = {str(file.relative_to(root)): _told(file) for file in own}
+        return root, [_called(root), source.name if source.is_file() else None, files]
+
+    root, found = team.prepared(look if team.leads else lambda: (None, None))
+    called, single, files = team.of_first(found)
     if not team.leads:
         room = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_deepcache" / "shared"
         root = room.joinpath(digest(files), *called)
@@ -90,9 +97,9 @@ def _share(team: Team, find: Callable[[], Found]) -> Path:
     return root if single is None else root / single
 
 
-def _called(folder: Path | None) -> list[str]:
+def _called(folder: Path) -> list[str]:
     """What a folder is called, on the hub too: some models are known by that for what they are."""
-    parts = () if folder is None else folder.absolute().parts
+    parts = folder.absolute().parts
     return [*(part for part in parts[:-1] if part.startswith("models--")), *parts[-1:]]
 
 

@@ -277,6 +277,8 @@ def test_all_weights_that_flags_name_are_sent(launch, alone, checkpoint, tmp_pat
     flags += [tmp_path / "lines.png"]
     done = launch(2, *flags, "--share-weights", script=away)
     assert re.findall("wrote (.*)", done.stdout) == ["out-1.png", "out-2.png"]
+    (said,) = errors(launch(2, *flags, "--lora", "none.safetensors", "--share-weights", script=away))
+    assert said == "error: there is no file none.safetensors"
     kept = {file.name for file in (tmp_path / "cache1").rglob("*.safetensors")}
     assert kept >= {file.name for file in here.glob("*.safetensors")} | {"diffusion_pytorch_model.safetensors"}
     (here / "alone").mkdir()
