@@ -28,7 +28,9 @@ SHORT_NAMES = {
 }
 OF_TEXT = (BUNDLED_NAME, "sd15", "sd21", "sdxl", "sdxl-refiner", "sdxl-turbo", "sd-turbo")  # need a prompt
 # What every network's file is called in its folder, beside its config; and every LoRA's and embedding's on the hub
-_USUAL = re.compile(r"(weights|diffusion_pytorch_model|pytorch_lora_weights|learned_embeds)(\.\w+|-\d+-of-\d+)*")
+_USUAL = re.compile(
+    r"(weights|diffusion_pytorch_model|pytorch_lora_weights|adapter_model|learned_embeds)(\.\w+|-\d+-of-\d+)*"
+)
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 

@@ -36,8 +36,9 @@ class Shelf:
         for place in self.places:
             files = place.rglob("*.safetensors") if not self.folders else place.glob("*.safetensors")
             models = [one for one in place.iterdir() if (one / "model_index.json").is_file()] if self.folders else []
-            for name, path in [*map(offered, sorted(files)), *((composed(one.name), one) for one in sorted(models))]:
-                found.setdefault(name, str(path))
+            for path in sorted([*files, *models]):
+                name, where = offered(path) if path.is_file() else (composed(path.name), path)
+                found.setdefault(name, str(where))
         self.found = found | self.named  # at once, as others read it
 
     def names(self) -> list[str]:

@@ -116,22 +116,17 @@ def test_files_that_are_called_alike_have_their_folders_names(tmp_path):
     """As the hub has them: networks with a config, LoRAs, embeddings."""
     files = ["canny/diffusion_pytorch_model.safetensors", "canny/diffusion_pytorch_model.fp16.safetensors"]
     files += [f"depth/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    files += [
-        "cat-toy/learned_embeds.safetensors",
-        "ink/pytorch_lora_weights.safetensors",
-        "ink/weights-slider.safetensors",
-    ]
+    files += ["cat-toy/learned_embeds.safetensors", "chalk/adapter_model.safetensors"]
+    files += ["ink/pytorch_lora_weights.safetensors", "ink/weights-slider.safetensors"]
     for file in (tmp_path / name for name in files):
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(b"")
     for name in ("canny", "depth", "ink"):
         (tmp_path / name / "config.json").write_text("{}")
     shelf = Offers(controlnet_dirs=[tmp_path]).controlnets
-    assert shelf.names() == ["canny", "cat-toy", "depth", "ink", "weights-slider"]
+    assert shelf.names() == ["canny", "cat-toy", "chalk", "depth", "ink", "weights-slider"]
     assert shelf.path("depth") == str(tmp_path / "depth")
-    assert shelf.path("cat-toy") == str(tmp_path / files[4]) and shelf.path("weights-slider") == str(
-        tmp_path / files[6]
-    )
+    assert [shelf.path(name) for name in ("cat-toy", "weights-slider")] == [str(tmp_path / files[i]) for i in (4, 7)]
 
 
 def test_names(tmp_path):
