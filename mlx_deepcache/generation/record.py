@@ -289,10 +289,16 @@ def _named(loras: list[str]) -> Iterator[tuple[str, float]]:
         yield (file.stem if file.suffix == ".safetensors" else file.name), scale
 
 
-@cache
 def lora_hash(file: Path) -> str:
     """What A1111 tells a LoRA by: SHA-256 of a safetensors file without its header, as kohya's scripts wrote it into
     the metadata or else computed; the first 12 digits."""
+    found = file.stat()
+    return _lora_hash(file.absolute(), found.st_size, found.st_mtime_ns)
+
+
+@cache
+def _lora_hash(file: Path, size: int, modified: int) -> str:
+    """It is computed once, until the file is another."""
     with file.open("rb") as opened:
         header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
         told = header.get("__metadata__", {}).get("sshs_model_hash")
